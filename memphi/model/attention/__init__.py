@@ -1,0 +1,35 @@
+"""Scaled dot-product attention behind one small interface; `eager` is the definition that every backend must equal."""
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from memphi.model.attention.eager import EagerAttention
+from memphi.model.attention.sdpa import SdpaAttention
+
+AttentionName = Literal["auto", "eager", "sdpa"]
+
+
+class Attention(Protocol):
+    """What the model asks of an attention backend."""
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One row of the decoder: each query sees the keys up to its own position, the last query sees all.
+
+        query [tokens, heads, head_dim]; key and value [past + tokens, kv_heads, head_dim], where a group of
+        heads / kv_heads query heads shares one. Returns [tokens, heads, head_dim].
+        """
+        ...
+
+    def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """A tower's attention: every query sees every key that the mask leaves.
+
+        query, key, value [batch, heads, tokens, head_dim]; mask is None, boolean (False: not seen) or a bias that is
+        added to the scaled scores, and broadcasts to [batch, heads, tokens, tokens]. Every query sees some key.
+        """
+        ...
+
+
+def select_attention(name: AttentionName) -> Attention:
+    """The backend of that name; `auto` is the fastest that runs everywhere."""
+    return EagerAttention() if name == "eager" else SdpaAttention()

@@ -1,0 +1,138 @@
+"""The decoder: packed tokens of many rows in, hidden states out (spec 3).
+
+Knows nothing of media, sampling or where keys and values are kept; `KeyValues` is all it asks of a cache.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from memphi.config import LanguageConfig, ModelConfig
+from memphi.model.adapters import AdaptedLinear
+from memphi.model.attention import Attention
+from memphi.model.rotary import rotary_table, rotate
+from memphi.model.rows import Packing
+
+
+class KeyValues(Protocol):
+    """One sequence's keys and values."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [tokens, kv_heads, head_dim] to a layer and return all that it holds, oldest first."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, rounded to x's dtype before the weight is applied, as in the reference."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: Attention) -> None:
+        super().__init__()
+        language = config.language
+        adapters = {"vision": config.vision_adapter, "speech": config.speech_adapter}
+        query, key = language.heads * language.head_dim, language.kv_heads * language.head_dim
+        self.qkv = AdaptedLinear(language.hidden_size, query + 2 * key, adapters)
+        self.out = AdaptedLinear(query, language.hidden_size, adapters)
+        self.widths = (query, key, key)
+        self.head_dim = language.head_dim
+        self.layer = layer
+        self.attention = attention
+
+    def forward(
+        self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: Sequence[KeyValues] | None
+    ) -> Tensor:
+        parts = self.qkv(x, packing.adapter_tokens).split(self.widths, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [tokens, heads, head_dim]
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        mixed = torch.cat([self._row(i, query, key, value, packing, cache) for i in range(len(packing.rows))])
+        return cast(Tensor, self.out(mixed.flatten(1), packing.adapter_tokens))
+
+    def _row(
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        cache: Sequence[KeyValues] | None,
+    ) -> Tensor:
+        part = slice(packing.starts[index], packing.starts[index] + packing.rows[index].tokens)
+        keys, values = key[part], value[part]
+        if cache is not None:
+            keys, values = cache[index].extend(self.layer, keys, values)
+        return self.attention.causal(query[part], keys, values)
+
+
+class MLP(nn.Module):
+    """down(up * silu(gate)); the gate is the first half of gate_up."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        language = config.language
+        adapters = {"vision": config.vision_adapter, "speech": config.speech_adapter}
+        self.gate_up = AdaptedLinear(language.hidden_size, 2 * language.intermediate_size, adapters)
+        self.down = AdaptedLinear(language.intermediate_size, language.hidden_size, adapters)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        gate, up = self.gate_up(x, packing.adapter_tokens).chunk(2, dim=-1)
+        return cast(Tensor, self.down(up * F.silu(gate), packing.adapter_tokens))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: Attention) -> None:
+        super().__init__()
+        size, eps = config.language.hidden_size, config.language.norm_eps
+        self.attention_norm = RMSNorm(size, eps)
+        self.attention = SelfAttention(config, layer, attention)
+        self.mlp_norm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: Sequence[KeyValues] | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), packing, rotary, cache)
+        return cast(Tensor, x + self.mlp(self.mlp_norm(x), packing))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, decoder layers, final norm; the embedding is also the output head."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.config: LanguageConfig = config.language
+        self.embedding = nn.Embedding(config.language.vocab_size, config.language.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, attention) for i in range(config.language.layers))
+        self.norm = RMSNorm(config.language.hidden_size, config.language.norm_eps)
+
+    def forward(self, embeddings: Tensor, packing: Packing, cache: Sequence[KeyValues] | None = None) -> Tensor:
+        """Run the decoder over packed rows.
+
+        embeddings [tokens, hidden]; cache holds one KeyValues per row, or None to compute whole rows without one.
+        Returns the normed hidden states [tokens, hidden].
+        """
+        rotary = rotary_table(self.config, packing.positions, packing.long, embeddings.dtype)
+        x = embeddings
+        for layer in cast(Iterable[DecoderLayer], self.layers):
+            x = layer(x, packing, rotary, cache)
+        return cast(Tensor, self.norm(x))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary for the hidden states given: [rows, hidden] -> [rows, vocab_size]."""
+        return F.linear(hidden, self.embedding.weight)

@@ -1,0 +1,96 @@
+"""The whole model: encode media, embed text, run the decoder, score the rows that need it."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from memphi.config import ModelConfig
+from memphi.model.attention import Attention, select_attention
+from memphi.model.audio import AudioEncoder
+from memphi.model.language import KeyValues, LanguageModel
+from memphi.model.projector import ImageProjector, Projector
+from memphi.model.rows import Row, pack
+from memphi.model.vision import VisionTower
+from memphi.request import ClipInput, ImageInput
+
+CROP_BATCH = 8
+"""Crops encoded at once."""
+
+
+class Phi4MM(nn.Module):
+    """Phi-4-multimodal: decoder with two adapters, vision tower, audio encoder and their projectors."""
+
+    def __init__(self, config: ModelConfig, attention: Attention | None = None) -> None:
+        super().__init__()
+        attention = attention or select_attention("auto")
+        hidden = config.language.hidden_size
+        self.config = config
+        self.language = LanguageModel(config, attention)
+        self.vision = VisionTower(config.vision, attention)
+        self.image_projector = ImageProjector(config.vision.hidden_size, hidden)
+        self.audio = AudioEncoder(config.audio, attention)
+        self.audio_projectors = nn.ModuleDict(
+            {head: Projector(config.audio.hidden_size, hidden) for head in ("speech", "vision")}
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.embedding.weight.dtype
+
+    def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """Embed images, their crops taken as one flat list: one tensor [tokens, hidden] per image."""
+        if not images:
+            return []
+        crops = [torch.from_numpy(image.crops) for image in images]
+        masks = [torch.from_numpy(image.patch_mask).to(self.device) for image in images]
+        features = self._features(torch.cat(crops), torch.cat(masks)).split([crop.shape[0] for crop in crops])
+        return [
+            self.image_projector(self.image_projector.arrange(feature, mask, image.footprint))
+            for feature, mask, image in zip(features, masks, images, strict=True)
+        ]
+
+    def _features(self, crops: Tensor, masks: Tensor) -> Tensor:
+        slices = zip(crops.split(CROP_BATCH), masks.split(CROP_BATCH), strict=True)
+        return torch.cat([self.vision(crop.to(self.device), mask) for crop, mask in slices])
+
+    def encode_clips(self, clips: Sequence[ClipInput], head: str) -> list[Tensor]:
+        """Embed audio clips with the head that the input mode asks for: one tensor [tokens, hidden] per clip."""
+        if not clips:
+            return []
+        features = self.audio([torch.from_numpy(clip.features).to(self.device) for clip in clips])
+        return [self.audio_projectors[head](feature) for feature in features]
+
+    def embed(self, ids: Tensor, media: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Embed packed ids [tokens] and put media embeddings where they start: [tokens, hidden]."""
+        embeddings = cast(Tensor, self.language.embedding(ids))
+        if not media:
+            return embeddings
+        pieces, end = [], 0
+        for start, rows in media:
+            pieces += [embeddings[end:start], rows.to(embeddings.dtype)]
+            end = start + rows.shape[0]
+        return torch.cat((*pieces, embeddings[end:]))
+
+    def forward(
+        self,
+        ids: Tensor,
+        rows: Sequence[Row],
+        media: Sequence[tuple[int, Tensor]] = (),
+        cache: Sequence[KeyValues] | None = None,
+        logits_at: Sequence[int] | None = None,
+    ) -> Tensor:
+        """One step over packed rows of any input modes.
+
+        ids [tokens]; media are (first packed token, embeddings) in order; logits_at are the packed tokens to score,
+        by default the last of each row. Returns logits [len(logits_at), vocab_size].
+        """
+        packing = pack(rows, ids.device)
+        hidden = self.language(self.embed(ids, media), packing, cache)
+        wanted = packing.last_tokens if logits_at is None else list(logits_at)
+        return self.language.logits(hidden[torch.tensor(wanted, device=ids.device)])

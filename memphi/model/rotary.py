@@ -1,0 +1,32 @@
+"""Partial rotary embedding with the two longrope regimes (spec 3.1)."""
+
+import torch
+from torch import Tensor
+
+from memphi.config import LanguageConfig
+
+
+def rotary_table(config: LanguageConfig, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for packed tokens, computed in fp32 and scaled in both regimes.
+
+    positions [tokens] and long [tokens] say where each token stands and which factors apply to it.
+    Returns two tensors [tokens, 1, rotary_dim] of the given dtype.
+    """
+    device = positions.device
+    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
+    powers = config.rope_theta**steps
+    factors = torch.tensor((config.short_factor, config.long_factor), dtype=torch.float32, device=device)
+    frequencies = (1.0 / (factors * powers))[long.long()]  # [tokens, rotary_dim / 2]
+    angles = positions[:, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return (angles.cos() * config.rope_scale).to(dtype), (angles.sin() * config.rope_scale).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first rotary_dim components of each head, pairing j with j + rotary_dim / 2.
+
+    x is [tokens, heads, head_dim]; the components after rotary_dim pass through.
+    """
+    turned, passed = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, passed), dim=-1)

@@ -1,0 +1,95 @@
+"""The vision tower: crops and their patch masks in, patch features out (spec 4.1)."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from memphi.config import VisionConfig
+from memphi.inputs.image import position_buckets
+from memphi.model.attention import Attention
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention within one crop; masked patches are not seen and see nothing."""
+
+    def __init__(self, config: VisionConfig, attention: Attention) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.query, self.key, self.value, self.out = (nn.Linear(size, size) for _ in range(4))
+        self.heads = config.heads
+        self.attention = attention
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        query, key, value = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )  # [crops, heads, patches, head_dim]
+        mask = None if valid is None else valid[:, None, None, :]
+        mixed = self.attention.full(query, key, value, mask).transpose(1, 2).flatten(2)
+        if valid is not None:
+            # The reference's flash path leaves zeros here, and odd masks let them into the pooling (spec 4.1).
+            mixed = mixed * valid[:, :, None]
+        return cast(Tensor, self.out(mixed))
+
+
+class VisionMLP(nn.Module):
+    """Two linears around a tanh-approximated GELU."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: VisionConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = VisionAttention(config, attention)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), valid)
+        return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
+
+
+class VisionTower(nn.Module):
+    """A SigLIP tower whose last stored layer, final norm and head are never computed."""
+
+    def __init__(self, config: VisionConfig, attention: Attention) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Embedding(config.patches**2, config.hidden_size)
+        self.layers = nn.ModuleList(VisionLayer(config, attention) for _ in range(config.layers))
+
+    def forward(self, crops: Tensor, patch_mask: Tensor) -> Tensor:
+        """Encode a flat list of crops.
+
+        crops [crops, 3, crop_size, crop_size]; patch_mask [crops, patches, patches], a rectangle of True at the top
+        left. Returns features [crops, patches ** 2, hidden].
+        """
+        x = self.patch_embedding(crops.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding(self._positions(patch_mask))
+        valid = None if bool(patch_mask.all()) else patch_mask.flatten(1)
+        for layer in cast(Iterable[VisionLayer], self.layers):
+            x = layer(x, valid)
+        return cast(Tensor, x)
+
+    def _positions(self, patch_mask: Tensor) -> Tensor:
+        """Each valid patch's place in the full table, over which a partial crop is stretched: [crops, patches ** 2]."""
+        side = self.config.patches
+        table = torch.zeros(side + 1, side, dtype=torch.int64)
+        for count in range(1, side + 1):
+            table[count, :count] = torch.as_tensor(position_buckets(count, side))
+        table = table.to(patch_mask.device)
+        rows, columns = table[patch_mask[:, :, 0].sum(1)], table[patch_mask[:, 0, :].sum(1)]  # [crops, patches]
+        return ((rows[:, :, None] * side + columns[:, None, :]) * patch_mask).flatten(1)

@@ -1,0 +1,257 @@
+"""The plain data that a request becomes on its way: Request, Footprint, Prompt, Delta, Result.
+
+Knows shapes and names, decides nothing. Every floor shares it; imports no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memphi.errors import RequestError
+
+MediaKind = Literal["image", "audio"]
+Role = Literal["system", "user", "assistant"]
+Pixels = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+
+
+class InputMode(Enum):
+    """What a request carries; it alone decides the adapter and the audio head (spec 3.2)."""
+
+    TEXT = 0
+    VISION = 1
+    SPEECH = 2
+    VISION_SPEECH = 3
+
+    @classmethod
+    def of(cls, images: bool, audio: bool) -> "InputMode":
+        return cls(images + 2 * audio)
+
+    @property
+    def adapter(self) -> str | None:
+        return (None, "vision", "speech", "vision")[self.value]
+
+    @property
+    def audio_head(self) -> str:
+        return "vision" if self is InputMode.VISION_SPEECH else "speech"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Decoded sound: float32 in [-1, 1], one channel, at `rate` Hz."""
+
+    values: Float32  # [samples]
+    rate: int
+
+
+@dataclass(frozen=True)
+class Media:
+    """One attachment: the bytes of a file, or pixels uint8 [height, width, 3], or samples already decoded."""
+
+    kind: MediaKind
+    name: str
+    content: bytes | Pixels | Samples = field(repr=False)
+    digest: str
+    """A hash of the content: equal media have equal digests."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; media stand where they are meant to be seen or heard."""
+
+    role: Role
+    content: tuple[str | Media, ...]
+    tools: str | None = None
+    """For a system message: a JSON list of tools in the model's own format (spec 6.1)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; the defaults are greedy and end where the model ends."""
+
+    max_tokens: int | None = None
+    """New tokens at most; None: as many as the context holds."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (0.0 <= self.temperature <= 100.0, "temperature must lie between 0 and 100"),
+            (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
+            (self.top_k is None or self.top_k >= 1, "top_k must be at least 1"),
+            (0.0 <= self.min_p <= 1.0, "min_p must lie between 0 and 1"),
+            (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty must be above 0 and at most 100"),
+            (0 <= self.seed < 2**64, "seed must lie between 0 and 2**64 - 1"),
+            (all(self.stop), "stop strings must not be empty"),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise RequestError(message)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller sends."""
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams = SamplingParams()
+
+    @classmethod
+    def ask(
+        cls,
+        text: str,
+        attachments: Sequence[Media] = (),
+        system: str | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> "Request":
+        """One question about some attachments, which stand before the text as in the model card."""
+        user = Message("user", (*attachments, text))
+        messages = (user,) if system is None else (Message("system", (system,)), user)
+        return cls(messages, sampling or SamplingParams())
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """All attachments, in the order in which they stand."""
+        return tuple(part for message in self.messages for part in message.content if isinstance(part, Media))
+
+    @property
+    def mode(self) -> InputMode:
+        kinds = {media.kind for media in self.media}
+        return InputMode.of(images="image" in kinds, audio="audio" in kinds)
+
+
+@dataclass(frozen=True)
+class ImageFootprint:
+    """What one image costs, known from its header."""
+
+    width: int
+    height: int
+    crop_rows: int
+    crop_columns: int
+    tokens: int
+
+    @property
+    def crops(self) -> int:
+        """Crops to encode, the global view included."""
+        return self.crop_rows * self.crop_columns + 1
+
+
+@dataclass(frozen=True)
+class ClipFootprint:
+    """What one audio clip costs; `frames` are log-mel frames of 10 ms."""
+
+    seconds: float
+    frames: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a request costs in tokens, before anything is decoded."""
+
+    mode: InputMode
+    text_tokens: int
+    images: tuple[ImageFootprint, ...]
+    clips: tuple[ClipFootprint, ...]
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(image.tokens for image in self.images)
+
+    @property
+    def audio_tokens(self) -> int:
+        return sum(clip.tokens for clip in self.clips)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.text_tokens + self.image_tokens + self.audio_tokens
+
+    @property
+    def crops(self) -> int:
+        return sum(image.crops for image in self.images)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image as the vision tower eats it: the global view first, then the crops row by row."""
+
+    crops: Float32 = field(repr=False)  # [crops, 3, crop_size, crop_size] in [-1, 1]
+    patch_mask: NDArray[np.bool_] = field(repr=False)  # [crops, patches, patches]
+    footprint: ImageFootprint
+
+
+@dataclass(frozen=True)
+class ClipInput:
+    """One clip as the audio encoder eats it."""
+
+    features: Float32 = field(repr=False)  # [frames, mel_bins]
+    footprint: ClipFootprint
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """Where one attachment's embeddings stand in the prompt; `index` counts within its kind."""
+
+    kind: MediaKind
+    index: int
+    start: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request after preparation: everything the model needs, on the host."""
+
+    ids: tuple[int, ...] = field(repr=False)
+    spans: tuple[MediaSpan, ...]
+    images: tuple[ImageInput, ...]
+    clips: tuple[ClipInput, ...]
+    footprint: Footprint
+
+    @property
+    def mode(self) -> InputMode:
+        return self.footprint.mode
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """The model ended its turn, or a stop string appeared."""
+    LENGTH = "length"
+    """max_tokens or the context was reached."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to one answer: whole characters only."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    footprint: Footprint
+    seconds: float
+    """From the call to the last token."""
+    first_token_seconds: float
+    peak_memory_bytes: int | None
+    """The most that the device's allocator held during the call; None on a device that does not count."""
