@@ -13,7 +13,7 @@ from typing import Any
 
 from memphi.errors import CheckpointError
 
-ADAPTERS = ("vision", "speech")
+DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,16 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The official layout's config.json; sizes that the official code fixes go under the key `memphi`."""
         return _to_official(self)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much one step does."""
+
+    step_tokens: int = 2048
+    """Tokens computed in one forward pass at most; longer prompts are computed in chunks."""
+    rows: int = 64
+    """Sequences that run at once; further requests wait."""
 
 
 def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-
+"""Where keys and values of running sequences are kept."""

@@ -1,10 +1,11 @@
 """The audio encoder: log-mel frames of clips in, one feature per 80 ms out (spec 5.2).
 
-A clip's features never depend on the clips beside it: each is subsampled alone, in exact chunks of time, and only the
-conformer's windows are batched.
+A clip's features never depend on the clips beside it: clips are subsampled in exact chunks of time, and windows of
+different lengths are masked where they are batched.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -34,23 +35,22 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels * -(-config.mel_bins // 8), config.hidden_size)
 
     def forward(self, frames: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
-        """Subsample one clip in chunks of time, which give exactly what the whole would give.
+        """Subsample clips of one length in chunks of time, which give exactly what the whole would give.
 
-        frames [frames, mel_bins], normalised. Returns [ceil(frames / 8), hidden].
+        frames [clips, frames, mel_bins], normalised. Returns [clips, ceil(frames / 8), hidden].
         """
-        tokens = -(-frames.shape[0] // 8)
-        return torch.cat(
-            [self._chunk(frames, i, min(i + chunk_tokens, tokens)) for i in range(0, tokens, chunk_tokens)]
-        )
+        tokens = -(-frames.shape[1] // 8)
+        firsts = range(0, tokens, chunk_tokens)
+        return torch.cat([self._chunk(frames, first, min(first + chunk_tokens, tokens)) for first in firsts], dim=1)
 
     def _chunk(self, frames: Tensor, first: int, end: int) -> Tensor:
         """Tokens first..end from their frames and eight more on either side, which the three strides reach into."""
         start = max(8 * first - 8, 0)
-        x = F.relu(self.first(frames[None, None, start : 8 * end + 8]))
+        x = F.relu(self.first(frames[:, None, start : 8 * end + 8]))
         for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
             x = F.relu(pointwise(depthwise(x)))
         skip = first - start // 8
-        return cast(Tensor, self.out(x[0, :, skip : skip + end - first].transpose(0, 1).flatten(1)))
+        return cast(Tensor, self.out(x[:, :, skip : skip + end - first].transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -140,18 +140,21 @@ class AudioEncoder(nn.Module):
         self.relative_bias = nn.Embedding(2 * config.bias_distance, config.heads)
         self.layers = nn.ModuleList(ConformerLayer(config, attention) for _ in range(config.layers))
 
-    def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, clips: Sequence[Tensor], window_batch: int = WINDOW_BATCH) -> list[Tensor]:
         """Encode clips of log-mel frames [frames, mel_bins] into features [ceil(frames / 8), hidden] each."""
-        windows: list[Tensor] = []
-        for clip in clips:
-            normed = (clip.to(self.mean.dtype) - self.mean) * self.inverse_deviation
-            windows.extend(self.subsampling(normed).split(self.config.window_tokens))
+        windows = [window for clip in self._subsample(clips) for window in clip.split(self.config.window_tokens)]
         counts = [-(-clip.shape[0] // 8) for clip in clips]
-        encoded: list[Tensor] = []
         seen = self._seen_tokens(counts)
-        for i in range(0, len(windows), WINDOW_BATCH):
-            encoded.extend(self._encode(windows[i : i + WINDOW_BATCH], seen[i : i + WINDOW_BATCH]))
+        encoded: list[Tensor] = []
+        for i in range(0, len(windows), window_batch):
+            encoded.extend(self._encode(windows[i : i + window_batch], seen[i : i + window_batch]))
         return list(torch.cat(encoded).split(counts))
+
+    def _subsample(self, clips: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Normalise and subsample; neighbouring clips of one length go as one call."""
+        for _, group in groupby(clips, key=lambda clip: clip.shape[0]):
+            frames = torch.stack(list(group)).to(self.mean.dtype)
+            yield from self.subsampling((frames - self.mean) * self.inverse_deviation)
 
     def _seen_tokens(self, counts: Sequence[int]) -> list[int]:
         """How many rows of each window are keys; the zero rows after a long clip's end are, unless told otherwise."""

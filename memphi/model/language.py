@@ -4,6 +4,7 @@ Knows nothing of media, sampling or where keys and values are kept; `KeyValues` 
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Protocol, cast
 
 import torch
@@ -59,23 +60,28 @@ class SelfAttention(nn.Module):
         parts = self.qkv(x, packing.adapter_tokens).split(self.widths, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [tokens, heads, head_dim]
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        mixed = torch.cat([self._row(i, query, key, value, packing, cache) for i in range(len(packing.rows))])
+        mixed = self._mix(query, key, value, packing, cache)
         return cast(Tensor, self.out(mixed.flatten(1), packing.adapter_tokens))
 
-    def _row(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        packing: Packing,
-        cache: Sequence[KeyValues] | None,
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, cache: Sequence[KeyValues] | None
     ) -> Tensor:
-        part = slice(packing.starts[index], packing.starts[index] + packing.rows[index].tokens)
-        keys, values = key[part], value[part]
-        if cache is not None:
-            keys, values = cache[index].extend(self.layer, keys, values)
-        return self.attention.causal(query[part], keys, values)
+        """Attention within each row; without a cache, neighbouring rows of one length go as one call."""
+        if cache is None:
+            groups = [(length, len(list(rows))) for length, rows in groupby(row.tokens for row in packing.rows)]
+            parts = zip(*(part.split([n * count for n, count in groups]) for part in (query, key, value)), strict=True)
+            return torch.cat(
+                [
+                    self.attention.causal(*(part.unflatten(0, (-1, length)) for part in group)).flatten(0, 1)
+                    for (length, _), group in zip(groups, parts, strict=True)
+                ]
+            )
+        outputs = []
+        rows = [row.tokens for row in packing.rows]
+        for store, q, k, v in zip(cache, query.split(rows), key.split(rows), value.split(rows), strict=True):
+            keys, values = store.extend(self.layer, k, v)
+            outputs.append(self.attention.causal(q[None], keys[None], values[None])[0])
+        return torch.cat(outputs)
 
 
 class MLP(nn.Module):

@@ -10,7 +10,7 @@ from memphi.config import ModelConfig
 from memphi.model.attention import Attention, select_attention
 from memphi.model.audio import AudioEncoder
 from memphi.model.language import KeyValues, LanguageModel
-from memphi.model.projector import ImageProjector, Projector
+from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput
@@ -47,17 +47,12 @@ class Phi4MM(nn.Module):
         """Embed images, their crops taken as one flat list: one tensor [tokens, hidden] per image."""
         if not images:
             return []
-        crops = [torch.from_numpy(image.crops) for image in images]
-        masks = [torch.from_numpy(image.patch_mask).to(self.device) for image in images]
-        features = self._features(torch.cat(crops), torch.cat(masks)).split([crop.shape[0] for crop in crops])
-        return [
-            self.image_projector(self.image_projector.arrange(feature, mask, image.footprint))
-            for feature, mask, image in zip(features, masks, images, strict=True)
-        ]
-
-    def _features(self, crops: Tensor, masks: Tensor) -> Tensor:
-        slices = zip(crops.split(CROP_BATCH), masks.split(CROP_BATCH), strict=True)
-        return torch.cat([self.vision(crop.to(self.device), mask) for crop, mask in slices])
+        crops = torch.cat([torch.from_numpy(image.crops) for image in images]).split(CROP_BATCH)
+        masks = torch.cat([torch.from_numpy(image.patch_mask) for image in images]).split(CROP_BATCH)
+        features = [self.vision(*(part.to(self.device) for part in pair)) for pair in zip(crops, masks, strict=True)]
+        order = torch.from_numpy(token_order(images)).to(self.device)
+        embeddings = self.image_projector(self.image_projector.arrange(torch.cat(features), order))
+        return list(embeddings.split([image.footprint.tokens for image in images]))
 
     def encode_clips(self, clips: Sequence[ClipInput], head: str) -> list[Tensor]:
         """Embed audio clips with the head that the input mode asks for: one tensor [tokens, hidden] per clip."""
@@ -71,11 +66,8 @@ class Phi4MM(nn.Module):
         embeddings = cast(Tensor, self.language.embedding(ids))
         if not media:
             return embeddings
-        pieces, end = [], 0
-        for start, rows in media:
-            pieces += [embeddings[end:start], rows.to(embeddings.dtype)]
-            end = start + rows.shape[0]
-        return torch.cat((*pieces, embeddings[end:]))
+        places = torch.cat([torch.arange(start, start + rows.shape[0]) for start, rows in media]).to(ids.device)
+        return embeddings.index_copy(0, places, torch.cat([rows for _, rows in media]).to(embeddings.dtype))
 
     def forward(
         self,
@@ -87,10 +79,10 @@ class Phi4MM(nn.Module):
     ) -> Tensor:
         """One step over packed rows of any input modes.
 
-        ids [tokens]; media are (first packed token, embeddings) in order; logits_at are the packed tokens to score,
-        by default the last of each row. Returns logits [len(logits_at), vocab_size].
+        ids [tokens]; media are (first packed token, embeddings [tokens, hidden]); logits_at are the packed tokens to
+        score, by default the last of each row. Returns logits [len(logits_at), vocab_size].
         """
         packing = pack(rows, ids.device)
         hidden = self.language(self.embed(ids, media), packing, cache)
         wanted = packing.last_tokens if logits_at is None else list(logits_at)
-        return self.language.logits(hidden[torch.tensor(wanted, device=ids.device)])
+        return self.language.logits(hidden[torch.tensor(wanted, dtype=torch.int64, device=ids.device)])

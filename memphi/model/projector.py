@@ -1,12 +1,18 @@
 """From tower features to rows of the decoder's embedding: separators, order, projection (spec 4.2, 5.2)."""
 
-from typing import cast
+import math
+from collections.abc import Sequence
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from memphi.request import ImageFootprint
+from memphi.request import ImageInput
+
+T = TypeVar("T", bound=np.generic)
 
 
 class Projector(nn.Module):
@@ -22,33 +28,57 @@ class Projector(nn.Module):
 
 
 class ImageProjector(Projector):
-    """Arranges one image's crops as rows with learned separators, then projects."""
+    """Arranges images' crops as rows with learned separators, then projects."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.view_separator = nn.Parameter(torch.empty(1, 1, in_features))
         self.row_separator = nn.Parameter(torch.empty(1, 1, 1, in_features))
 
-    def arrange(self, features: Tensor, patch_mask: Tensor, footprint: ImageFootprint) -> Tensor:
-        """Pool 2 x 2 and lay out: the grid of crops cut to its valid part, one separator, the global view.
+    def arrange(self, features: Tensor, order: Tensor) -> Tensor:
+        """Pool 2 x 2 and lay out images' tokens.
 
-        features [crops, patches ** 2, in]; patch_mask [crops, patches, patches]. Returns [tokens, in].
+        features [crops, patches ** 2, in]; order [tokens] as `token_order` gives it, for one image or several.
+        Returns [tokens, in].
         """
-        side = patch_mask.shape[-1]
+        side = math.isqrt(features.shape[1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        pooled = F.avg_pool2d(grid, 2).permute(0, 2, 3, 1)  # [crops, side / 2, side / 2, in]
-        layout = (footprint.crop_rows, footprint.crop_columns)
-        crops = _tile(pooled[1:], layout)
-        valid = _tile(patch_mask[1:, ::2, ::2, None], layout)[..., 0]
-        crops = crops[: int(valid[:, 0].sum()), : int(valid[0].sum())]
-        return torch.cat((self._with_separators(crops), self.view_separator[0], self._with_separators(pooled[0])))
-
-    def _with_separators(self, grid: Tensor) -> Tensor:
-        """End every row of [rows, columns, in] with the row separator and flatten."""
-        ends = self.row_separator[0].expand(grid.shape[0], 1, -1)
-        return torch.cat((grid, ends), dim=1).flatten(0, 1)
+        pooled = F.avg_pool2d(grid, 2).permute(0, 2, 3, 1).flatten(0, 2)  # [crops * (side / 2) ** 2, in]
+        width = pooled.shape[-1]
+        return torch.cat((pooled, self.row_separator.view(1, width), self.view_separator.view(1, width)))[order]
 
 
-def _tile(crops: Tensor, layout: tuple[int, int]) -> Tensor:
-    """Put crops [rows * columns, side, side, c] side by side: [rows * side, columns * side, c]."""
-    return crops.reshape(*layout, *crops.shape[1:]).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+def token_order(images: Sequence[ImageInput]) -> NDArray[np.int64]:
+    """Where each token of the images comes from, in order (spec 4.2).
+
+    Counts cells of the pooled crops, all images' crops taken as one flat list; the two numbers after the last cell
+    are the row separator and the view separator. An image is its grid of crops cut to the valid part, the view
+    separator, then the global view; every row of either ends with the row separator. Returns [tokens].
+    """
+    side = images[0].patch_mask.shape[-1] // 2
+    row_end = sum(image.patch_mask.shape[0] for image in images) * side * side
+    pieces, first = [], 0
+    for image in images:
+        pieces.append(_image_order(image, first, row_end))
+        first += image.patch_mask.shape[0]
+    return np.concatenate(pieces)
+
+
+def _image_order(image: ImageInput, first_crop: int, row_end: int) -> NDArray[np.int64]:
+    layout = (image.footprint.crop_rows, image.footprint.crop_columns)
+    mask = image.patch_mask[:, ::2, ::2]
+    cells = np.arange(mask.size).reshape(mask.shape) + first_crop * mask[0].size
+    valid = _tile(mask[1:], layout)
+    crops = _tile(cells[1:], layout)[: valid[:, 0].sum(), : valid[0].sum()]
+    return np.concatenate((_with_row_ends(crops, row_end), [row_end + 1], _with_row_ends(cells[0], row_end)))
+
+
+def _with_row_ends(cells: NDArray[np.int64], row_end: int) -> NDArray[np.int64]:
+    return np.pad(cells, ((0, 0), (0, 1)), constant_values=row_end).reshape(-1)
+
+
+def _tile(crops: NDArray[T], layout: tuple[int, int]) -> NDArray[T]:
+    """Put crops [rows * columns, side, side] side by side: [rows * side, columns * side]."""
+    rows, columns = layout
+    side = crops.shape[-1]
+    return crops.reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, columns * side)

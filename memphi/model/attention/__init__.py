@@ -14,10 +14,10 @@ class Attention(Protocol):
     """What the model asks of an attention backend."""
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One row of the decoder: each query sees the keys up to its own position, the last query sees all.
+        """Rows of the decoder, all alike: each query sees the keys up to its own position, the last query sees all.
 
-        query [tokens, heads, head_dim]; key and value [past + tokens, kv_heads, head_dim], where a group of
-        heads / kv_heads query heads shares one. Returns [tokens, heads, head_dim].
+        query [rows, tokens, heads, head_dim]; key and value [rows, past + tokens, kv_heads, head_dim], where a group of
+        heads / kv_heads query heads shares one. Returns [rows, tokens, heads, head_dim].
         """
         ...
 

@@ -8,13 +8,11 @@ class EagerAttention:
     """The definition of `Attention`."""
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens, heads, _ = query.shape
-        group = heads // key.shape[1]
-        keys = key.repeat_interleave(group, dim=1).transpose(0, 1)  # [heads, past + tokens, head_dim]
-        values = value.repeat_interleave(group, dim=1).transpose(0, 1)
-        past = key.shape[0] - tokens
-        seen = torch.ones(tokens, key.shape[0], dtype=torch.bool, device=query.device).tril(past)
-        return self.full(query.transpose(0, 1)[None], keys[None], values[None], seen)[0].transpose(0, 1)
+        tokens, keys = query.shape[1], key.shape[1]
+        group = query.shape[2] // key.shape[2]
+        seen = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+        key, value = (part.repeat_interleave(group, dim=2).transpose(1, 2) for part in (key, value))
+        return self.full(query.transpose(1, 2), key, value, seen).transpose(1, 2)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)

@@ -10,18 +10,14 @@ class SdpaAttention:
     """Equal to EagerAttention; does not materialise the scores where torch has a kernel for the case."""
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens, heads, _ = query.shape
-        group = heads // key.shape[1]
-        q = query.transpose(0, 1)[None]
-        k = key.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        v = value.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-        if tokens == 1:
-            out = F.scaled_dot_product_attention(q, k, v)
-        elif tokens == key.shape[0]:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_lower_right(q, k))
-        return out[0].transpose(0, 1)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        tokens, keys = query.shape[1], key.shape[1]
+        # One query sees every key, and without a past the plain causal mask is right; both need no mask tensor.
+        mask = None if tokens in (1, keys) else _lower_right(q, k)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
+        )
+        return out.transpose(1, 2)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

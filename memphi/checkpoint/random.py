@@ -1,0 +1,60 @@
+"""Random weights for a model of any size, made on the device in seconds.
+
+They mean nothing, but they behave: activations stay finite in bf16 through all layers, both adapters change the answer,
+and the best logit stands out from the next. For trying the engine, for measuring speed and memory, and for tests.
+"""
+
+import math
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from memphi.config import ModelConfig
+from memphi.model.attention import Attention
+from memphi.model.phi4mm import Phi4MM
+
+
+def random_model(
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    attention: Attention | None = None,
+) -> Phi4MM:
+    """A model with random weights, in eval mode and without gradients.
+
+    Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it. No weight
+    passes through the host.
+    """
+    with torch.device("meta"):
+        model = Phi4MM(config, attention)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, name))
+        mean, deviation = _distribution(name, tensor)
+        tensor.normal_(mean, deviation, generator=generator)
+    return model
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
+
+
+def _distribution(name: str, tensor: Tensor) -> tuple[float, float]:
+    """Mean and deviation of a tensor's numbers."""
+    keeps_scale = 1 / math.sqrt(tensor[0].numel())  # outputs as large as inputs; 0.018 for the decoder
+    rules = (
+        ("audio.mean", 10.0, 0.7),  # what log-mel values are like
+        ("audio.inverse_deviation", 0.32, 0.02),
+        ("norm.weight", 1.0, 0.1),
+        ("separator", 0.0, 1.0),
+        ("bias", 0.0, 0.02),
+        ("relative_bias.weight", 0.0, 0.5),
+        ("position_embedding.weight", 0.0, 0.3),
+        ("language.embedding.weight", 0.0, 3 * keeps_scale),  # spreads the logits, which it makes too
+        ("adapters.vision.b", 0.0, 0.25 * keeps_scale),
+        ("adapters.speech.b", 0.0, 0.25 * keeps_scale),
+    )
+    return next(((mean, deviation) for end, mean, deviation in rules if name.endswith(end)), (0.0, keeps_scale))

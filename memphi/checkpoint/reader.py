@@ -1,0 +1,68 @@
+"""Bytes of checkpoint files into tensors that exist already, on any device.
+
+Knows how bytes travel: in pieces, through one buffer. Knows neither names nor shapes of the model; the loader says what
+goes where, and `headers` says where it lies.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from memphi.checkpoint.headers import ITEM_BYTES, StoredTensor
+from memphi.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in total."""
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_PIECE_BYTES = 32 * 2**20
+
+
+def fill_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]], device: torch.device, progress: Progress | None) -> None:
+    """Fill each tensor from its file; the tensors lie on `device`, are contiguous and may have another float dtype.
+
+    Host memory: one buffer of 32 MiB (pinned, for a GPU), however large a tensor is; bytes are read into it and copied
+    from there, and converted on the device. Files are read, not mapped, so a file that shrinks under us is an error
+    and not a dead process. Raises CheckpointError for a file that cannot be read to the end.
+    """
+    work = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].start))
+    buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    done, total = 0, sum(stored.end - stored.start for stored, _ in work)
+    for path, group in groupby(work, key=lambda pair: pair[0].file):
+        try:
+            with path.open("rb", buffering=0) as file:
+                for stored, target in group:
+                    for count in _fill(file, stored, target, buffer):
+                        done += count
+                        if progress:
+                            progress(done, total)
+        except OSError as wrong:
+            raise CheckpointError(f"{path} cannot be read: {wrong.strerror or wrong}") from None
+
+
+def _fill(file: FileIO, stored: StoredTensor, target: Tensor, buffer: Tensor) -> Iterator[int]:
+    """Copy one tensor piece by piece; yields each piece's bytes."""
+    flat, item_bytes, first = target.view(-1), ITEM_BYTES[stored.kind], 0
+    file.seek(stored.start)
+    while first < flat.numel():
+        items = min(_PIECE_BYTES // item_bytes, flat.numel() - first)
+        piece = buffer[: items * item_bytes]
+        _read_exactly(file, memoryview(piece.numpy()), stored)  # type: ignore[arg-type]  # numpy arrays are buffers
+        flat[first : first + items].copy_(piece.view(DTYPES[stored.kind]))
+        first += items
+        yield items * item_bytes
+
+
+def _read_exactly(file: FileIO, into: memoryview, stored: StoredTensor) -> None:
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done:])
+        if not count:
+            raise CheckpointError(
+                f"{stored.file} ends within tensor {stored.name!r}; expected {stored.end} bytes or more"
+            )
+        done += count

@@ -1,0 +1,100 @@
+"""`memphi chat`: a conversation in the terminal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from memphi.cli import options
+from memphi.cli.ask import load_engine, open_attachments, stream_answer
+from memphi.config import DEFAULT_MODEL
+from memphi.errors import MemphiError
+
+if TYPE_CHECKING:
+    from memphi.engine.engine import Engine
+    from memphi.request import Media, Message, SamplingParams
+
+COMMANDS = "/attach FILE adds a picture or recording to your next message, /new starts over, /quit ends"
+
+
+def chat(
+    attach: options.Attachments = [],  # noqa: B006
+    model: options.Model = DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bf16",
+    attention: options.AttentionBackend = "auto",
+    system: options.System = None,
+    max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = None,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    stop: options.Stop = [],  # noqa: B006
+) -> None:
+    """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
+    from memphi.request import SamplingParams
+
+    sampling = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop=tuple(stop))
+    media = open_attachments(attach)
+    Conversation(load_engine(model, device, dtype, attention), system, sampling, media).run()
+
+
+class Conversation:
+    """The turns so far and the attachments that wait for the next message."""
+
+    def __init__(
+        self, engine: "Engine", system: str | None, sampling: "SamplingParams", attachments: "tuple[Media, ...]" = ()
+    ) -> None:
+        self.engine = engine
+        self.system = system
+        self.sampling = sampling
+        self.attachments = attachments
+        self.messages: tuple[Message, ...] = ()
+        self._start_over()
+
+    def run(self) -> None:
+        """Read lines until the end of input; a turn that fails is told on stderr and forgotten."""
+        print(COMMANDS, file=sys.stderr)
+        while (line := _read_line()) is not None and line != "/quit":
+            try:
+                self._take(line)
+            except MemphiError as error:
+                print(f"memphi: {error}", file=sys.stderr)
+
+    def _take(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "/new":
+            self.attachments = ()
+            self._start_over()
+        elif command == "/attach":
+            self.attachments += open_attachments([rest.strip()])
+        elif command == "/help":
+            print(COMMANDS, file=sys.stderr)
+        elif command.startswith("/") and command[1:].isalpha():
+            print(f"memphi: there is no command {command}; {COMMANDS}", file=sys.stderr)
+        elif line or self.attachments:
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        from memphi.request import Message, Request
+
+        messages = (*self.messages, Message("user", (*self.attachments, text)))
+        answer = stream_answer(self.engine, Request(messages, self.sampling))
+        self.messages = (*messages, Message("assistant", (answer,)))
+        self.attachments = ()
+
+    def _start_over(self) -> None:
+        from memphi.request import Message
+
+        self.messages = () if self.system is None else (Message("system", (self.system,)),)
+
+
+def _read_line() -> str | None:
+    """One line from the person, None at the end of input; the prompt goes to stderr."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives line editing and history to input())
+    print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip()
+    except EOFError:
+        return None

@@ -1,0 +1,104 @@
+"""Scores of a model on the demo's tasks: how many answers are right, how many words misheard, and what is asked for.
+
+Knows answers and references as text; knows no models and no samples. Evaluation calls `scores` and prints `table`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Pairs = Iterable[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table: the share right (or words misheard), over how many samples, against what is asked for."""
+
+    name: str
+    value: float
+    threshold: float
+    count: int
+    lower_is_better: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the score meets its threshold; no samples never do."""
+        if self.count == 0:
+            return False
+        return self.value <= self.threshold if self.lower_is_better else self.value >= self.threshold
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A line that is asked for: the tasks it pools and the share that must be right (or may be misheard)."""
+
+    name: str
+    tasks: tuple[str, ...]
+    threshold: float
+    measures_word_errors: bool = False
+
+
+DEMANDS = (
+    Demand("numbers", ("read-number",), 0.97),
+    Demand("words", ("read-word",), 0.85),
+    Demand("colour, shape, count", ("colour", "shape", "colour-shape", "count"), 0.95),
+    Demand("several images", ("compare-images", "add-images", "which-image"), 0.90),
+    Demand("speech (word error rate)", ("transcribe",), 0.05, measures_word_errors=True),
+    Demand("spoken questions", ("spoken-question",), 0.90),
+    Demand("text", ("arithmetic", "reverse-word", "json", "chat"), 0.90),
+)
+
+
+def scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
+    """Return one score for each demand from {task: [(answer, reference), ...]}."""
+    return [_score(demand, [pair for task in demand.tasks for pair in answers.get(task, ())]) for demand in DEMANDS]
+
+
+def task_scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
+    """Return one score for each task, against the threshold of the demand it belongs to."""
+    return [
+        _score(Demand(task, (task,), demand.threshold, demand.measures_word_errors), answers[task])
+        for demand in DEMANDS
+        for task in demand.tasks
+        if task in answers
+    ]
+
+
+def table(lines: Iterable[Score]) -> str:
+    """Return the scores as an aligned table of text."""
+    rows = [("", "score", "asked", "samples", "")]
+    for line in lines:
+        bound = "<=" if line.lower_is_better else ">="
+        verdict = "ok" if line.passed else "below" if not line.lower_is_better else "above"
+        asked = f"{bound} {line.threshold:.1%}"
+        rows.append((line.name, f"{line.value:.1%}" if line.count else "-", asked, str(line.count), verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def exactly_right(pairs: Pairs) -> float:
+    """Return the share of answers that equal their reference, space around them aside."""
+    results = [answer.strip() == reference.strip() for answer, reference in pairs]
+    return sum(results) / len(results) if results else 0.0
+
+
+def word_error_rate(pairs: Pairs) -> float:
+    """Return the words wrongly left out, added or replaced, per word of the references."""
+    split = [(answer.split(), reference.split()) for answer, reference in pairs]
+    spoken = sum(len(reference) for _, reference in split)
+    errors = sum(edits(answer, reference) for answer, reference in split)
+    return errors / spoken if spoken else float(errors > 0)
+
+
+def edits(answer: Sequence[str], reference: Sequence[str]) -> int:
+    """Return the least number of words to insert, delete or replace to turn one into the other."""
+    row = list(range(len(reference) + 1))
+    for place, heard in enumerate(answer, start=1):
+        above, row = row, [place]
+        for column, said in enumerate(reference):
+            row.append(min(above[column + 1] + 1, row[column] + 1, above[column] + (heard != said)))
+    return row[-1]
+
+
+def _score(demand: Demand, pairs: Sequence[tuple[str, str]]) -> Score:
+    measure = word_error_rate if demand.measures_word_errors else exactly_right
+    return Score(demand.name, measure(pairs), demand.threshold, len(pairs), demand.measures_word_errors)

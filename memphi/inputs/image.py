@@ -1,0 +1,294 @@
+"""Pictures: what one costs from its header alone, and its dynamic-HD crops, the definition of vision preprocessing.
+
+Knows Pillow and the arithmetic of spec 4.3; nothing of ids or tensors. `prompt` calls it; the vision tower takes
+`position_buckets` from here.
+
+Differs from the official processor in three things, which `reference=True` switches off: a picture stands as its EXIF
+orientation says, transparent parts lie on white, and 16-bit grey is scaled to 8 bits rather than clipped.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memphi.config import VisionConfig
+from memphi.errors import MediaError
+from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, sniff
+from memphi.request import Float32, ImageFootprint, ImageInput, Media, Pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SMALLEST_SIDE = 10
+"""Pixels that a resized picture must have in each direction (spec 4.3, step 5)."""
+WHITE = 255
+CUBIC = -0.75
+"""The parameter of PyTorch's bicubic kernel."""
+ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one picture fills a grid of crops, in pixels (spec 4.3, steps 1 to 4)."""
+
+    crop_rows: int
+    crop_columns: int
+    height: int
+    """Height after resizing; padding below fills the grid."""
+    width: int
+    valid_rows: int
+    """Rows of patches that hold picture."""
+    valid_columns: int
+
+
+def measure_image(
+    media: Media, vision: VisionConfig, limits: MediaLimits = DEFAULT_LIMITS, reference: bool = False
+) -> ImageFootprint:
+    """What a picture costs, from its header; raises MediaError, naming the attachment."""
+    with attached(media.name):
+        if isinstance(media.content, np.ndarray):
+            height, width = media.content.shape[:2]
+        else:
+            with _reading(media):
+                picture = _open(media, limits)
+                width, height = _upright_size(picture, reference)
+        return footprint(width, height, vision)
+
+
+def prepare_image(
+    media: Media, vision: VisionConfig, limits: MediaLimits = DEFAULT_LIMITS, reference: bool = False
+) -> ImageInput:
+    """Decode a picture and cut it into normalised crops; raises MediaError, naming the attachment."""
+    with attached(media.name):
+        return preprocess(_decode(media, vision, limits, reference), vision)
+
+
+def footprint(width: int, height: int, vision: VisionConfig) -> ImageFootprint:
+    """Crops and tokens of a picture of this size (spec 4.3); raises MediaError where its shape is too extreme."""
+    layout = lay_out(width, height, vision)
+    rows, columns = -(-layout.valid_rows // 2), -(-layout.valid_columns // 2)
+    side = vision.patches // 2
+    return ImageFootprint(
+        width=width,
+        height=height,
+        crop_rows=layout.crop_rows,
+        crop_columns=layout.crop_columns,
+        tokens=rows * (columns + 1) + 1 + side * (side + 1),
+    )
+
+
+def lay_out(width: int, height: int, vision: VisionConfig) -> Layout:
+    """Choose the grid of crops and the size inside it, in doubles as the official processor does (spec 4.3)."""
+    columns, rows = _grid(width, height, vision)
+    full_width, full_height = columns * vision.crop_size, rows * vision.crop_size
+    scale_x, scale_y = full_width / width, full_height / height
+    if scale_x < scale_y:
+        new_width, new_height = full_width, int(height * scale_x)
+    else:
+        new_width, new_height = int(width * scale_y), full_height
+    if min(new_width, new_height) < SMALLEST_SIDE:
+        raise MediaError(f"a picture of {width} x {height} is too narrow to be seen; crop it or add a border")
+    return Layout(
+        crop_rows=rows,
+        crop_columns=columns,
+        height=new_height,
+        width=new_width,
+        valid_rows=rows * vision.patches - (full_height - new_height) // vision.patch_size,
+        valid_columns=columns * vision.patches - (full_width - new_width) // vision.patch_size,
+    )
+
+
+def _grid(width: int, height: int, vision: VisionConfig) -> tuple[int, int]:
+    """Columns and rows of crops: enough for every pixel, or else the allowed grid of the closest aspect ratio."""
+    columns, rows = math.ceil(width / vision.crop_size), math.ceil(height / vision.crop_size)
+    if columns * rows <= vision.max_crops:
+        return columns, rows
+    sides = range(1, vision.max_crops + 1)
+    grids = [(i, j) for i in sides for j in sides if i * j <= vision.max_crops]
+    aspect, best, closest = width / height, (1, 1), math.inf
+    for i, j in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(aspect - i / j)
+        fills = width * height > 0.5 * vision.crop_size**2 * i * j
+        if distance < closest or (distance == closest and fills):
+            best, closest = (i, j), distance
+    return best
+
+
+def preprocess(pixels: Pixels, vision: VisionConfig) -> ImageInput:
+    """Resize, pad with white, normalise and cut (spec 4.3, steps 6 to 9).
+
+    Takes uint8 [height, width, 3]; gives crops float32 [1 + rows * columns, 3, crop_size, crop_size] in [-1, 1] (the
+    global view may reach a little beyond), the global view first. Raises MediaError for a too extreme shape.
+    """
+    height, width = pixels.shape[:2]
+    layout = lay_out(width, height, vision)
+    padded = _resize_and_pad(pixels, layout, vision.crop_size)
+    size, rows, columns = vision.crop_size, layout.crop_rows, layout.crop_columns
+    table = _normalised_values()
+    crops = np.empty((1 + rows * columns, 3, size, size), np.float32)
+    crops[0] = bicubic(padded, table, size).transpose(2, 0, 1)
+    tiles = padded.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+    for row in range(rows):  # one row of crops at a time: `table[tiles]` at once would double the memory
+        crops[1 + row * columns : 1 + (row + 1) * columns] = table[tiles[row]]
+    return ImageInput(crops, _patch_mask(layout, vision), footprint(width, height, vision))
+
+
+def _resize_and_pad(pixels: Pixels, layout: Layout, size: int) -> Pixels:
+    from PIL import Image
+
+    resized = Image.fromarray(pixels).resize((layout.width, layout.height), Image.Resampling.BILINEAR)
+    padded = np.full((layout.crop_rows * size, layout.crop_columns * size, 3), WHITE, np.uint8)
+    padded[: layout.height, : layout.width] = np.asarray(resized)
+    return padded
+
+
+def _normalised_values() -> Float32:
+    """What each of the 256 values of a channel becomes: (x / 255 - 0.5) / 0.5."""
+    return (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+def _patch_mask(layout: Layout, vision: VisionConfig) -> NDArray[np.bool_]:
+    """Which patches of each crop hold picture: [crops, patches, patches], the global view's all True."""
+    rows, columns, patches = layout.crop_rows, layout.crop_columns, vision.patches
+    grid = np.zeros((rows * patches, columns * patches), np.bool_)
+    grid[: layout.valid_rows, : layout.valid_columns] = True
+    tiles = grid.reshape(rows, patches, columns, patches).transpose(0, 2, 1, 3).reshape(-1, patches, patches)
+    return np.concatenate([np.ones((1, patches, patches), np.bool_), tiles])
+
+
+def bicubic(pixels: Pixels, table: Float32, size: int) -> Float32:
+    """Shrink or stretch `table[pixels]` to float32 [size, size, channels] as PyTorch's bicubic interpolation does.
+
+    No antialiasing, corners not aligned, no clamping; only the rows that count are looked up.
+    """
+    rows, row_weights = _cubic_taps(pixels.shape[0], size)
+    columns, column_weights = _cubic_taps(pixels.shape[1], size)
+    partial = sum(w[:, None, None] * table[pixels[r]] for r, w in zip(rows, row_weights, strict=True))
+    assert isinstance(partial, np.ndarray)
+    result = sum(w[None, :, None] * partial[:, c] for c, w in zip(columns, column_weights, strict=True))
+    assert isinstance(result, np.ndarray)
+    return result
+
+
+def _cubic_taps(length: int, size: int) -> tuple[NDArray[np.int64], Float32]:
+    """Positions and weights of the four samples that make each of `size` outputs: two arrays [4, size]."""
+    centre = (np.arange(size) + 0.5) * (length / size) - 0.5
+    base = np.floor(centre)
+    distance = np.abs(centre - base - np.arange(-1, 3)[:, None])
+    near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * CUBIC - 4 * CUBIC
+    positions = base.astype(np.int64) + np.arange(-1, 3)[:, None]
+    return positions.clip(0, length - 1), np.where(distance <= 1, near, far).astype(np.float32)
+
+
+def position_buckets(count: int, patches: int) -> NDArray[np.int64]:
+    """Row (or column) of the position table for each of `count` valid patches, stretched over `patches` (spec 4.1).
+
+    floor(patches * j / count), except where float32 rounding puts the official code one below: it buckets a float32
+    linspace, whose second half counts back from the end.
+    """
+    last = np.float32(1 - 1 / count)
+    step = np.float64(last / np.float32(max(count - 1, 1)))
+    j = np.arange(count)
+    fractions = np.where(j < count // 2, step * j, last - step * (count - 1 - j)).astype(np.float32)
+    boundaries = (np.arange(1, patches) / patches).astype(np.float32)
+    return np.searchsorted(boundaries, fractions, side="right")
+
+
+@contextmanager
+def _reading(media: Media) -> Iterator[None]:
+    """Turn whatever Pillow raises on a damaged file into one MediaError."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as wrong:  # a parser of untrusted bytes: Pillow's plugins raise nearly anything
+        reason = str(wrong) or type(wrong).__name__
+        raise MediaError(f"cannot be read as a picture, it is damaged or cut short ({reason})") from None
+
+
+def _open(media: Media, limits: MediaLimits) -> "Image.Image":
+    """Read the header; nothing is decoded, and a picture beyond the limit is refused."""
+    from PIL import Image
+
+    # Pillow warns of odd metadata and of big pictures on stderr; the first is no matter here, the second has a limit.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    assert isinstance(media.content, bytes)
+    kind, format = sniff(media.content)
+    if kind != "image":
+        raise MediaError("is a sound, not a picture")
+    try:
+        picture = Image.open(io.BytesIO(media.content), formats=[format])
+    except Image.DecompressionBombError:
+        raise MediaError(f"has more than {limits.pixels} pixels; send a smaller picture") from None
+    if picture.width * picture.height > limits.pixels:
+        size = f"{picture.width} x {picture.height}"
+        raise MediaError(f"is {size}, more than {limits.pixels} pixels; send a smaller picture")
+    return picture
+
+
+def _orientation(picture: "Image.Image") -> int:
+    """The EXIF orientation in the header, 1 where there is none; Pillow applies a TIFF's own by itself."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        exif.load(picture.info.get("exif", b""))
+        return int(exif.get(ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata says nothing about how the picture stands
+        return 1
+
+
+def _upright_size(picture: "Image.Image", reference: bool) -> tuple[int, int]:
+    turned = not reference and 5 <= _orientation(picture) <= 8
+    return (picture.height, picture.width) if turned else picture.size
+
+
+def _decode(media: Media, vision: VisionConfig, limits: MediaLimits, reference: bool) -> Pixels:
+    if isinstance(media.content, np.ndarray):
+        return media.content
+    with _reading(media):
+        picture = _open(media, limits)
+        lay_out(*_upright_size(picture, reference), vision)  # refuse a too narrow picture before decoding it
+        if reference:
+            return np.asarray(picture.convert("RGB"))
+        orientation = _orientation(picture)
+        picture.load()
+        return np.asarray(_turn(_on_white(picture), orientation))
+
+
+def _on_white(picture: "Image.Image") -> "Image.Image":
+    """As RGB, with white behind transparent parts."""
+    from PIL import Image
+
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise MediaError("has 32-bit pixels, whose white is unknown; save it with 8 or 16 bits")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    colours = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+def _turn(picture: "Image.Image", orientation: int) -> "Image.Image":
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
