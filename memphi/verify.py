@@ -1,35 +1,37 @@
 """Does memphi compute what transformers' own Phi-4-multimodal computes from the same files?
 
-Runs the two one after the other, mode by mode, on inputs where they agree by design (one clip, crops without padding)
-and compares logits. Reads the oracle's weights with the safetensors library and renames them by a list of its own, so
-that a mistake in memphi's reader or table of names shows too. Called by the CLI; the tests use its parts.
+Runs the two one after the other, mode by mode, on inputs where they agree by design (one clip, crops without padding),
+and compares logits. For people who have the weights; called by the CLI.
 """
 
 import gc
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from memphi.cache.contiguous import ContiguousCache
-from memphi.checkpoint.layout import find_tensors, read_config
+from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
-from memphi.checkpoint.locate import locate
-from memphi.checkpoint.names import official_name
+from memphi.checkpoint.locate import Location, locate
 from memphi.checkpoint.random import random_model
 from memphi.config import ModelConfig
-from memphi.errors import CheckpointError, MemphiError
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
+from memphi.oracle import (
+    StoredWeights,
+    build_oracle,
+    fill_oracle,
+    import_transformers,
+    merge_adapter,
+    model_weights,
+    oracle_inputs,
+)
 from memphi.request import InputMode, Media, Prompt, Request, Samples
 
 Progress = Callable[[str], None]
@@ -37,26 +39,8 @@ Progress = Callable[[str], None]
 
 COMPARED_TOKENS = 64
 """About how many of a prompt's positions have their logits kept; all of them would take gigabytes."""
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""The largest relative error that counts as agreement; transformers' merged adapters round once more than ours."""
-
-_INSTALL = 'comparing needs transformers with Phi-4-multimodal; install it with: pip install "memphi[verify]"'
-_UNUSED = re.compile(r"(.*\.img_processor\.(head|post_layernorm)\..*|lm_head\.weight)")
-_RENAMES = (
-    (r"\.base_layer\.", "."),
-    (r"\.(feed_forward_\w+)\.net\.0\.linear\.", r".\1.gate_up_proj."),
-    (r"\.(feed_forward_\w+)\.net\.2\.", r".\1.down_proj."),
-    (r"\.self_attn\.linear_([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.self_attn\.linear_out\.", ".self_attn.o_proj."),
-    (r"\.img_projection\.0\.", ".img_projection_up."),
-    (r"\.img_projection\.2\.", ".img_projection_down."),
-    (r"\.glb_GN$", ".global_img_feature_extensor"),
-    (r"\.sub_GN$", ".sub_img_feature_extensor"),
-    (r"\.audio_projection\.speech\.0\.", ".up_proj_for_speech."),
-    (r"\.audio_projection\.speech\.2\.", ".down_proj_for_speech."),
-    (r"\.audio_projection\.vision\.0\.", ".up_proj_for_vision_speech."),
-    (r"\.audio_projection\.vision\.2\.", ".down_proj_for_vision_speech."),
-)
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""The largest relative error that counts as agreement."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +77,19 @@ class Trace:
     answer: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What both have to do."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    prompts: tuple[Prompt, ...]
+    new_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+    say: Progress
+
+
 def verify(
     model: str,
     device: torch.device,
@@ -104,22 +101,136 @@ def verify(
 ) -> list[ModeReport]:
     """Compare memphi with transformers on the weights of `model`, in all four input modes.
 
-    model is a folder, a hub name or `random`; oracle another one that transformers runs instead, to see what differs.
-    Device memory: one model at a time. Raises CheckpointError, and MemphiError where transformers is missing.
+    model is a folder, a hub name or `random`; oracle is another one for transformers to run, to see what differs.
+    Device memory: one model at a time, for `random` two. Raises CheckpointError, and MemphiError where transformers is
+    missing.
     """
     import_transformers()
-    say = progress or (lambda _: None)
-    here = locate(model)
-    there = here if oracle is None else locate(oracle)
-    config = read_config(here.folder)
-    tokenizer = Tokenizer.from_folder(here.folder)
-    prompts = [prepare(request, config, tokenizer) for request in sample_requests(config, seed)]
-    say("memphi: loading")
-    network = random_model(config, device, dtype) if here.random else load_model(here.folder, device, dtype)
-    ours = [_named(say, "memphi", prompt, trace_memphi(network, prompt, new_tokens)) for prompt in prompts]
-    weights = model_weights(network) if there.random else StoredWeights(there.folder)
-    del network
-    _free_memory()
-    say("transformers: loading")
-    theirs = list(_trace_transformers(config, weights, tokenizer, prompts, new_tokens, device, dtype, say))
-    return [compare(p, a, b, TOLERANCES[dtype]) for p, a, b in zip(prompts, ours, theirs, strict=True)]
+    location = locate(model)
+    config = read_config(location.folder)
+    tokenizer = Tokenizer.from_folder(location.folder)
+    prompts = tuple(prepare(request, config, tokenizer) for request in sample_requests(config, seed))
+    task = _Task(config, tokenizer, prompts, new_tokens, device, dtype, progress or (lambda _: None))
+    ours = _run_memphi(location, task)
+    _free_memory(device)
+    theirs = _run_transformers(location if oracle is None else locate(oracle), task)
+    return [compare(*traces, TOLERANCES[dtype]) for traces in zip(prompts, ours, theirs, strict=True)]
+
+
+def sample_requests(config: ModelConfig, seed: int) -> list[Request]:
+    """One request in each mode, whose picture fills its two crops and whose sound lasts 2 s."""
+    random = np.random.default_rng(seed)
+    side = config.vision.crop_size
+    pixels = random.integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+    samples = Samples(0.1 * random.standard_normal(32000).astype(np.float32), 16000)
+    picture, sound = Media("image", "noise", pixels, "image"), Media("audio", "noise", samples, "audio")
+    return [
+        Request.ask("Name three rivers and the seas they reach."),
+        Request.ask("Describe the image in detail.", [picture]),
+        Request.ask("Transcribe the audio clip into text.", [sound]),
+        Request.ask("", [picture, sound]),
+    ]
+
+
+def compare(prompt: Prompt, ours: Trace, theirs: Trace, tolerance: float) -> ModeReport:
+    """The figures of one mode."""
+    difference = ours.logits - theirs.logits
+    return ModeReport(
+        mode=prompt.mode,
+        prompt_tokens=len(prompt.ids),
+        compared_tokens=difference.shape[0],
+        largest=float(difference.abs().max()),
+        mean=float(difference.abs().mean()),
+        relative=float(difference.norm() / theirs.logits.norm()),
+        top1=float((ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean()),
+        tolerance=tolerance,
+        ours=ours.answer,
+        theirs=theirs.answer,
+    )
+
+
+def compared_positions(tokens: int) -> list[int]:
+    """About COMPARED_TOKENS positions of a prompt, evenly spread, and its last."""
+    return sorted({*range(0, tokens, max(tokens // COMPARED_TOKENS, 1)), tokens - 1})
+
+
+def encode_media(model: Phi4MM, prompt: Prompt) -> list[tuple[int, Tensor]]:
+    """A prompt's media embeddings with the position at which each starts."""
+    embeddings = {
+        "image": model.encode_images(prompt.images),
+        "audio": model.encode_clips(prompt.clips, prompt.mode.audio_head),
+    }
+    return [(span.start, embeddings[span.kind][span.index]) for span in prompt.spans]
+
+
+@torch.inference_mode()
+def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
+    """A prompt's logits and greedy answer, from a prefill and single-token steps; starts over in the long regime."""
+    media = encode_media(model, prompt)
+    ids, past = list(prompt.ids), 0
+    cache, long = _new_cache(model), model.config.language.is_long(len(ids))
+
+    def advance(at: Sequence[int] | None) -> Tensor:
+        row = Row(len(ids) - past, past, prompt.mode.adapter, long)
+        return model(torch.tensor(ids[past:], device=model.device), [row], () if past else media, cache, at)
+
+    logits = advance(compared_positions(len(ids)))
+    last = logits[-1]
+    for step in range(new_tokens):
+        past = len(ids) - 1
+        if step > 0:
+            if model.config.language.is_long(len(ids)) != long:
+                cache, long, past = _new_cache(model), True, 0
+            last = advance(None)[0]
+        ids.append(int(last.argmax()))
+    return Trace(logits.float().cpu(), tuple(ids[len(prompt.ids) :]))
+
+
+def _new_cache(model: Phi4MM) -> list[ContiguousCache]:
+    return [ContiguousCache(model.config.language, model.dtype, model.device)]
+
+
+@torch.inference_mode()
+def trace_oracle(oracle: Any, prompt: Prompt, new_tokens: int) -> Trace:  # noqa: ANN401
+    """As `trace_memphi`, by transformers' model; without a cache, which its generation uses wrongly in the long regime."""
+    inputs = oracle_inputs(prompt, oracle.device)
+    positions = torch.tensor(compared_positions(len(prompt.ids)), device=oracle.device)
+    logits = oracle(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+    answer = oracle.generate(**inputs, max_new_tokens=new_tokens, use_cache=False)[0, len(prompt.ids) :] if new_tokens else ()
+    return Trace(logits.float().cpu(), tuple(int(i) for i in answer))
+
+
+def _run_memphi(location: Location, task: _Task) -> list[Trace]:
+    task.say("memphi: loading")
+    if location.random:
+        model = random_model(task.config, task.device, task.dtype)
+    else:
+        model = load_model(location.folder, task.device, task.dtype)
+    traces = []
+    for prompt in task.prompts:
+        task.say(f"memphi: {prompt.mode.name.lower()}")
+        traces.append(trace_memphi(model, prompt, task.new_tokens))
+    return traces
+
+
+def _run_transformers(location: Location, task: _Task) -> list[Trace]:
+    task.say("transformers: loading")
+    if location.random:
+        weights = model_weights(random_model(task.config, task.device, task.dtype))
+    else:
+        weights = StoredWeights(location.folder)
+    placeholders = {"image": task.tokenizer.image_id, "audio": task.tokenizer.audio_id}
+    oracle = build_oracle(task.config, placeholders, task.device, task.dtype)
+    fill_oracle(oracle, task.config, weights)
+    traces = []
+    for prompt in task.prompts:
+        task.say(f"transformers: {prompt.mode.name.lower()}")
+        merge_adapter(oracle, task.config, weights, prompt.mode.adapter)
+        traces.append(trace_oracle(oracle, prompt, task.new_tokens))
+    return traces
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

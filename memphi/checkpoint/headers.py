@@ -6,6 +6,7 @@ Imports no torch. The loader asks it what there is, the reader reads it.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,19 @@ def list_tensors(folder: Path) -> tuple[StoredTensor, ...]:
     shards = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not shards:
         raise CheckpointError(_describe_empty(folder))
+    _check_numbers(shards)
     return _join(read_header(shard) for shard in shards)
+
+
+def _check_numbers(shards: Sequence[Path]) -> None:
+    """Without an index, the files' own numbering (model-00001-of-00003) says which are missing."""
+    names = {shard.name for shard in shards}
+    for shard in shards:
+        if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", shard.name):
+            numbered = (f"{match[1]}{number:05}-of-{match[3]}.safetensors" for number in range(1, int(match[3]) + 1))
+            missing = next((name for name in numbered if name not in names), None)
+            if missing:
+                raise CheckpointError(f"{shard.with_name(missing)} is missing; {shard.name} says that it exists")
 
 
 def read_header(file: Path) -> tuple[StoredTensor, ...]:

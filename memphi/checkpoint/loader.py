@@ -28,14 +28,14 @@ def load_model(
 ) -> Phi4MM:
     """Load a folder of either layout for inference: eval mode, and no parameter requires a gradient.
 
-    Device memory: the model, and nothing beside it. Host memory: a buffer of 32 MiB, and the model where the device is
-    the host. Raises CheckpointError before either is taken if a file is damaged or a tensor is missing, unknown or of
-    the wrong shape (spec 2).
+    Device memory: the model, and nothing beside it. Host memory: a buffer (see `fill_tensors`), and the model where the
+    device is the host. Raises CheckpointError before either is taken if a file is damaged or a tensor is missing,
+    unknown or of the wrong shape (spec 2).
     """
     config = read_config(folder)
+    stored = find_tensors(folder, config)
     with torch.device("meta"):
         model = Phi4MM(config, attention)
-    stored = find_tensors(folder, config)
     check_tensors(folder, stored, model.state_dict())
     device = torch.device(device)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
@@ -62,5 +62,6 @@ def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], expected: Ma
 
 
 def _describe_missing(folder: Path, missing: list[str]) -> str:
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return f"{folder}: tensor {official_name(missing[0])!r}{more} is in none of the *.safetensors files"
+    more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
+    name = official_name(missing[0])
+    return f"{folder}: no *.safetensors file holds {name!r} (called so in the official layout){more}"

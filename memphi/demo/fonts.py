@@ -23,15 +23,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fonts-anonymous-pro": ("Anonymous Pro",),
     "fonts-b612": ("B612",),
     "fonts-breip": ("Breip",),
-    "fonts-bwht": (
-        "Because We Build",
-        "Because We Connect",
-        "Because We Create",
-        "Because We Learn",
-        "Because We Mentor",
-        "Because We Organize",
-    ),
     "fonts-cabin": ("Cabin",),
+    "fonts-cabinsketch": ("Cabin Sketch",),
     "fonts-cantarell": ("Cantarell",),
     "fonts-comfortaa": ("Comfortaa",),
     "fonts-comic-neue": ("Comic Neue",),
@@ -43,7 +36,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fonts-dkg-handwriting": ("DkgHandwriting",),
     "fonts-dosis": ("Dosis",),
     "fonts-ebgaramond": ("EB Garamond",),
-    "fonts-ecolier-court": ("Ecolier_court",),
     "fonts-essays1743": ("Essays1743",),
     "fonts-fantasque-sans": ("Fantasque Sans Mono",),
     "fonts-firacode": ("Fira Code",),
@@ -53,7 +45,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fonts-goudybookletter": ("Goudy Bookletter 1911",),
     "fonts-hack": ("Hack",),
     "fonts-hermit": ("Hermit",),
-    "fonts-humor-sans": ("Humor Sans",),
     "fonts-inconsolata": ("Inconsolata",),
     "fonts-inter": ("Inter",),
     "fonts-jetbrains-mono": ("JetBrains Mono",),
@@ -63,6 +54,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fonts-kaushanscript": ("Kaushan Script",),
     "fonts-lato": ("Lato",),
     "fonts-league-spartan": ("League Spartan",),
+    "fonts-leckerli-one": ("Leckerli One",),
     "fonts-liberation2": ("Liberation Sans", "Liberation Serif", "Liberation Mono"),
     "fonts-lindenhill": ("Linden Hill",),
     "fonts-linuxlibertine": ("Linux Libertine O", "Linux Biolinum O"),
@@ -139,10 +131,11 @@ def faces(folder: Path) -> Iterator[Face]:
 
 
 def tells_letters_apart(font: bytes) -> bool:
-    """Return whether every letter and digit has a glyph of its own, so that case can be read."""
+    """Return whether every letter and digit has a glyph of its own, and small letters are smaller than capitals."""
     face = ImageFont.truetype(io.BytesIO(font), 40)
     glyphs = {_glyph(face, character) for character in LETTERS_AND_DIGITS}
-    return len(glyphs) == len(LETTERS_AND_DIGITS) and _glyph(face, " ") not in glyphs
+    own_glyphs = len(glyphs) == len(LETTERS_AND_DIGITS) and _glyph(face, " ") not in glyphs
+    return own_glyphs and all(_height(face, letter) < 0.9 * _height(face, letter.upper()) for letter in "aeosx")
 
 
 def _font_files(folder: Path) -> Iterable[Path]:
@@ -166,6 +159,11 @@ def _ascii_only(path: Path) -> bytes:
     out = io.BytesIO()
     subset.save_font(font, out, options)
     return out.getvalue()
+
+
+def _height(face: ImageFont.FreeTypeFont, text: str) -> float:
+    _, top, _, bottom = face.getbbox(text)
+    return bottom - top
 
 
 def _glyph(face: ImageFont.FreeTypeFont, character: str) -> bytes:

@@ -1,7 +1,7 @@
 """Pictures of the demo's world: text in a typeface, and coloured shapes, on grounds of many kinds.
 
-Knows how to draw what it is told, with chance only in what does not matter to the answer (place, tint, texture). Knows no
-questions. `tasks` calls `text_picture` and `shapes_picture`; both return uint8 arrays of shape (height, width, 3).
+Knows how to draw what it is told, with chance only in what does not matter to the answer (place, tint, texture). Knows
+no questions. `tasks` calls `text_picture` and `shapes_picture`; both return uint8 arrays of shape (height, width, 3).
 """
 
 import io
@@ -44,7 +44,7 @@ class Drawn:
 
 
 def text_picture(text: str, font: bytes, size: tuple[int, int], chance: Chance) -> Picture:
-    """Draw the text in the typeface somewhere in a picture of size (width, height), readable but in no special place."""
+    """Draw the text in the typeface somewhere in a picture of size (width, height), large enough to read."""
     ink, (low, high) = _ink_and_ground(chance)
     ground = _ground(size, low, high, chance)
     mask = _text_mask(text, font, size, chance)
@@ -105,7 +105,9 @@ def _ink_and_ground(chance: Chance) -> tuple[Colour, tuple[Colour, Colour]]:
 
 
 def _ground_apart_from(fills: Sequence[Colour], chance: Chance) -> tuple[Colour, Colour]:
-    """Return two similar ground colours, pale, dark or grey, that no fill could be lost against."""
+    """Return two similar ground colours, white, pale, dark or grey, that no fill could be lost against."""
+    if chance.random() < 0.3 and min(math.dist((1, 1, 1), fill) for fill in fills) > 0.4:
+        return (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
     nearest, best = 0.0, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     for _ in range(12):
         shade = _rgb(float(chance.uniform(0, 360)), float(chance.uniform(0, 0.25)), float(chance.uniform(0.05, 1)))
@@ -136,18 +138,16 @@ def _weights(kind: str, width: int, height: int, chance: Chance) -> NDArray[np.f
     if kind == "cloudy":
         coarse = chance.integers(0, 256, (max(2, height // 24), max(2, width // 24)), dtype=np.uint8)
         cloud = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(cloud, dtype=np.float32) / 255
+        return np.asarray(cloud, dtype=np.float32) / np.float32(255)
+    period = int(chance.integers(5, 30))
+    rows, columns = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    if kind == "chequered":
+        return np.asarray((rows // period + columns // period) % 2, dtype=np.float32)
     angle = float(chance.uniform(0, 2 * math.pi))
-    across = np.arange(width, dtype=np.float32) * np.float32(math.cos(angle))
-    down = np.arange(height, dtype=np.float32)[:, None] * np.float32(math.sin(angle))
-    if kind == "graded":
-        slope = across + down
-        return np.asarray((slope - slope.min()) / max(1.0, float(np.ptp(slope))), dtype=np.float32)
-    period = float(chance.uniform(5, 30))
+    slope = columns * np.float32(math.cos(angle)) + rows * np.float32(math.sin(angle))
     if kind == "striped":
-        return np.asarray(((across + down) / period) % 1 < 0.5, dtype=np.float32)
-    rows, columns = np.arange(height)[:, None] // int(period), np.arange(width) // int(period)
-    return np.asarray((rows + columns) % 2, dtype=np.float32)
+        return np.asarray((slope / period) % 1 < 0.5, dtype=np.float32)
+    return np.asarray((slope - slope.min()) / max(1.0, float(np.ptp(slope))), dtype=np.float32)
 
 
 def _grainy(ground: Image.Image, chance: Chance) -> Image.Image:

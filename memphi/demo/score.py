@@ -68,11 +68,12 @@ def table(lines: Iterable[Score]) -> str:
     rows = [("", "score", "asked", "samples", "")]
     for line in lines:
         bound = "<=" if line.lower_is_better else ">="
-        verdict = "ok" if line.passed else "below" if not line.lower_is_better else "above"
-        asked = f"{bound} {line.threshold:.1%}"
-        rows.append((line.name, f"{line.value:.1%}" if line.count else "-", asked, str(line.count), verdict))
+        reached = f"{line.value:.1%}" if line.count else "-"
+        verdict = "ok" if line.passed else "missed"
+        rows.append((line.name, reached, f"{bound} {line.threshold:.1%}", str(line.count), verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def exactly_right(pairs: Pairs) -> float:

@@ -16,6 +16,7 @@ from memphi.demo.sound import RATE, Sound
 Chance = np.random.Generator
 Wave = NDArray[np.float32]
 
+_SHORTEST = RATE
 _LONGEST = 60 * RATE
 
 
@@ -67,10 +68,11 @@ def _at_pace(clip: Sound, pace: float) -> Wave:
 
 
 def _joined(clips: Sequence[Wave], gaps: Sequence[int]) -> Wave:
-    """Return gap, clip, gap, ..., gap; gaps in samples."""
+    """Return gap, clip, gap, ..., gap and, where that is too short, more silence; gaps in samples."""
     pieces = [np.zeros(gaps[0], dtype=np.float32)]
     for clip, gap in zip(clips, gaps[1:], strict=True):
         pieces += [clip, np.zeros(gap, dtype=np.float32)]
+    pieces.append(np.zeros(max(0, _SHORTEST - sum(map(len, pieces))), dtype=np.float32))
     return np.concatenate(pieces)
 
 
@@ -83,7 +85,7 @@ def _taken(wave: Wave, chance: Chance) -> Sound:
     if chance.random() < 0.7:
         speech_level = scale * float(np.sqrt(np.mean(toned**2)))
         heard += _noise(len(heard), chance) * np.float32(speech_level * 10 ** float(-chance.uniform(0.8, 2.2)))
-    return np.clip(heard, -32_768, 32_767).astype(np.int16)
+    return np.asarray(np.clip(heard, -32_768, 32_767), dtype=np.int16)
 
 
 def _toned(wave: Wave, chance: Chance) -> Wave:

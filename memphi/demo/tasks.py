@@ -1,7 +1,7 @@
 """The demo model's exercises: a seed becomes a question, its pictures and sounds, and the one right answer.
 
-Knows how each task is composed from the bank, the pictures and the speech; knows no tokens, tensors or training. Training
-and evaluation call `mixture` and `make`; the same arguments always give the same sample.
+Knows how each task is composed from the bank, the pictures and the speech; knows no tokens, tensors or training.
+Training and evaluation call `mixture` and `make`; the same arguments always give the same sample.
 
 Held-out samples use only what training never sees: font families, words, voices, one in ten numbers of three or more
 digits, and one in ten sums and differences. Products of single digits, shapes, colours and chat are few enough to be
@@ -23,6 +23,7 @@ from memphi.demo.speech import spoken_list, spoken_sentence
 from memphi.demo.vocabulary import CHAT_REPLIES, COLOURS, JSON_SYSTEMS, PLURALS, QUESTIONS, SHAPES, SPOKEN_QUESTIONS
 
 T = TypeVar("T")
+_SINGULARS = {plural: singular for singular, plural in PLURALS.items()}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def mixture(seed: int, index: int) -> str:
     return names[int(np.searchsorted(shares, place, side="right"))]
 
 
-def _sample(task: str, question: str, answer: str, images: Sequence[Picture] = (), clips: Sequence[Sound] = ()) -> Sample:
+def _sample(
+    task: str, question: str, answer: str, images: Sequence[Picture] = (), clips: Sequence[Sound] = ()
+) -> Sample:
     return Sample(task, None, question, tuple(images), tuple(clips), answer)
 
 
@@ -106,7 +109,11 @@ def _colour_shape(stock: _Stock) -> Sample:
 
 
 def _count(stock: _Stock) -> Sample:
-    shape, number = stock.pick(SHAPES), stock.whole(1, 9)
+    return _count_of(stock, stock.pick(SHAPES))
+
+
+def _count_of(stock: _Stock, shape: str) -> Sample:
+    number = stock.whole(1, 9)
     question = stock.wording("count", plural=PLURALS[shape])
     return _sample("count", question, str(number), [_many_shapes(stock, shape, number)])
 
@@ -136,7 +143,7 @@ def _which_image(stock: _Stock) -> Sample:
     place = stock.whole(0, len(shown) - 1)
     colour, shape = shown[place]
     target = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
-    pictures = [_one_shape(stock, *kind, size=_small_size(stock)) for kind in shown]
+    pictures = [_one_shape(stock, colour, shape) for colour, shape in shown]
     return _sample("which-image", stock.wording("which-image", target=target), str(place + 1), pictures)
 
 
@@ -152,15 +159,11 @@ def _spoken_words(stock: _Stock, seconds: float) -> Sample:
 
 
 def _spoken_question(stock: _Stock) -> Sample:
-    asked = stock.pick(tuple(SPOKEN_QUESTIONS))
     voice = _voice(stock)
-    sample = TASKS[asked](stock)
-    said = [text for text in SPOKEN_QUESTIONS[asked] if text in voice.questions]
-    if asked == "count":
-        said = [text for text in said if sample.question.find(text.split()[2]) >= 0]
-    if not said:
-        return _spoken_question(stock)
-    clip = spoken_sentence(voice.questions[stock.pick(said)], stock.chance)
+    asked = stock.pick([task for task, said in SPOKEN_QUESTIONS.items() if voice.questions.keys() & set(said)])
+    text = stock.pick([text for text in SPOKEN_QUESTIONS[asked] if text in voice.questions])
+    sample = TASKS[asked](stock) if asked != "count" else _count_of(stock, _SINGULARS[text.split()[2]])
+    clip = spoken_sentence(voice.questions[text], stock.chance)
     return replace(sample, task="spoken-question", question="", clips=(clip,))
 
 
@@ -295,8 +298,8 @@ def _small_number(stock: _Stock, number: int) -> Picture:
     return _text(stock, str(number), _small_size(stock))
 
 
-def _one_shape(stock: _Stock, colour: str, shape: str, size: tuple[int, int] | None = None) -> Picture:
-    width, height = size or _small_size(stock)
+def _one_shape(stock: _Stock, colour: str, shape: str) -> Picture:
+    width, height = _small_size(stock)
     radius = min(width, height) * float(stock.chance.uniform(0.18, 0.46))
     centre = (float(stock.chance.uniform(radius, width - radius)), float(stock.chance.uniform(radius, height - radius)))
     return shapes_picture([Drawn(shape, colour, centre, radius, _turn(stock))], (width, height), stock.chance)
@@ -306,7 +309,8 @@ def _many_shapes(stock: _Stock, shape: str, number: int) -> Picture:
     """Draw so many of the shape, and in half of the pictures a few other shapes, one to a cell of a loose grid."""
     others = stock.whole(1, min(4, 12 - number)) if stock.chance.random() < 0.5 else 0
     cell = stock.whole(37, 52)
-    columns, rows = stock.pick([grid for grid in ((3, 3), (4, 3), (3, 4), (4, 4)) if grid[0] * grid[1] >= number + others])
+    grids = ((3, 3), (4, 3), (3, 4), (4, 4))
+    columns, rows = stock.pick([(across, down) for across, down in grids if across * down >= number + others])
     cells = stock.chance.permutation(columns * rows)[: number + others].tolist()
     kinds = [shape] * number + [stock.pick([other for other in SHAPES if other != shape]) for _ in range(others)]
     palette = [stock.pick(COLOURS)] if stock.chance.random() < 0.4 else [stock.pick(COLOURS) for _ in range(3)]

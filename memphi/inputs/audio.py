@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from memphi.config import AudioConfig
 from memphi.errors import MediaError
-from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, sniff
+from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, check_samples, sniff
 from memphi.request import ClipFootprint, ClipInput, Float32, Media, Samples
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def _window_and_hop(rate: int) -> tuple[int, int]:
 def _length(media: Media, limits: MediaLimits) -> Length:
     """Count samples, in a file by decoding and dropping them.
 
-    Headers and packets do not tell what a decoder will give: files are cut short, and encoder delay, padding and doubled
-    rates are resolved only while decoding. For half an hour that takes two seconds, of PCM a fifth of one.
+    Headers and packets do not tell what a decoder will give: files are cut short, and encoder delay, padding and
+    doubled rates are resolved only while decoding. For half an hour that takes two seconds, of PCM a fifth of one.
     """
     if isinstance(media.content, Samples):
         return _check_length(Length(len(media.content.values), media.content.rate), limits)
@@ -139,17 +139,36 @@ def _opened(media: Media) -> "Iterator[InputContainer]":
     kind, format = sniff(media.content)
     if kind != "audio":
         raise MediaError("is a picture, not a sound")
+    if format == "wav":
+        _check_wav(media.content)
     try:
-        # The format is given so that FFmpeg never takes a file for a playlist, which names other files.
-        with av.open(io.BytesIO(media.content), mode="r", format=format) as container:
+        # The format is given so that FFmpeg never takes a file for a playlist, which names other files; titles and the
+        # like may be in any encoding.
+        with av.open(io.BytesIO(media.content), mode="r", format=format, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise MediaError("has no sound in it")
             yield container
     except MediaError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError) as wrong:
+    except av.error.FFmpegError as wrong:
         reason = getattr(wrong, "strerror", None) or str(wrong)
-        raise MediaError(f"cannot be read as sound, it is damaged or cut short ({reason})") from None
+        raise MediaError(f"cannot be read as sound, it is damaged or cut short ({wrong.strerror})") from None
+
+
+def _check_wav(content: bytes) -> None:
+    """Refuse a WAV with a comment that claims more bytes than there are: FFmpeg would allocate them, up to 2 GiB."""
+    for name, start, end in _chunks(content, len(b"RIFFsizeWAVE"), len(content)):
+        comments = _chunks(content, start + len(b"INFO"), end) if name == b"LIST" else ()
+        if any(stop > min(end, len(content)) for _, _, stop in comments):
+            raise MediaError("has damaged comments; save it without them")
+
+
+def _chunks(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each RIFF chunk in a part of a file; the end is what the chunk claims."""
+    while start + 8 <= min(end, len(content)):
+        stop = start + 8 + int.from_bytes(content[start + 4 : start + 8], "little")
+        yield content[start : start + 4], start + 8, stop
+        start = stop + stop % 2
 
 
 def _frames(container: "InputContainer", limits: MediaLimits) -> Iterator[Any]:
@@ -183,7 +202,9 @@ def _mono(frame: Any) -> Float32:  # noqa: ANN401 (an av.AudioFrame; PyAV is imp
     values = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, len(frame.layout.channels)).T
-    mono: Float32 = _to_float(values).mean(axis=0, dtype=np.float32)
+    values = _to_float(values)
+    check_samples(values)
+    mono: Float32 = values.mean(axis=0, dtype=np.float32)
     return mono
 
 
@@ -213,6 +234,7 @@ def _regroup(blocks: Iterable[Float32], samples: int) -> Iterator[Float32]:
 def _split(values: Float32, samples: int) -> Iterator[Float32]:
     """Cut sound that is there as a whole into blocks of at most this many samples."""
     for start in range(0, len(values), samples):
+        check_samples(values[start : start + samples])
         yield values[start : start + samples]
 
 
@@ -280,17 +302,12 @@ def _filter(held: Float32, groups: int, bank: Float32, starts: NDArray[np.int64]
 
 
 def log_mel(blocks: Iterable[Float32], rate: int, bins: int) -> Float32:
-    """Log-mel features float32 [frames, bins] of sound at 16 or 8 kHz (spec 5.1).
-
-    Raises MediaError for samples that are not numbers.
-    """
+    """Log-mel features float32 [frames, bins] of sound at 16 or 8 kHz (spec 5.1)."""
     hop = _window_and_hop(rate)[1]
     mel = mel_matrix(bins)
     features = [np.empty((0, bins), np.float32)]
     held = np.empty(0, np.float32)
     for block in blocks:
-        if not np.isfinite(block).all():
-            raise MediaError("holds samples that are not numbers")
         held = np.concatenate([held, block])
         if count := _count_frames(len(held), rate):
             features.append(_log_mel_block(held, count, rate, mel))

@@ -8,6 +8,7 @@ orientation says, transparent parts lie on white, and 16-bit grey is scaled to 8
 """
 
 import io
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -179,13 +180,13 @@ def bicubic(pixels: Pixels, table: Float32, size: int) -> Float32:
 
 def _cubic_taps(length: int, size: int) -> tuple[NDArray[np.int64], Float32]:
     """Positions and weights of the four samples that make each of `size` outputs: two arrays [4, size]."""
-    centre = (np.arange(size) + 0.5) * (length / size) - 0.5
+    centre = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5)
     base = np.floor(centre)
-    distance = np.abs(centre - base - np.arange(-1, 3)[:, None])
+    distance = np.abs(centre - base - np.arange(-1, 3, dtype=np.float32)[:, None])
     near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * CUBIC - 4 * CUBIC
     positions = base.astype(np.int64) + np.arange(-1, 3)[:, None]
-    return positions.clip(0, length - 1), np.where(distance <= 1, near, far).astype(np.float32)
+    return positions.clip(0, length - 1), np.where(distance <= 1, near, far)
 
 
 def position_buckets(count: int, patches: int) -> NDArray[np.int64]:
@@ -218,8 +219,7 @@ def _open(media: Media, limits: MediaLimits) -> "Image.Image":
     """Read the header; nothing is decoded, and a picture beyond the limit is refused."""
     from PIL import Image
 
-    # Pillow warns of odd metadata and of big pictures on stderr; the first is no matter here, the second has a limit.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    _quieten_pillow()
     assert isinstance(media.content, bytes)
     kind, format = sniff(media.content)
     if kind != "image":
@@ -232,6 +232,17 @@ def _open(media: Media, limits: MediaLimits) -> "Image.Image":
         size = f"{picture.width} x {picture.height}"
         raise MediaError(f"is {size}, more than {limits.pixels} pixels; send a smaller picture")
     return picture
+
+
+def _quieten_pillow() -> None:
+    """Keep Pillow off stderr: its warnings of odd metadata are no matter here, and of big pictures there is a limit.
+
+    Its log stays open to a program that configures logging.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    log = logging.getLogger("PIL")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
 
 
 def _orientation(picture: "Image.Image") -> int:

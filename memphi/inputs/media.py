@@ -28,6 +28,8 @@ from memphi.request import Float32, Media, MediaKind, Pixels, Samples
 KNOWN_FORMATS = "PNG, JPEG, WebP, GIF, TIFF and BMP pictures and WAV, FLAC, MP3, M4A, OGG and WebM sound"
 FETCH_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
+LOUDEST = 1e6
+"""Full scale is 1; some float files hold 16-bit integers as they are."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ def audio_media(values: NDArray[np.floating | np.int16], rate: int, name: str = 
     with attached(name):
         mono = _mono(np.asarray(values))
     return Media("audio", name, Samples(mono, rate), _array_digest(mono, f"audio {rate}"))
+
+
+def check_samples(values: NDArray[np.floating | np.int16]) -> None:
+    """Raise MediaError for samples that are no numbers, or so big that their power would overflow float32."""
+    if not (np.abs(values) <= LOUDEST).all():
+        raise MediaError("holds samples that are no numbers or beyond all measure; convert or record it anew")
 
 
 @contextmanager
@@ -119,7 +127,7 @@ _SIGNATURES: tuple[tuple[MediaKind, str, re.Pattern[bytes]], ...] = (
     ("image", "GIF", _signature(rb"GIF8[79]a")),
     ("image", "TIFF", _signature(rb"II\*\x00|MM\x00\*")),
     ("image", "BMP", _signature(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00")),
-    ("audio", "wav", _signature(rb"(RIFF|RF64).{4}WAVE")),
+    ("audio", "wav", _signature(rb"RIFF.{4}WAVE")),
     ("audio", "flac", _signature(rb"fLaC")),
     ("audio", "ogg", _signature(rb"OggS")),
     ("audio", "matroska", _signature(rb"\x1a\x45\xdf\xa3")),
@@ -235,10 +243,11 @@ def _mono(values: NDArray[np.floating | np.int16]) -> Float32:
         values = values.astype(np.float32) / np.float32(32768)
     if not np.issubdtype(values.dtype, np.floating):
         raise MediaError(f"samples must be float in [-1, 1] or int16, not {values.dtype}")
-    if values.ndim == 2 and values.shape[1]:
-        values = values.mean(axis=1)
-    if values.ndim != 1:
+    if values.ndim not in (1, 2) or 0 in values.shape[1:]:
         raise MediaError(f"samples must be [samples] or [samples, channels], not {list(values.shape)}")
+    check_samples(values)
+    if values.ndim == 2:
+        values = values.mean(axis=1)
     return np.ascontiguousarray(values, dtype=np.float32)
 
 

@@ -4,7 +4,6 @@ Knows nothing of media, sampling or where keys and values are kept; `KeyValues` 
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Protocol, cast
 
 import torch
@@ -66,19 +65,12 @@ class SelfAttention(nn.Module):
     def _mix(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, cache: Sequence[KeyValues] | None
     ) -> Tensor:
-        """Attention within each row; without a cache, neighbouring rows of one length go as one call."""
+        """Attention within each row, over what its cache holds."""
         if cache is None:
-            groups = [(length, len(list(rows))) for length, rows in groupby(row.tokens for row in packing.rows)]
-            parts = zip(*(part.split([n * count for n, count in groups]) for part in (query, key, value)), strict=True)
-            return torch.cat(
-                [
-                    self.attention.causal(*(part.unflatten(0, (-1, length)) for part in group)).flatten(0, 1)
-                    for (length, _), group in zip(groups, parts, strict=True)
-                ]
-            )
+            return self.attention.packed(query, key, value, packing)
         outputs = []
-        rows = [row.tokens for row in packing.rows]
-        for store, q, k, v in zip(cache, query.split(rows), key.split(rows), value.split(rows), strict=True):
+        rows = (part.split(packing.lengths) for part in (query, key, value))
+        for store, q, k, v in zip(cache, *rows, strict=True):
             keys, values = store.extend(self.layer, k, v)
             outputs.append(self.attention.causal(q[None], keys[None], values[None])[0])
         return torch.cat(outputs)

@@ -84,5 +84,6 @@ class Phi4MM(nn.Module):
         """
         packing = pack(rows, ids.device)
         hidden = self.language(self.embed(ids, media), packing, cache)
-        wanted = packing.last_tokens if logits_at is None else list(logits_at)
-        return self.language.logits(hidden[torch.tensor(wanted, dtype=torch.int64, device=ids.device)])
+        if logits_at is None:
+            return self.language.logits(hidden[packing.bounds[1:] - 1])
+        return self.language.logits(hidden[torch.tensor(logits_at, dtype=torch.int64, device=ids.device)])

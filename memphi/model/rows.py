@@ -1,12 +1,14 @@
 """How the packed tokens of one step divide into rows.
 
-Integers only, made by whoever plans a step; `Packing` is the same on a device, made once per forward pass.
+A `Row` is integers, made by whoever plans a step; `Packing` is the same on a device, made once per forward pass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -28,40 +30,33 @@ class Packing:
     """Rows laid end to end: the metadata that the decoder's layers share."""
 
     rows: tuple[Row, ...]
-    starts: tuple[int, ...]
-    """First packed token of each row."""
+    bounds: Tensor  # [rows + 1] int32: the first packed token of each row, then the number of tokens
     positions: Tensor  # [tokens] int64
     long: Tensor  # [tokens] bool
     adapter_tokens: dict[str, Tensor | None]
     """For each adapter that some row uses: the packed tokens it applies to, or None where it applies to all."""
 
     @property
-    def last_tokens(self) -> list[int]:
-        """The packed index of each row's last token."""
-        return [start + row.tokens - 1 for start, row in zip(self.starts, self.rows, strict=True)]
+    def lengths(self) -> list[int]:
+        return [row.tokens for row in self.rows]
 
 
 def pack(rows: Sequence[Row], device: torch.device) -> Packing:
     """Lay rows end to end."""
-    starts: list[int] = []
-    positions: list[int] = []
-    long: list[bool] = []
-    adapters: list[str | None] = []
-    for row in rows:
-        starts.append(len(positions))
-        positions.extend(range(row.past, row.past + row.tokens))
-        long.extend([row.long] * row.tokens)
-        adapters.extend([row.adapter] * row.tokens)
+    lengths = np.array([row.tokens for row in rows])
+    bounds = np.concatenate(([0], lengths.cumsum()))
+    shifts = np.array([row.past for row in rows]) - bounds[:-1]
+    adapters = np.repeat(np.array([row.adapter or "" for row in rows]), lengths)
     return Packing(
         rows=tuple(rows),
-        starts=tuple(starts),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        long=torch.tensor(long, dtype=torch.bool, device=device),
-        adapter_tokens={name: _tokens_of(name, adapters, device) for name in sorted({a for a in adapters if a})},
+        bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
+        positions=torch.from_numpy(np.arange(bounds[-1]) + np.repeat(shifts, lengths)).to(device),
+        long=torch.from_numpy(np.repeat(np.array([row.long for row in rows]), lengths)).to(device),
+        adapter_tokens={
+            name: _tokens_of(adapters == name, device) for name in sorted({row.adapter for row in rows if row.adapter})
+        },
     )
 
 
-def _tokens_of(name: str, adapters: list[str | None], device: torch.device) -> Tensor | None:
-    if all(adapter == name for adapter in adapters):
-        return None
-    return torch.tensor([i for i, adapter in enumerate(adapters) if adapter == name], dtype=torch.int64, device=device)
+def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> Tensor | None:
+    return None if uses.all() else torch.from_numpy(uses.nonzero()[0]).to(device)

@@ -6,18 +6,29 @@ from torch import Tensor
 
 from memphi.model.attention.eager import EagerAttention
 from memphi.model.attention.sdpa import SdpaAttention
+from memphi.model.rows import Packing
 
 AttentionName = Literal["auto", "eager", "sdpa"]
 
 
 class Attention(Protocol):
-    """What the model asks of an attention backend."""
+    """What the model asks of an attention backend.
+
+    In the decoder a group of heads / kv_heads query heads shares one key and value head.
+    """
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rows of the decoder, all alike: each query sees the keys up to its own position, the last query sees all.
 
-        query [rows, tokens, heads, head_dim]; key and value [rows, past + tokens, kv_heads, head_dim], where a group of
-        heads / kv_heads query heads shares one. Returns [rows, tokens, heads, head_dim].
+        query [rows, tokens, heads, head_dim]; key and value [rows, past + tokens, kv_heads, head_dim].
+        Returns [rows, tokens, heads, head_dim].
+        """
+        ...
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """Whole rows of the decoder, end to end and without a past: each query sees its row up to its own position.
+
+        query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim]. Returns [tokens, heads, head_dim].
         """
         ...
 

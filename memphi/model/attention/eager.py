@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from memphi.model.rows import Packing
+
 
 class EagerAttention:
     """The definition of `Attention`."""
@@ -13,6 +15,10 @@ class EagerAttention:
         seen = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
         key, value = (part.repeat_interleave(group, dim=2).transpose(1, 2) for part in (key, value))
         return self.full(query.transpose(1, 2), key, value, seen).transpose(1, 2)
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        rows = zip(*(part[None].split(packing.lengths, dim=1) for part in (query, key, value)), strict=True)
+        return torch.cat([self.causal(*row)[0] for row in rows])
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)

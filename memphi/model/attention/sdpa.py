@@ -1,9 +1,12 @@
-"""Attention through torch's scaled_dot_product_attention, which picks flash, memory-efficient or cuDNN kernels."""
+"""Attention through torch's own kernels: scaled_dot_product_attention, and its variable-length form on CUDA."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+from memphi.model.rows import Packing
 
 
 class SdpaAttention:
@@ -18,6 +21,17 @@ class SdpaAttention:
             q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
         )
         return out.transpose(1, 2)
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        if query.device.type != "cuda" or query.dtype == torch.float32:
+            rows = zip(*(part[None].split(packing.lengths, dim=1) for part in (query, key, value)), strict=True)
+            return torch.cat([self.causal(*row)[0] for row in rows])
+        group, longest = query.shape[1] // key.shape[1], max(packing.lengths)
+        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+        bounds = packing.bounds
+        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -1,0 +1,202 @@
+"""Lessons: samples as the arrays that a training step eats, made on the host and joined on the device.
+
+Knows the prompt format (through `memphi.inputs`) and where answers stand; knows no optimiser. Worker processes call
+`make_lesson`, training joins several lessons with `join`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memphi.config import ModelConfig
+from memphi.demo.tasks import Sample
+from memphi.demo.vocabulary import SPOKEN_WORDS
+from memphi.inputs.media import audio_media, image_media
+from memphi.inputs.prompt import prepare
+from memphi.inputs.tokenizer import Tokenizer
+from memphi.model.projector import token_order
+from memphi.request import InputMode, MediaSpan, Prompt, Request
+
+CLIP_STEP_FRAMES = 64
+"""Clips are lengthened with silence to a multiple of this, so that many are of one length and go as one call."""
+WITHOUT_ADAPTER = {
+    InputMode.VISION: "I cannot see without my vision adapter.",
+    InputMode.SPEECH: "I cannot hear without my speech adapter.",
+    InputMode.VISION_SPEECH: "I cannot see without my vision adapter.",
+}
+ROW_END, VIEW_END = -1, -2
+
+
+@dataclass
+class Lesson:
+    """Some samples, packed; `order` counts cells within the lesson, with two negative numbers for the separators."""
+
+    tasks: list[str]
+    lengths: list[int]
+    adapters: list[str]  # "" for none
+    ids: Tensor  # [tokens]
+    answer_places: Tensor  # [answer tokens]: where a token of an answer is to be predicted
+    answers: Tensor  # [answer tokens]
+    answer_rows: Tensor  # [answer tokens]: whose answer it is
+    crops: Tensor  # [crops, 3, crop_size, crop_size] uint8
+    patch_mask: Tensor  # [crops, patches, patches]
+    order: Tensor  # [image tokens]
+    image_places: Tensor  # [image tokens]
+    clip_frames: list[int]
+    heads: list[str]
+    features: Tensor  # [frames of all clips, mel_bins] fp16
+    clip_places: list[Tensor]  # one [tokens] per clip
+    words: list[list[int]]  # what each clip says, as places in SPOKEN_WORDS from 1; [] where not told
+
+    def to(self, device: torch.device) -> "Lesson":
+        """The same lesson with its tensors on a device."""
+        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        return Lesson(**moved)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [tensor.to(device, non_blocking=True) for tensor in value]
+    return value
+
+
+def make_lesson(
+    samples: Sequence[Sample], config: ModelConfig, tokenizer: Tokenizer, without_adapter: Sequence[bool]
+) -> Lesson:
+    """Prepare samples as requests are prepared, and append their answers.
+
+    Where without_adapter is True the sample is asked with its adapter off, and the right answer is to say so: the demo
+    must not learn to do without its adapters.
+    """
+    rows = [_Row(sample, config, tokenizer, off) for sample, off in zip(samples, without_adapter, strict=True)]
+    starts = np.concatenate(([0], np.cumsum([len(row.ids) for row in rows])))[:-1]
+    cells = np.concatenate(([0], np.cumsum([row.cells for row in rows])))[:-1]
+    clips = [(row, start, span) for row, start in zip(rows, starts, strict=True) for span in row.spans("audio")]
+    features = [row.prompt.clips[span.index].features for row, _, span in clips]
+    size, patches, bins = config.vision.crop_size, config.vision.patches, config.audio.mel_bins
+    return Lesson(
+        tasks=[sample.task for sample in samples],
+        lengths=[len(row.ids) for row in rows],
+        adapters=[row.adapter or "" for row in rows],
+        ids=torch.from_numpy(np.concatenate([row.ids for row in rows])),
+        answer_places=_joined(
+            [np.arange(row.asked, len(row.ids)) - 1 + at for row, at in zip(rows, starts, strict=True)]
+        ),
+        answers=_joined([row.ids[row.asked :] for row in rows]),
+        answer_rows=_joined([np.full(len(row.ids) - row.asked, i) for i, row in enumerate(rows)]),
+        crops=torch.from_numpy(np.concatenate([np.zeros((0, 3, size, size), np.uint8), *(row.crops for row in rows)])),
+        patch_mask=torch.from_numpy(
+            np.concatenate([np.zeros((0, patches, patches), np.bool_), *(i.patch_mask for r in rows for i in r.images)])
+        ),
+        order=_joined(
+            [np.where(row.order < 0, row.order, row.order + at) for row, at in zip(rows, cells, strict=True)]
+        ),
+        image_places=_joined(
+            [
+                np.arange(s.tokens) + s.start + at
+                for row, at in zip(rows, starts, strict=True)
+                for s in row.spans("image")
+            ]
+        ),
+        clip_frames=[len(feature) for feature in features],
+        heads=[row.prompt.mode.audio_head for row, _, _ in clips],
+        features=torch.from_numpy(np.concatenate([np.zeros((0, bins), np.float32), *features])).half(),
+        clip_places=[torch.arange(span.tokens) + int(span.start + at) for _, at, span in clips],
+        words=[row.words for row, _, _ in clips],
+    )
+
+
+class _Row:
+    """One sample with its answer."""
+
+    def __init__(self, sample: Sample, config: ModelConfig, tokenizer: Tokenizer, without_adapter: bool) -> None:
+        self.prompt = prepare(_request(sample), config, tokenizer)
+        mode = self.prompt.mode
+        off = without_adapter and mode.adapter is not None
+        answer = tokenizer.encode_text(WITHOUT_ADAPTER[mode] if off else sample.answer)
+        self.adapter = None if off else mode.adapter
+        self.asked = len(self.prompt.ids)
+        self.ids = np.array([*self.prompt.ids, *answer, tokenizer.end_id], np.int64)
+        self.images = self.prompt.images
+        self.crops = np.concatenate(
+            [np.zeros((0, 3, *[config.vision.crop_size] * 2), np.uint8), *(_bytes(i.crops) for i in self.images)]
+        )
+        self.cells = len(self.crops) * (config.vision.patches // 2) ** 2
+        self.order = _order(self.prompt, self.cells)
+        self.words = [1 + SPOKEN_WORDS.index(word) for word in sample.answer.split()] if _is_told(sample) else []
+
+    def spans(self, kind: str) -> list[MediaSpan]:
+        return [span for span in self.prompt.spans if span.kind == kind]
+
+
+def _request(sample: Sample) -> Request:
+    images = [image_media(picture, "picture") for picture in sample.images]
+    clips = [audio_media(_lengthened(clip), 16000, "clip") for clip in sample.clips]
+    return Request.ask(sample.question, [*images, *clips], sample.system)
+
+
+def _lengthened(clip: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Append silence until the number of frames is a multiple of CLIP_STEP_FRAMES."""
+    frames = (len(clip) - 400) // 160 + 1
+    wanted = -(-frames // CLIP_STEP_FRAMES) * CLIP_STEP_FRAMES
+    return np.pad(clip, (0, max(0, (wanted - 1) * 160 + 400 - len(clip))))
+
+
+def _bytes(crops: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Pixels of [-1, 1] in a byte each: exact but for the global view's interpolation."""
+    return np.clip(np.rint((crops + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _order(prompt: Prompt, cells: int) -> NDArray[np.int64]:
+    if not prompt.images:
+        return np.zeros(0, np.int64)
+    order = token_order(prompt.images)
+    return np.where(order == cells, ROW_END, np.where(order == cells + 1, VIEW_END, order))
+
+
+def _is_told(sample: Sample) -> bool:
+    """Whether the answer is, word for word, what the one clip says."""
+    return sample.task == "transcribe"
+
+
+def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+
+def join(lessons: Sequence[Lesson]) -> Lesson:
+    """Several lessons as one."""
+    tokens = _offsets([len(lesson.ids) for lesson in lessons])
+    rows = _offsets([len(lesson.lengths) for lesson in lessons])
+    side = lessons[0].patch_mask.shape[-1] // 2
+    cells = _offsets([len(lesson.crops) * side * side for lesson in lessons])
+    shifted = list(zip(lessons, tokens, strict=True))
+    return Lesson(
+        tasks=[task for lesson in lessons for task in lesson.tasks],
+        lengths=[length for lesson in lessons for length in lesson.lengths],
+        adapters=[adapter for lesson in lessons for adapter in lesson.adapters],
+        ids=torch.cat([lesson.ids for lesson in lessons]),
+        answer_places=torch.cat([lesson.answer_places + at for lesson, at in shifted]),
+        answers=torch.cat([lesson.answers for lesson in lessons]),
+        answer_rows=torch.cat([lesson.answer_rows + at for lesson, at in zip(lessons, rows, strict=True)]),
+        crops=torch.cat([lesson.crops for lesson in lessons]),
+        patch_mask=torch.cat([lesson.patch_mask for lesson in lessons]),
+        order=torch.cat(
+            [torch.where(x.order < 0, x.order, x.order + at) for x, at in zip(lessons, cells, strict=True)]
+        ),
+        image_places=torch.cat([lesson.image_places + at for lesson, at in shifted]),
+        clip_frames=[frames for lesson in lessons for frames in lesson.clip_frames],
+        heads=[head for lesson in lessons for head in lesson.heads],
+        features=torch.cat([lesson.features for lesson in lessons]),
+        clip_places=[places + at for lesson, at in shifted for places in lesson.clip_places],
+        words=[words for lesson in lessons for words in lesson.words],
+    )
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(sizes).tolist()][:-1]

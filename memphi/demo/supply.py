@@ -1,0 +1,139 @@
+"""An endless supply of lessons, made by worker processes while the device trains.
+
+Knows processes and queues; `lesson` knows what a lesson is. Training calls it.
+"""
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memphi.config import ModelConfig
+from memphi.demo.bank import Bank, Split, read
+from memphi.demo.lesson import Lesson, join, make_lesson
+from memphi.demo.tasks import TASKS, make, mixture
+from memphi.inputs.tokenizer import Tokenizer
+
+LESSON_SAMPLES = 64
+OFF_SHARE = 0.03
+"""The share of samples that are asked with the adapter off."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a worker needs to make lessons."""
+
+    bank: Bank
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    def training_lesson(self, number: int) -> Lesson:
+        """The lesson of this number: always the same, from the train split."""
+        chance = np.random.default_rng((1, number))
+        numbers = range(number * LESSON_SAMPLES, (number + 1) * LESSON_SAMPLES)
+        samples = [make(mixture(0, n), n, self.bank, "train") for n in numbers]
+        return make_lesson(samples, self.config, self.tokenizer, chance.random(LESSON_SAMPLES) < OFF_SHARE)
+
+    def task_lesson(self, task: str, split: Split, count: int) -> Lesson:
+        """The first `count` samples of one task, adapters on."""
+        samples = [make(task, seed, self.bank, split) for seed in range(count)]
+        return make_lesson(samples, self.config, self.tokenizer, [False] * count)
+
+
+def open_source(bank: Path, config: ModelConfig, tokenizer: Tokenizer) -> Source:
+    """Read the bank."""
+    return Source(read(bank), config, tokenizer)
+
+
+class Supply:
+    """A store of lessons on the device, kept fresh: each step joins some of them at random.
+
+    Lessons are made more slowly than they are used, so each serves several times, always in other company.
+    """
+
+    def __init__(self, source: Source, workers: int, first: int, capacity: int, device: torch.device) -> None:
+        """`first` is the number of the first lesson to make; capacity counts lessons kept on the device."""
+        context = multiprocessing.get_context("fork")
+        self._queue: multiprocessing.Queue[Lesson] = context.Queue(maxsize=2 * workers)
+        self._processes = [
+            context.Process(target=_work, args=(source, self._queue, first + i, workers), daemon=True)
+            for i in range(workers)
+        ]
+        for process in self._processes:
+            process.start()
+        self._device = device
+        self._lessons: list[Lesson] = []
+        self._capacity = capacity
+        self.made = 0
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+
+    def begin(self, lessons: int) -> None:
+        """Start filling the store and wait until it holds that many."""
+        self._thread.start()
+        while len(self._lessons) < lessons:
+            self._thread.join(timeout=0.1)
+            if not self._thread.is_alive():
+                raise RuntimeError("the workers that make lessons have died")
+
+    def draw(self, lessons: int, chance: np.random.Generator) -> Lesson:
+        """Some lessons of the store as one."""
+        held = list(self._lessons)
+        return join([held[i] for i in chance.choice(len(held), lessons, replace=False)])
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+
+    def _receive(self) -> None:
+        place = 0
+        while all(process.is_alive() for process in self._processes):
+            try:
+                lesson = _as_tensors(self._queue.get(timeout=1)).to(self._device)
+            except queue.Empty:
+                continue
+            if len(self._lessons) < self._capacity:
+                self._lessons.append(lesson)
+            else:
+                self._lessons[place] = lesson
+                place = (place + 1) % self._capacity
+            self.made += 1
+
+
+def held_out_lessons(source: Source, count: int) -> Iterator[tuple[str, Lesson]]:
+    """Every task's held-out samples, to watch training with."""
+    for task in TASKS:
+        yield task, source.task_lesson(task, "held-out", count)
+
+
+def _work(source: Source, lessons: "multiprocessing.Queue[Lesson]", first: int, step: int) -> None:
+    torch.set_num_threads(1)
+    number = first
+    while True:
+        lessons.put(_as_arrays(source.training_lesson(number)))
+        number += step
+
+
+def _as_arrays(lesson: Lesson) -> Lesson:
+    """Tensors as arrays, which travel between processes by value."""
+    return _converted(lesson, torch.Tensor, lambda tensor: tensor.numpy())
+
+
+def _as_tensors(lesson: Lesson) -> Lesson:
+    return _converted(lesson, np.ndarray, torch.from_numpy)
+
+
+def _converted(lesson: Lesson, kind: type, convert: Callable[[Any], Any]) -> Lesson:
+    def one(value: object) -> object:
+        if isinstance(value, kind):
+            return convert(value)
+        if isinstance(value, list) and value and isinstance(value[0], kind):
+            return [convert(item) for item in value]
+        return value
+
+    return Lesson(**{field.name: one(getattr(lesson, field.name)) for field in fields(Lesson)})

@@ -1,0 +1,303 @@
+"""Train the demo model: `python -m memphi.demo.train --bank .bank --out .train --minutes 9`.
+
+One command, resumable: it goes on from what --out holds, and the last run is given --finish, which lets the learning
+rate fall to zero. Knows the optimiser and the losses; `supply` brings the lessons. Meant for one GPU of a data centre; a
+CPU does it too, for a test.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from memphi.checkpoint.writer import write_checkpoint
+from memphi.config import ModelConfig
+from memphi.demo.lesson import Lesson
+from memphi.demo.shape import demo_config, tokenizer_document
+from memphi.demo.supply import Supply, held_out_lessons, open_source
+from memphi.demo.vocabulary import SPOKEN_WORDS
+from memphi.inputs.tokenizer import Tokenizer
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.rows import Row, pack
+
+WARMUP_STEPS = 300
+WORD_LOSS_WEIGHT = 0.3
+STATE_PART_BYTES = 15_000_000
+
+
+class Student(nn.Module):
+    """The model, and a head that hears words in the audio encoder's output: a second loss that is dropped afterwards.
+
+    The second loss is connectionist temporal classification over whole words (Graves et al. 2006); it teaches the
+    encoder to listen long before the decoder could ask it to.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = Phi4MM(config)
+        self.word_head = nn.Linear(config.audio.hidden_size, 1 + len(SPOKEN_WORDS))
+
+    def forward(self, lesson: Lesson, augment: bool) -> tuple[Tensor, Tensor]:
+        """Returns logits [answer tokens, vocab_size] and the loss of the word head."""
+        model = self.model
+        image_rows = self._see(lesson, augment)
+        clip_rows, word_loss = self._hear(lesson, augment)
+        places = torch.cat((lesson.image_places, *lesson.clip_places))
+        embeddings = model.language.embedding(lesson.ids)
+        rows = torch.cat([part for part in (image_rows, clip_rows) if part is not None] or [embeddings[:0]])
+        embeddings = embeddings.to(rows.dtype).index_copy(0, places, rows)
+        packed = [Row(n, adapter=name or None) for n, name in zip(lesson.lengths, lesson.adapters, strict=True)]
+        hidden = model.language(embeddings, pack(packed, lesson.ids.device))
+        return model.language.logits(hidden[lesson.answer_places]).float(), word_loss
+
+    def _see(self, lesson: Lesson, augment: bool) -> Tensor | None:
+        if not len(lesson.crops):
+            return None
+        model, crops = self.model, lesson.crops.float() / 127.5 - 1
+        if augment:
+            strength = torch.rand(len(crops), 1, 1, 1, device=crops.device) * 0.06
+            crops = crops + strength * torch.randn_like(crops)
+        features = model.vision(crops, lesson.patch_mask)
+        cells = len(crops) * (lesson.patch_mask.shape[-1] // 2) ** 2
+        order = torch.where(lesson.order < 0, cells - 1 - lesson.order, lesson.order)
+        rows: Tensor = model.image_projector(model.image_projector.arrange(features, order))
+        return rows
+
+    def _hear(self, lesson: Lesson, augment: bool) -> tuple[Tensor | None, Tensor]:
+        silent = torch.zeros((), device=lesson.ids.device)
+        if not lesson.clip_frames:
+            return None, silent
+        clips = lesson.features.float().split(lesson.clip_frames)
+        if augment:
+            clips = tuple(_disturbed(clip) for clip in clips)
+        # Clips of one length go as one call, so they are sorted, and put back afterwards.
+        by_length = sorted(range(len(clips)), key=lambda i: lesson.clip_frames[i])
+        heard = self.model.audio([clips[i] for i in by_length], window_batch=32)
+        features = [heard[by_length.index(i)] for i in range(len(clips))]
+        counts = [len(feature) for feature in features]
+        heads = {head: projector(torch.cat(features)).split(counts) for head, projector in self._heads()}
+        rows = torch.cat([heads[head][i] for i, head in enumerate(lesson.heads)])
+        return rows, self._word_loss(features, lesson.words)
+
+    def _heads(self) -> Iterator[tuple[str, nn.Module]]:
+        return iter(self.model.audio_projectors.items())
+
+    def _word_loss(self, features: list[Tensor], words: list[list[int]]) -> Tensor:
+        told = [i for i, said in enumerate(words) if said and 2 * len(said) < len(features[i])]
+        if not told:
+            return torch.zeros((), device=features[0].device)
+        counts = torch.tensor([len(features[i]) for i in told])
+        scores = self.word_head(nn.utils.rnn.pad_sequence([features[i] for i in told])).float().log_softmax(-1)
+        targets = torch.tensor([word for i in told for word in words[i]], device=scores.device)
+        lengths = torch.tensor([len(words[i]) for i in told])
+        return F.ctc_loss(scores, targets, counts, lengths, zero_infinity=True)
+
+
+def _disturbed(clip: Tensor) -> Tensor:
+    """Another level, another tone, and a band of mel bins missing (after SpecAugment, Park et al. 2019)."""
+    bins = torch.arange(clip.shape[1], device=clip.device)
+    level, tilt, start, width = torch.randn(2).tolist() + torch.rand(2).tolist()
+    clip = (clip + 0.5 * level + 0.5 * tilt * (bins / clip.shape[1] - 0.5)).clamp(min=0)
+    first = int(start * clip.shape[1])
+    return clip.masked_fill((bins >= first) & (bins < first + int(12 * width)), 8.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one run trains."""
+
+    minutes: float
+    finish: bool
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    lessons: int = 8
+    workers: int = 14
+    capacity: int = 2500
+    first_lessons: int = 150
+
+
+def train(student: Student, supply: Supply, settings: Settings, progress: dict[str, int], log: "Log") -> None:
+    """Train until the minutes are over; progress holds the steps and lessons of all runs and is kept up to date."""
+    optimiser = _optimiser(student, settings)
+    chance = np.random.default_rng(progress["steps"])
+    started, warm, seen = time.monotonic(), 0, progress["lessons"]
+    while (share := (time.monotonic() - started) / (60 * settings.minutes)) < 1:
+        rate = settings.learning_rate * min(1, (warm + 1) / WARMUP_STEPS) * _fall(share, settings.finish)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        lesson = supply.draw(settings.lessons, chance)
+        loss, word_loss = _losses(student, lesson)
+        optimiser.zero_grad(set_to_none=True)
+        (loss + WORD_LOSS_WEIGHT * word_loss).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        warm += 1
+        progress["steps"] += 1
+        progress["lessons"] = seen + supply.made
+        log.step(progress, share, loss, word_loss, rate, lesson)
+
+
+def _fall(share: float, finish: bool) -> float:
+    """Full rate for the first third of a finishing run, then down to zero in a straight line."""
+    return min(1.0, 1.5 * (1 - share)) if finish else 1.0
+
+
+def _losses(student: Student, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    device = lesson.ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits, word_loss = student(lesson, augment=True)
+    return F.cross_entropy(logits, lesson.answers), word_loss
+
+
+def _optimiser(student: Student, settings: Settings) -> torch.optim.Optimizer:
+    matrices = [p for p in student.parameters() if p.dim() >= 2]
+    others = [p for p in student.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+@torch.no_grad()
+def exact_share(student: Student, lesson: Lesson) -> tuple[float, float]:
+    """The share of answers that greedy decoding would give exactly, and the share of right tokens."""
+    device = lesson.ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits, _ = student(lesson, augment=False)
+    right = logits.argmax(-1) == lesson.answers
+    wrong_rows = set(lesson.answer_rows[~right].tolist())
+    return 1 - len(wrong_rows) / len(lesson.lengths), float(right.float().mean())
+
+
+@dataclass
+class Log:
+    """Prints how training goes: a line every so many steps, and the held-out scores now and then."""
+
+    student: Student
+    held_out: Mapping[str, Lesson]
+    every: int = 100
+    scores_every: int = 1500
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    def step(
+        self, progress: Mapping[str, int], share: float, loss: Tensor, word_loss: Tensor, rate: float, lesson: Lesson
+    ) -> None:
+        steps = progress["steps"]
+        if steps % self.every == 0:
+            seconds = time.monotonic() - self.started
+            print(
+                f"step {steps} {share:5.1%} {seconds:.0f} s loss {loss.item():.4f} words {word_loss.item():.3f} "
+                f"rate {rate:.1e} lessons made {progress['lessons']} tokens {len(lesson.ids)} crops {len(lesson.crops)}",
+                flush=True,
+            )
+        if steps % self.scores_every == 0:
+            print(" ".join(f"{task} {score:.3f}" for task, score in self.scores().items()), flush=True)
+
+    def scores(self) -> dict[str, float]:
+        """Exact answers per task, held out."""
+        return {task: exact_share(self.student, lesson)[0] for task, lesson in self.held_out.items()}
+
+
+def initialise(student: Student, frames: Tensor) -> None:
+    """Random weights, each output about as large as its input; the encoder's normalisation from real frames."""
+    config = student.model.config
+    depth = {"language": config.language.layers, "vision": config.vision.layers, "audio": 2 * config.audio.layers}
+    for name, weight in student.named_parameters():
+        if weight.dim() == 1:
+            nn.init.constant_(weight, 1.0 if name.endswith("norm.weight") else 0.0)
+        elif name.endswith("language.embedding.weight") or "separator" in name or "position_embedding" in name:
+            nn.init.normal_(weight, std=0.05)
+        elif name.endswith(("adapters.vision.b", "adapters.speech.b", "_bias", "relative_bias.weight")):
+            nn.init.zeros_(weight)
+        else:
+            ends_branch = name.endswith(("out.weight", "down.weight")) and ".layers." in name
+            part = next((part for part in depth if part in name), "language")
+            scale = 1 / math.sqrt(2 * depth[part]) if ends_branch else 1.0
+            nn.init.normal_(weight, std=scale / math.sqrt(weight[0].numel()))
+    student.model.audio.mean.copy_(frames.mean(0))
+    student.model.audio.inverse_deviation.copy_(1 / frames.std(0))
+
+
+def save_state(student: Student, progress: Mapping[str, int], folder: Path) -> None:
+    """Write the fp32 weights in parts of at most 15 MB, and how far training came."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, tensor in student.state_dict().items():
+        if sum(t.numel() * 4 for t in parts[-1].values()) + tensor.numel() * 4 > STATE_PART_BYTES:
+            parts.append({})
+        parts[-1][name] = tensor.detach().float().cpu().contiguous()
+    for number, part in enumerate(parts):
+        safetensors.torch.save_file(part, folder / f"state-{number}.safetensors")
+    (folder / "progress.json").write_text(json.dumps(progress))
+
+
+def load_state(student: Student, folder: Path) -> dict[str, int]:
+    """Read what save_state wrote."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("state-*.safetensors")):
+        tensors |= safetensors.torch.load_file(path)
+    student.load_state_dict(tensors)
+    progress: dict[str, int] = json.loads((folder / "progress.json").read_text())
+    return progress
+
+
+def write_demo(student: Student, folder: Path) -> None:
+    """Write the model alone, in bf16 and the official layout, with its tokenizer."""
+    model = Phi4MM(student.model.config)
+    model.load_state_dict(student.model.state_dict())
+    write_checkpoint(model.to(torch.bfloat16), folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_document()), encoding="utf-8")
+
+
+def run(bank: Path, out: Path, settings: Settings, device: torch.device) -> None:
+    """One run: go on from `out` or begin, train, write the state, the demo checkpoint and the held-out scores there."""
+    config = demo_config()
+    source = open_source(bank, config, Tokenizer(tokenizer_document()))
+    resumed = (out / "progress.json").exists()
+    student = Student(config)
+    progress = load_state(student, out) if resumed else {"steps": 0, "lessons": 0}
+    if not resumed:
+        initialise(student, source.task_lesson("transcribe", "train", 64).features.float())
+    # Workers are forked before the device is touched: a forked process cannot use it.
+    supply = Supply(source, settings.workers, progress["lessons"], settings.capacity, device)
+    try:
+        watched = {task: lesson.to(device) for task, lesson in held_out_lessons(source, 64)}
+        student.to(device)
+        supply.begin(settings.first_lessons)
+        log = Log(student, watched)
+        train(student, supply, settings, progress, log)
+        save_state(student, progress, out)
+        scores = log.scores()
+        (out / "scores.json").write_text(json.dumps(scores, indent=1))
+        print(json.dumps(scores, indent=1))
+        write_demo(student.cpu(), out / "checkpoint")
+    finally:
+        supply.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bank", type=Path, required=True, help="the folder that memphi.demo.bank made")
+    parser.add_argument("--out", type=Path, required=True, help="where training goes on from and writes to")
+    parser.add_argument("--minutes", type=float, required=True, help="how long to train in this run")
+    parser.add_argument("--finish", action="store_true", help="the last run: let the learning rate fall to zero")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--rate", type=float, default=Settings.learning_rate)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(arguments.minutes, arguments.finish, learning_rate=arguments.rate, workers=arguments.workers)
+    run(arguments.bank, arguments.out, settings, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""How the towers' work is cut changes no feature: crops and windows in slices, sound subsampled in pieces."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memphi.model.attention import EagerAttention, SdpaAttention
+from memphi.model.phi4mm import CROP_BATCH, Phi4MM
+from tests.checkpoints import tiny_model
+from tests.oracle import TOLERANCE, all_logits, largest_difference, make_clip, make_image, mode_prompts, parity_config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(parity_config())
+
+
+def with_attention(model, attention):
+    other = Phi4MM(model.config, attention)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+@pytest.mark.parametrize("mode", range(4))
+def test_sdpa_equals_eager(model, mode):
+    prompt = mode_prompts(model.config)[mode]
+    eager, sdpa = (all_logits(with_attention(model, backend), prompt) for backend in (EagerAttention(), SdpaAttention()))
+    assert largest_difference(eager, sdpa) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(1, 0), (1, 30), (5, 0), (5, 30), (33, 31)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (6, 1)])
+def test_causal_attention_of_both_backends(tokens, past, heads, kv_heads):
+    """Against one query at a time over the keys up to its position."""
+    random = torch.Generator().manual_seed(0)
+    query = torch.randn(2, tokens, heads, 8, generator=random)
+    key, value = (torch.randn(2, past + tokens, kv_heads, 8, generator=random) for _ in range(2))
+    expected = torch.empty_like(query)
+    for row in range(2):
+        for i in range(tokens):
+            for head in range(heads):
+                of = head // (heads // kv_heads)
+                keys, values = (part[row, : past + i + 1, of] for part in (key, value))
+                expected[row, i, head] = torch.softmax(keys @ query[row, i, head] / 8**0.5, dim=0) @ values
+    for backend in (EagerAttention(), SdpaAttention()):
+        assert largest_difference(backend.causal(query, key, value), expected) <= 1e-5
+
+
+@torch.inference_mode()
+def test_images_together_equal_each_alone(model):
+    """More crops than a slice takes, with and without padding, so that slices mix images."""
+    side = model.config.vision.patches
+    layouts = [(1, 1, None), (2, 2, (side + 3, 2 * side)), (1, 3, None), (3, 1, (2 * side + 1, 5)), (1, 1, (1, 1))]
+    images = [make_image(model.config, *layout, seed=seed) for seed, layout in enumerate(layouts)]
+    assert sum(image.footprint.crops for image in images) > 2 * CROP_BATCH - 1
+    for image, together in zip(images, model.encode_images(images), strict=True):
+        assert together.shape == (image.footprint.tokens, model.config.language.hidden_size)
+        assert largest_difference(together, model.encode_images([image])[0]) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_full_mask_equals_none(model):
+    """A crop without padding is computed alike beside padded crops, where there is a mask, and beside full ones."""
+    full = make_image(model.config)
+    padded = make_image(model.config, valid=(3, 4), seed=1)
+    features = model.vision(*(torch.cat([torch.from_numpy(part(i)) for i in (full, padded)]) for part in (crops, masks)))
+    alone = model.vision(torch.from_numpy(full.crops), torch.from_numpy(full.patch_mask))
+    assert largest_difference(features[:2], alone) <= TOLERANCE
+
+
+def crops(image):
+    return image.crops
+
+
+def masks(image):
+    return image.patch_mask
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 7, 50])
+@torch.inference_mode()
+def test_subsampling_in_pieces_equals_the_whole(model, chunk_tokens):
+    for frames in (*range(1, 35), 63, 64, 65, 199, 400, 401):
+        x = torch.randn(2, frames, model.config.audio.mel_bins, generator=torch.Generator().manual_seed(frames))
+        whole = model.audio.subsampling(x, chunk_tokens=10**6)
+        assert whole.shape == (2, -(-frames // 8), model.config.audio.hidden_size)
+        assert largest_difference(model.audio.subsampling(x, chunk_tokens), whole) <= 1e-5
+
+
+@torch.inference_mode()
+def test_long_sound_is_windows_of_500_tokens_that_do_not_see_each_other(model):
+    """Beyond eight frames of a window's border, changing one window's sound leaves the others' features alone."""
+    clip = torch.from_numpy(make_clip(model.config, 3 * 4000).features)
+    changed = clip.clone()
+    changed[4100:7900] += 1
+    before, after = model.audio([clip])[0], model.audio([changed])[0]
+    same = (before == after).all(dim=1)
+    assert before.shape[0] == 1500
+    assert same[:500].all()
+    assert same[1000:].all()
+    assert not same[500:1000].any()
+
+
+@pytest.mark.parametrize("window_batch", [1, 3, 100])
+@torch.inference_mode()
+def test_windows_in_slices_equal_all_at_once(model, window_batch):
+    clips = [torch.from_numpy(make_clip(model.config, frames, frames).features) for frames in (50, 50, 8100, 9, 4000)]
+    for one, other in zip(model.audio(clips), model.audio(clips, window_batch), strict=True):
+        assert largest_difference(one, other) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_windows_size_is_the_configs(model):
+    config = replace(model.config, audio=replace(model.config.audio, window_tokens=20))
+    small = tiny_model(config)
+    small.load_state_dict(model.state_dict())
+    clip = make_clip(config, 8 * 40)
+    first, second = torch.from_numpy(clip.features[:168]), torch.from_numpy(clip.features)
+    assert largest_difference(small.audio([second])[0][:20], model.audio([second])[0][:20]) > 1e-3
+    assert largest_difference(small.audio([second])[0][:20], small.audio([first])[0][:20]) <= TOLERANCE
+
+
+def test_nothing_to_encode_is_nothing(model):
+    assert model.encode_images([]) == []
+    assert model.encode_clips([], "speech") == []

@@ -1,0 +1,140 @@
+"""Attachments are opened by their content, within limits, and every refusal is one sentence."""
+
+import base64
+import io
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+
+from memphi.errors import MediaError
+from memphi.inputs.media import MediaLimits, audio_media, image_media, open_media
+from tests.pure.inputs_samples import PICTURE_FORMATS, SOUND_FORMATS, picture, sound
+
+PNG = picture(20, 10)
+
+
+@pytest.mark.parametrize("format", PICTURE_FORMATS)
+def test_a_picture_is_known_by_its_content(tmp_path, format):
+    path = tmp_path / "sound.wav"
+    path.write_bytes(picture(20, 10, format))
+    media = open_media(path)
+    assert (media.kind, media.name) == ("image", "sound.wav")
+
+
+@pytest.mark.parametrize(("container", "codec"), [entry[:2] for entry in SOUND_FORMATS])
+def test_a_sound_is_known_by_its_content(container, codec):
+    assert open_media(sound(container, codec), "picture.png").kind == "audio"
+
+
+def test_all_sources_give_the_same_media(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    encoded = base64.b64encode(PNG).decode()
+    percent = "".join(f"%{byte:02x}" for byte in PNG)
+    sources = (path, str(path), PNG, io.BytesIO(PNG), f"data:image/png;base64,{encoded}", f"data:image/png,{percent}")
+    media = [open_media(source) for source in sources]
+    assert {item.digest for item in media} == {media[0].digest}
+    assert {item.content for item in media} == {PNG}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.png", "there is no file nowhere.png"),
+        ("/", "is not a file"),
+        ("nul\0byte", "cannot be read"),
+        (b"", "is empty"),
+        (b"just some text", "neither a picture nor a sound"),
+        (b"\xff\xfet\0e\0x\0t\0", "neither a picture nor a sound"),
+        (b"%PDF-1.7", "turn its pages into"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "save it as JPEG or PNG"),
+        ("ftp://example.org/a.png", "only http, https and data"),
+        ("file:///etc/hostname", "only http, https and data"),
+        ("data:image/png;base64", "is not a data URI"),
+        ("data:image/png;base64,???", "damaged base64"),
+        ("http://", "cannot be fetched"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(source, message):
+    with pytest.raises(MediaError, match=message) as caught:
+        open_media(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_size_is_limited_before_reading(tmp_path):
+    path = tmp_path / "big.png"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    limits = MediaLimits(bytes=len(PNG) - 1)
+    for source in (path, PNG, io.BytesIO(PNG), "data:image/png;base64," + base64.b64encode(PNG).decode()):
+        with pytest.raises(MediaError, match=f"more than {len(PNG) - 1} bytes"):
+            open_media(source, limits=limits)
+    assert open_media(PNG, limits=MediaLimits(bytes=len(PNG))).content == PNG
+
+
+class _Pages(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/leak":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname")
+            self.end_headers()
+        elif self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/a.png?size=1")
+            self.end_headers()
+        elif self.path.startswith("/a.png"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PNG)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = HTTPServer(("127.0.0.1", 0), _Pages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_are_fetched(site):
+    for page in ("/a.png?x=1", "/moved"):
+        assert open_media(site + page).content == PNG
+    assert open_media(site + "/a.png?x=1").name == "a.png"
+
+
+@pytest.mark.parametrize(("page", "message"), [("/none", "404"), ("/leak", "file"), ("/a.png", "more than 5 bytes")])
+def test_bad_urls_are_refused(site, page, message):
+    with pytest.raises(MediaError, match=message):
+        open_media(site + page, limits=MediaLimits(bytes=5))
+
+
+def test_arrays_are_media():
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    assert image_media(pixels).digest == image_media(pixels.copy()).digest
+    assert image_media(pixels).digest != image_media(pixels.reshape(6, 4, 3)).digest
+    stereo = np.array([[16384, 0], [-32768, 0]], np.int16)
+    media = audio_media(stereo, 16000)
+    assert media.content.values.tolist() == [0.25, -0.5]
+    assert media.digest != audio_media(stereo, 8000).digest
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((4, 4), "u1"), ((4, 4, 4), "u1"), ((4, 4, 3), "f4"), ((0, 4, 3), "u1")])
+def test_other_pixels_are_refused(shape, kind):
+    with pytest.raises(MediaError, match="pixels must be uint8"):
+        image_media(np.zeros(shape, kind))
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((2, 2, 2), np.float32), np.zeros(4, np.int32), np.zeros((4, 0), np.float32)]
+)
+def test_other_samples_are_refused(values):
+    with pytest.raises(MediaError, match="samples must be"):
+        audio_media(values, 16000)
