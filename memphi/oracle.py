@@ -22,7 +22,7 @@ from memphi.model.phi4mm import Phi4MM
 from memphi.request import MediaKind, Prompt
 
 ATTENTION = {"": "sdpa", "vision_config": "eager", "audio_config": "sdpa"}
-"""Not sdpa for the vision tower: its module calls itself causal, so that transformers (5.17 to 5.24) hides the later
+"""Not sdpa for the vision tower: its module calls itself causal, so that transformers (seen in 5.24) hides the later
 patches from the earlier ones wherever no crop has padding."""
 
 _INSTALL = 'comparing needs transformers with Phi-4-multimodal; install it with: pip install "memphi[verify]"'
@@ -128,6 +128,7 @@ def _settings(config: ModelConfig, placeholders: Mapping[MediaKind, int]) -> dic
             "short_factor": list(language.short_factor),
             "long_factor": list(language.long_factor),
             "original_max_position_embeddings": language.short_tokens,
+            "factor": language.max_tokens / language.short_tokens,
         },
         "tie_word_embeddings": True,
         "bos_token_id": None,

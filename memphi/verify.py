@@ -5,9 +5,9 @@ and compares logits. For people who have the weights; called by the CLI.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from memphi.oracle import (
     model_weights,
     oracle_inputs,
 )
-from memphi.request import InputMode, Media, Prompt, Request, Samples
+from memphi.request import InputMode, Media, MediaKind, Prompt, Request, Samples
 
 Progress = Callable[[str], None]
 """Called with what is being done, in a few words."""
@@ -82,7 +82,7 @@ class _Task:
     """What both have to do."""
 
     config: ModelConfig
-    tokenizer: Tokenizer
+    placeholders: Mapping[MediaKind, int]
     prompts: tuple[Prompt, ...]
     new_tokens: int
     device: torch.device
@@ -110,7 +110,8 @@ def verify(
     config = read_config(location.folder)
     tokenizer = Tokenizer.from_folder(location.folder)
     prompts = tuple(prepare(request, config, tokenizer) for request in sample_requests(config, seed))
-    task = _Task(config, tokenizer, prompts, new_tokens, device, dtype, progress or (lambda _: None))
+    placeholders: dict[MediaKind, int] = {"image": tokenizer.image_id, "audio": tokenizer.audio_id}
+    task = _Task(config, placeholders, prompts, new_tokens, device, dtype, progress or (lambda _: None))
     ours = _run_memphi(location, task)
     _free_memory(device)
     theirs = _run_transformers(location if oracle is None else locate(oracle), task)
@@ -172,7 +173,8 @@ def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
 
     def advance(at: Sequence[int] | None) -> Tensor:
         row = Row(len(ids) - past, past, prompt.mode.adapter, long)
-        return model(torch.tensor(ids[past:], device=model.device), [row], () if past else media, cache, at)
+        new_ids = torch.tensor(ids[past:], device=model.device)
+        return cast(Tensor, model(new_ids, [row], () if past else media, cache, at))
 
     logits = advance(compared_positions(len(ids)))
     last = logits[-1]
@@ -192,11 +194,19 @@ def _new_cache(model: Phi4MM) -> list[ContiguousCache]:
 
 @torch.inference_mode()
 def trace_oracle(oracle: Any, prompt: Prompt, new_tokens: int) -> Trace:  # noqa: ANN401
-    """As `trace_memphi`, by transformers' model; without a cache, which its generation uses wrongly in the long regime."""
+    """As `trace_memphi`, by transformers' model.
+
+    It generates without a cache, because with one it goes wrong where an answer crosses into the long regime: there it
+    drops the cache, but (5.24) still computes the newest token only.
+    """
     inputs = oracle_inputs(prompt, oracle.device)
     positions = torch.tensor(compared_positions(len(prompt.ids)), device=oracle.device)
     logits = oracle(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
-    answer = oracle.generate(**inputs, max_new_tokens=new_tokens, use_cache=False)[0, len(prompt.ids) :] if new_tokens else ()
+    answer = (
+        oracle.generate(**inputs, max_new_tokens=new_tokens, use_cache=False)[0, len(prompt.ids) :]
+        if new_tokens
+        else ()
+    )
     return Trace(logits.float().cpu(), tuple(int(i) for i in answer))
 
 
@@ -215,12 +225,12 @@ def _run_memphi(location: Location, task: _Task) -> list[Trace]:
 
 def _run_transformers(location: Location, task: _Task) -> list[Trace]:
     task.say("transformers: loading")
+    weights: Mapping[str, Tensor]
     if location.random:
         weights = model_weights(random_model(task.config, task.device, task.dtype))
     else:
         weights = StoredWeights(location.folder)
-    placeholders = {"image": task.tokenizer.image_id, "audio": task.tokenizer.audio_id}
-    oracle = build_oracle(task.config, placeholders, task.device, task.dtype)
+    oracle = build_oracle(task.config, task.placeholders, task.device, task.dtype)
     fill_oracle(oracle, task.config, weights)
     traces = []
     for prompt in task.prompts:

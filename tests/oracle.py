@@ -176,5 +176,3 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b|; shapes must be equal."""
     assert a.shape == b.shape
     return float((a - b).abs().max())
-
-

@@ -4,8 +4,9 @@ Knows the prompt format (through `memphi.inputs`) and where answers stand; knows
 `make_lesson`, training joins several lessons with `join`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,16 +55,17 @@ class Lesson:
 
     def to(self, device: torch.device) -> "Lesson":
         """The same lesson with its tensors on a device."""
-        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
-        return Lesson(**moved)
+        return self.map(Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def map(self, kind: type, change: Callable[[Any], Any]) -> "Lesson":
+        """The same lesson with every field, or entry of a list, of that type changed."""
 
-def _moved(value: object, device: torch.device) -> object:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [tensor.to(device, non_blocking=True) for tensor in value]
-    return value
+        def changed(value: Any) -> Any:  # noqa: ANN401
+            if isinstance(value, list) and value and isinstance(value[0], kind):
+                return [change(item) for item in value]
+            return change(value) if isinstance(value, kind) else value
+
+        return replace(self, **{field.name: changed(getattr(self, field.name)) for field in fields(self)})
 
 
 def make_lesson(
@@ -150,7 +152,8 @@ def _lengthened(clip: NDArray[np.int16]) -> NDArray[np.int16]:
 
 def _bytes(crops: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Pixels of [-1, 1] in a byte each: exact but for the global view's interpolation."""
-    return np.clip(np.rint((crops + 1) * 127.5), 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(np.rint((crops + 1) * 127.5), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _order(prompt: Prompt, cells: int) -> NDArray[np.int64]:

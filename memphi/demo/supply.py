@@ -6,10 +6,9 @@ Knows processes and queues; `lesson` knows what a lesson is. Training calls it.
 import multiprocessing
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +34,10 @@ class Source:
 
     def training_lesson(self, number: int) -> Lesson:
         """The lesson of this number: always the same, from the train split."""
-        chance = np.random.default_rng((1, number))
+        off = np.random.default_rng((1, number)).random(LESSON_SAMPLES) < OFF_SHARE
         numbers = range(number * LESSON_SAMPLES, (number + 1) * LESSON_SAMPLES)
         samples = [make(mixture(0, n), n, self.bank, "train") for n in numbers]
-        return make_lesson(samples, self.config, self.tokenizer, chance.random(LESSON_SAMPLES) < OFF_SHARE)
+        return make_lesson(samples, self.config, self.tokenizer, off.tolist())
 
     def task_lesson(self, task: str, split: Split, count: int) -> Lesson:
         """The first `count` samples of one task, adapters on."""
@@ -94,7 +93,7 @@ class Supply:
         place = 0
         while all(process.is_alive() for process in self._processes):
             try:
-                lesson = _as_tensors(self._queue.get(timeout=1)).to(self._device)
+                lesson = self._queue.get(timeout=1).map(np.ndarray, torch.from_numpy).to(self._device)
             except queue.Empty:
                 continue
             if len(self._lessons) < self._capacity:
@@ -115,25 +114,7 @@ def _work(source: Source, lessons: "multiprocessing.Queue[Lesson]", first: int, 
     torch.set_num_threads(1)
     number = first
     while True:
-        lessons.put(_as_arrays(source.training_lesson(number)))
+        lesson = source.training_lesson(number)
+        # As arrays it travels by value; as tensors each would be a file descriptor.
+        lessons.put(lesson.map(torch.Tensor, lambda tensor: tensor.numpy()))
         number += step
-
-
-def _as_arrays(lesson: Lesson) -> Lesson:
-    """Tensors as arrays, which travel between processes by value."""
-    return _converted(lesson, torch.Tensor, lambda tensor: tensor.numpy())
-
-
-def _as_tensors(lesson: Lesson) -> Lesson:
-    return _converted(lesson, np.ndarray, torch.from_numpy)
-
-
-def _converted(lesson: Lesson, kind: type, convert: Callable[[Any], Any]) -> Lesson:
-    def one(value: object) -> object:
-        if isinstance(value, kind):
-            return convert(value)
-        if isinstance(value, list) and value and isinstance(value[0], kind):
-            return [convert(item) for item in value]
-        return value
-
-    return Lesson(**{field.name: one(getattr(lesson, field.name)) for field in fields(Lesson)})

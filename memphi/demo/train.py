@@ -1,8 +1,8 @@
 """Train the demo model: `python -m memphi.demo.train --bank .bank --out .train --minutes 9`.
 
 One command, resumable: it goes on from what --out holds, and the last run is given --finish, which lets the learning
-rate fall to zero. Knows the optimiser and the losses; `supply` brings the lessons. Meant for one GPU of a data centre; a
-CPU does it too, for a test.
+rate fall to zero. Knows the optimiser and the losses; `supply` brings the lessons. Meant for one data-centre GPU; a CPU
+does it too, for a test.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def train(student: Student, supply: Supply, settings: Settings, progress: dict[s
         lesson = supply.draw(settings.lessons, chance)
         loss, word_loss = _losses(student, lesson)
         optimiser.zero_grad(set_to_none=True)
-        (loss + WORD_LOSS_WEIGHT * word_loss).backward()  # type: ignore[no-untyped-call]
+        (loss + WORD_LOSS_WEIGHT * word_loss).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         warm += 1
@@ -197,7 +197,7 @@ class Log:
             seconds = time.monotonic() - self.started
             print(
                 f"step {steps} {share:5.1%} {seconds:.0f} s loss {loss.item():.4f} words {word_loss.item():.3f} "
-                f"rate {rate:.1e} lessons made {progress['lessons']} tokens {len(lesson.ids)} crops {len(lesson.crops)}",
+                f"rate {rate:.1e} made {progress['lessons']} tokens {len(lesson.ids)} crops {len(lesson.crops)}",
                 flush=True,
             )
         if steps % self.scores_every == 0:

@@ -151,7 +151,6 @@ def _opened(media: Media) -> "Iterator[InputContainer]":
     except MediaError:
         raise
     except av.error.FFmpegError as wrong:
-        reason = getattr(wrong, "strerror", None) or str(wrong)
         raise MediaError(f"cannot be read as sound, it is damaged or cut short ({wrong.strerror})") from None
 
 

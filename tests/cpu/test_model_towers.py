@@ -25,7 +25,9 @@ def with_attention(model, attention):
 @pytest.mark.parametrize("mode", range(4))
 def test_sdpa_equals_eager(model, mode):
     prompt = mode_prompts(model.config)[mode]
-    eager, sdpa = (all_logits(with_attention(model, backend), prompt) for backend in (EagerAttention(), SdpaAttention()))
+    eager, sdpa = (
+        all_logits(with_attention(model, backend), prompt) for backend in (EagerAttention(), SdpaAttention())
+    )
     assert largest_difference(eager, sdpa) <= TOLERANCE
 
 
@@ -64,7 +66,9 @@ def test_a_full_mask_equals_none(model):
     """A crop without padding is computed alike beside padded crops, where there is a mask, and beside full ones."""
     full = make_image(model.config)
     padded = make_image(model.config, valid=(3, 4), seed=1)
-    features = model.vision(*(torch.cat([torch.from_numpy(part(i)) for i in (full, padded)]) for part in (crops, masks)))
+    features = model.vision(
+        *(torch.cat([torch.from_numpy(part(i)) for i in (full, padded)]) for part in (crops, masks))
+    )
     alone = model.vision(torch.from_numpy(full.crops), torch.from_numpy(full.patch_mask))
     assert largest_difference(features[:2], alone) <= TOLERANCE
 

@@ -48,7 +48,7 @@ def test_a_missing_or_unknown_tensor_is_an_error():
     config = parity_config()
     oracle = build_oracle(config, placeholders(config), "cpu", torch.float32)
     weights = model_weights(tiny_model(config))
-    with pytest.raises(CheckpointError, match="no place for the tensor 'model.extra'"):
+    with pytest.raises(CheckpointError, match=r"no place for the tensor 'model\.extra'"):
         fill_oracle(oracle, config, weights | {"model.extra": torch.zeros(1)})
     del weights["model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"1 more tensors, one is 'model\.norm\.weight'"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from memphi.model.phi4mm import Phi4MM
 from memphi.model.audio import WINDOW_BATCH
+from memphi.model.phi4mm import Phi4MM
 from tests.checkpoints import tiny_model
 from tests.oracle import TOLERANCE, Oracle, largest_difference, make_clip, parity_config
 

@@ -90,10 +90,7 @@ def literal_features(config, weights, crop, mask):
 def literal_pool(features, side):
     grid = features.view(side, side, -1)
     return torch.stack(
-        [
-            torch.stack([grid[r : r + 2, c : c + 2].mean((0, 1)) for c in range(0, side, 2)])
-            for r in range(0, side, 2)
-        ]
+        [torch.stack([grid[r : r + 2, c : c + 2].mean((0, 1)) for c in range(0, side, 2)]) for r in range(0, side, 2)]
     )  # [side / 2, side / 2, hidden]
 
 
