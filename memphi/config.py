@@ -15,6 +15,11 @@ from memphi.errors import CheckpointError
 
 DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
 
+LARGEST_SIZE, LARGEST_NUMBER = 2**24, 1e12
+MOST_LAYERS, MOST_CROPS = 1000, 1000
+LARGEST_CROP, MOST_MEL_BINS = 4096, 256
+"""What a config may ask for: far beyond any real model, and small enough that shapes can be computed and compared."""
+
 
 @dataclass(frozen=True)
 class LanguageConfig:
@@ -143,24 +148,26 @@ class ModelConfig:
         generation: Mapping[str, Any] | None = None,
         preprocessor: Mapping[str, Any] | None = None,
     ) -> "ModelConfig":
-        """Build from parsed JSON of either layout."""
+        """Build from parsed JSON of either layout; raises CheckpointError naming the field."""
         readers = {"phi4mm": _from_official, "phi4_multimodal": _from_converted}
         kind = config.get("model_type")
-        if kind not in readers:
+        if not isinstance(kind, str) or kind not in readers:
             raise CheckpointError(
                 f"config.json: model_type is {kind!r}; memphi runs Phi-4-multimodal only ({' or '.join(readers)})"
             )
-        try:
-            result = readers[kind](config, generation or {}, preprocessor or {})
-        except KeyError as missing:
-            raise CheckpointError(f"config.json: the field {missing} is missing") from None
-        except (TypeError, ValueError) as wrong:
-            raise CheckpointError(f"config.json: a field has a value that cannot be used ({wrong})") from None
+        result = readers[kind](
+            _Fields("config.json:", config),
+            _Fields("generation_config.json:", generation or {}),
+            _Fields("preprocessor_config.json:", preprocessor or {}),
+        )
         _check(result)
         return result
 
     def to_json(self) -> dict[str, Any]:
-        """The official layout's config.json; sizes that the official code fixes go under the key `memphi`."""
+        """The official layout's config.json without the weights' dtype, which whoever writes the weights adds.
+
+        Sizes that the official code fixes go under the key `memphi`.
+        """
         return _to_official(self)
 
 
@@ -181,107 +188,180 @@ def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
         if missing_ok:
             return {}
         raise CheckpointError(f"{path} does not exist; a model folder holds config.json and *.safetensors") from None
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, RecursionError) as wrong:
         raise CheckpointError(f"{path} cannot be read as JSON: {wrong}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
 
 
-def _language(config: Mapping[str, Any], rope: Mapping[str, Any]) -> LanguageConfig:
-    head_dim = int(config["hidden_size"]) // int(config["num_attention_heads"])
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+@dataclass(frozen=True)
+class _Fields:
+    """One object of a JSON file, read field by field; every refusal is a CheckpointError that names the field."""
+
+    path: str
+    values: Mapping[str, Any]
+
+    def part(self, *names: str) -> "_Fields":
+        """The object under these names."""
+        fields = self
+        for name in names:
+            value = fields._get(name, None)
+            if not isinstance(value, Mapping):
+                raise CheckpointError(f"{fields._name(name)} is no object")
+            fields = _Fields(fields._name(name), value)
+        return fields
+
+    def size(self, name: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+        """A whole number of something, at least one; bounded, so that no product of sizes overflows."""
+        value = self._get(name, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected a whole number from 1 to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
+        return self._positive(name, self._get(name, default))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        value = self._get(name, None)
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected a list of numbers")
+        return tuple(self._positive(name, item) for item in value)
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Token ids, of which the file may give one by itself."""
+        value = self._get(name, None)
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(type(item) is int and 0 <= item < LARGEST_SIZE for item in items):
+            raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected token ids")
+        return tuple(items)
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected true or false")
+        return value
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def _get(self, name: str, default: Any) -> Any:  # noqa: ANN401
+        value = self.values.get(name)
+        if value is None and default is None:
+            raise CheckpointError(f"{self._name(name)} is missing")
+        return default if value is None else value
+
+    def _positive(self, name: str, value: object) -> float:
+        # The bound comes first: a whole number of JSON may be too large for a float.
+        if type(value) not in (int, float) or not 0 < value <= LARGEST_NUMBER:  # type: ignore[operator]
+            raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected a positive number")
+        return float(value)  # type: ignore[arg-type]
+
+    def _name(self, name: str) -> str:
+        return f"{self.path}{' ' if self.path.endswith(':') else '.'}{name}"
+
+
+def _shown(value: object) -> str:
+    """A value in a message, not at any length; its type where it has parts."""
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        return "an enormous number"
+    return repr(value)[:60] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+def _language(config: _Fields, rope: _Fields) -> LanguageConfig:
+    hidden_size, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    partial = (rope if "partial_rotary_factor" in rope else config).number("partial_rotary_factor", 1.0)
+    border = "original_max_position_embeddings"
     return LanguageConfig(
-        vocab_size=int(config["vocab_size"]),
-        hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
-        layers=int(config["num_hidden_layers"]),
-        heads=int(config["num_attention_heads"]),
-        kv_heads=int(config["num_key_value_heads"]),
-        norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        rotary_dim=int(head_dim * float(partial)),
-        short_factor=tuple(float(x) for x in rope["short_factor"]),
-        long_factor=tuple(float(x) for x in rope["long_factor"]),
-        short_tokens=int(rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]),
-        max_tokens=int(config["max_position_embeddings"]),
+        vocab_size=config.size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.size("intermediate_size"),
+        layers=config.size("num_hidden_layers", most=MOST_LAYERS),
+        heads=heads,
+        kv_heads=config.size("num_key_value_heads"),
+        norm_eps=config.number("rms_norm_eps"),
+        rope_theta=(rope if "rope_theta" in rope else config).number("rope_theta", 10000.0),
+        rotary_dim=int(hidden_size // heads * partial),
+        short_factor=rope.numbers("short_factor"),
+        long_factor=rope.numbers("long_factor"),
+        short_tokens=(rope if border in rope else config).size(border),
+        max_tokens=config.size("max_position_embeddings"),
     )
 
 
-def _stop_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def _stop_ids(config: _Fields, generation: _Fields) -> tuple[int, ...]:
     """The ids that end an answer; an official checkpoint's generation_config.json names `<|end|>` too."""
-    found = generation.get("eos_token_id", config.get("eos_token_id", ()))
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    return (generation if "eos_token_id" in generation else config).ids("eos_token_id")
 
 
-def _from_official(
-    config: Mapping[str, Any], generation: Mapping[str, Any], preprocessor: Mapping[str, Any]
-) -> ModelConfig:
-    audio = config["audio_processor"]["config"]
-    extra = config.get("memphi", {})
-    vision = VisionConfig(
-        crop_size=int(config["embd_layer"]["image_embd_layer"]["crop_size"]),
-        max_crops=int(preprocessor.get("dynamic_hd", VisionConfig.max_crops)),
-        **extra.get("vision", {}),
-    )
+def _from_official(config: _Fields, generation: _Fields, preprocessor: _Fields) -> ModelConfig:
+    audio = config.part("audio_processor", "config")
+    extra = config.part("memphi") if "memphi" in config else _Fields("memphi", {})
+    tower, switches = (extra.part(name) if name in extra else _Fields(name, {}) for name in ("vision", "audio"))
     return ModelConfig(
-        language=_language(config, config["rope_scaling"]),
-        vision=vision,
-        audio=AudioConfig(
-            hidden_size=int(audio["attention_dim"]),
-            intermediate_size=int(audio["linear_units"]),
-            layers=int(audio["num_blocks"]),
-            heads=int(audio["attention_heads"]),
-            conv_channels=int(audio["nemo_conv_settings"]["conv_channels"]),
-            kernel_size=int(audio["kernel_size"]),
-            mel_bins=int(audio["input_size"]),
-            bias_distance=int(audio["relative_attention_bias_args"]["t5_bias_max_distance"]),
-            compression=int(audio["time_reduction"]),
-            **extra.get("audio", {}),
+        language=_language(config, config.part("rope_scaling")),
+        vision=VisionConfig(
+            hidden_size=tower.size("hidden_size", VisionConfig.hidden_size),
+            intermediate_size=tower.size("intermediate_size", VisionConfig.intermediate_size),
+            layers=tower.size("layers", VisionConfig.layers, MOST_LAYERS),
+            heads=tower.size("heads", VisionConfig.heads),
+            crop_size=config.part("embd_layer", "image_embd_layer").size("crop_size", most=LARGEST_CROP),
+            patch_size=tower.size("patch_size", VisionConfig.patch_size, LARGEST_CROP),
+            norm_eps=tower.number("norm_eps", VisionConfig.norm_eps),
+            max_crops=preprocessor.size("dynamic_hd", VisionConfig.max_crops, MOST_CROPS),
         ),
-        vision_adapter=_adapter(config["vision_lora"]),
-        speech_adapter=_adapter(config["speech_lora"]),
+        audio=AudioConfig(
+            hidden_size=audio.size("attention_dim"),
+            intermediate_size=audio.size("linear_units"),
+            layers=audio.size("num_blocks", most=MOST_LAYERS),
+            heads=audio.size("attention_heads"),
+            conv_channels=audio.part("nemo_conv_settings").size("conv_channels"),
+            kernel_size=audio.size("kernel_size"),
+            mel_bins=audio.size("input_size", most=MOST_MEL_BINS),
+            bias_distance=audio.part("relative_attention_bias_args").size("t5_bias_max_distance"),
+            window_tokens=switches.size("window_tokens", AudioConfig.window_tokens),
+            compression=audio.size("time_reduction"),
+            mask_tail=switches.switch("mask_tail", AudioConfig.mask_tail),
+        ),
+        vision_adapter=_adapter(config.part("vision_lora")),
+        speech_adapter=_adapter(config.part("speech_lora")),
         stop_token_ids=_stop_ids(config, generation),
     )
 
 
-def _adapter(value: Mapping[str, Any]) -> AdapterConfig:
-    return AdapterConfig(rank=int(value["r"]), alpha=float(value["lora_alpha"]))
+def _adapter(fields: _Fields) -> AdapterConfig:
+    return AdapterConfig(rank=fields.size("r"), alpha=fields.number("lora_alpha"))
 
 
-def _from_converted(
-    config: Mapping[str, Any], generation: Mapping[str, Any], preprocessor: Mapping[str, Any]
-) -> ModelConfig:
-    """The transformers layout (spec 2.5); its adapters lie in folders and bring their own ranks (see `adapters`)."""
-    audio, vision = config["audio_config"], config["vision_config"]
-    adapters = config.get(
-        "adapters", {"vision": {"r": 256, "lora_alpha": 512}, "speech": {"r": 320, "lora_alpha": 640}}
-    )
+def _from_converted(config: _Fields, generation: _Fields, preprocessor: _Fields) -> ModelConfig:
+    """The transformers layout (spec 2.5), with the official adapters' ranks: its own lie in its adapters' folders."""
+    audio, vision = config.part("audio_config"), config.part("vision_config")
     return ModelConfig(
-        language=_language(config, config.get("rope_parameters") or config["rope_scaling"]),
+        language=_language(config, config.part("rope_scaling" if "rope_scaling" in config else "rope_parameters")),
         vision=VisionConfig(
-            hidden_size=int(vision["hidden_size"]),
-            intermediate_size=int(vision["intermediate_size"]),
-            layers=int(vision["num_hidden_layers"]) - 1,
-            heads=int(vision["num_attention_heads"]),
-            crop_size=int(vision["crop_size"]),
-            patch_size=int(vision["patch_size"]),
-            norm_eps=float(vision.get("layer_norm_eps", VisionConfig.norm_eps)),
-            max_crops=int(preprocessor.get("dynamic_hd", VisionConfig.max_crops)),
+            hidden_size=vision.size("hidden_size"),
+            intermediate_size=vision.size("intermediate_size"),
+            layers=vision.size("num_hidden_layers", most=MOST_LAYERS) - 1,
+            heads=vision.size("num_attention_heads"),
+            crop_size=vision.size("crop_size", most=LARGEST_CROP),
+            patch_size=vision.size("patch_size", most=LARGEST_CROP),
+            norm_eps=vision.number("layer_norm_eps", VisionConfig.norm_eps),
+            max_crops=preprocessor.size("dynamic_hd", VisionConfig.max_crops, MOST_CROPS),
         ),
         audio=AudioConfig(
-            hidden_size=int(audio["hidden_size"]),
-            intermediate_size=int(audio["intermediate_size"]),
-            layers=int(audio["num_blocks"]),
-            heads=int(audio["num_attention_heads"]),
-            conv_channels=int(audio["nemo_conv_channels"]),
-            kernel_size=int(audio.get("kernel_size", AudioConfig.kernel_size)),
-            mel_bins=int(audio.get("input_size", AudioConfig.mel_bins)),
-            bias_distance=int(audio["bias_max_distance"]),
-            compression=int(audio.get("time_reduction", AudioConfig.compression)),
+            hidden_size=audio.size("hidden_size"),
+            intermediate_size=audio.size("intermediate_size"),
+            layers=audio.size("num_blocks", most=MOST_LAYERS),
+            heads=audio.size("num_attention_heads"),
+            conv_channels=audio.size("nemo_conv_channels"),
+            kernel_size=audio.size("kernel_size", AudioConfig.kernel_size),
+            mel_bins=audio.size("input_size", AudioConfig.mel_bins, MOST_MEL_BINS),
+            bias_distance=audio.size("bias_max_distance"),
+            compression=audio.size("time_reduction", AudioConfig.compression),
         ),
-        vision_adapter=_adapter(adapters["vision"]),
-        speech_adapter=_adapter(adapters["speech"]),
+        vision_adapter=AdapterConfig(rank=256, alpha=512),
+        speech_adapter=AdapterConfig(rank=320, alpha=640),
         stop_token_ids=_stop_ids(config, generation),
         layout="converted",
     )
@@ -300,7 +380,6 @@ def _to_official(config: ModelConfig) -> dict[str, Any]:
     document = {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",
-        "torch_dtype": "bfloat16",
         "tie_word_embeddings": True,
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,
@@ -350,20 +429,22 @@ def _to_official(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check(config: ModelConfig) -> None:
-    """Refuse sizes that cannot be computed, each with the field's name."""
+    """Refuse sizes that do not go together, each with the field's name; that each lies in its bounds is known."""
     language, vision, audio = config.language, config.vision, config.audio
     half = language.rotary_dim // 2
     rules = (
         (language.hidden_size % language.heads == 0, "hidden_size must be a multiple of num_attention_heads"),
+        (language.short_tokens > 1, "original_max_position_embeddings must be at least 2"),
         (language.heads % language.kv_heads == 0, "num_attention_heads must be a multiple of num_key_value_heads"),
-        (language.rotary_dim % 2 == 0, "the rotated part of a head must be even"),
+        (0 < language.rotary_dim <= language.head_dim, "partial_rotary_factor must rotate some or all of a head"),
+        (language.rotary_dim % 2 == 0, "partial_rotary_factor must rotate an even part of a head"),
         (len(language.short_factor) == half, f"rope_scaling.short_factor must hold {half} numbers"),
         (len(language.long_factor) == half, f"rope_scaling.long_factor must hold {half} numbers"),
+        (vision.layers > 0, "the vision tower must have at least two layers, of which the last is not computed"),
         (vision.hidden_size % vision.heads == 0, "the vision hidden size must be a multiple of its heads"),
         (vision.crop_size % (2 * vision.patch_size) == 0, "crop_size must be an even number of patches"),
         (audio.hidden_size % audio.heads == 0, "attention_dim must be a multiple of attention_heads"),
         (audio.compression == 8, "time_reduction must be 8"),
-        (len(config.stop_token_ids) > 0, "eos_token_id must name at least one token"),
     )
     for holds, message in rules:
         if not holds:

@@ -13,7 +13,7 @@ from typing import Any
 
 from memphi.checkpoint.headers import StoredTensor, list_tensors, read_header
 from memphi.checkpoint.names import from_converted, from_official, from_peft
-from memphi.config import AdapterConfig, ModelConfig
+from memphi.config import LARGEST_SIZE, AdapterConfig, ModelConfig
 from memphi.errors import CheckpointError
 
 ADAPTERS = ("vision", "speech")
@@ -70,10 +70,10 @@ def _read_adapter(file: Path) -> AdapterConfig:
         rank, alpha = int(value["r"]), float(value["lora_alpha"])
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist; the converted layout keeps its adapters there") from None
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as wrong:
         raise CheckpointError(f"{file} cannot be used: expected JSON with r and lora_alpha ({wrong})") from None
-    if rank < 1 or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: r is {rank} and lora_alpha {alpha}; expected a positive rank and a number")
+    if not 1 <= rank <= LARGEST_SIZE or not math.isfinite(alpha):
+        raise CheckpointError(f"{file}: r or lora_alpha is out of bounds; expected a positive rank and a number")
     _refuse_variants(value, file)
     return AdapterConfig(rank, alpha)
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from memphi.checkpoint.reader import Progress
 from memphi.config import ModelConfig
 from memphi.model.attention import Attention
 from memphi.model.phi4mm import Phi4MM
@@ -21,6 +22,7 @@ def random_model(
     dtype: torch.dtype,
     seed: int = 0,
     attention: Attention | None = None,
+    progress: Progress | None = None,
 ) -> Phi4MM:
     """A model with random weights, in eval mode and without gradients.
 
@@ -30,10 +32,15 @@ def random_model(
     with torch.device("meta"):
         model = Phi4MM(config, attention)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for name, tensor in model.state_dict().items():
+    tensors = model.state_dict()
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
         generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, name))
         mean, deviation = _distribution(name, tensor)
         tensor.normal_(mean, deviation, generator=generator)
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
     return model
 
 

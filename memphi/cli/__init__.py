@@ -2,27 +2,42 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from memphi import __version__
 from memphi.cli.ask import ask
 from memphi.cli.chat import chat
 from memphi.cli.verify import verify
 from memphi.errors import MemphiError
 
-app = typer.Typer(
-    help="Run Phi-4-multimodal-instruct: text, images and speech.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(ask)
 app.command()(chat)
 app.command()(verify)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"memphi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def memphi(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run Phi-4-multimodal-instruct: text, images and speech."""
+
+
 def main() -> None:
-    """The `memphi` command: exit code 0 ok, 2 usage, 3 does not fit, 4 bad input."""
+    """The `memphi` command: exit code 0 ok, 1 failed, 2 usage, 3 does not fit, 4 bad input, 130 interrupted.
+
+    Interrupts and a reader of stdout that went away (`| head`) are typer's: it ends at once, without a traceback.
+    """
     # Waiting threads would otherwise spin and slow a busy CPU; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -30,7 +45,3 @@ def main() -> None:
     except MemphiError as error:
         print(f"memphi: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): nothing is left to say, not even at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

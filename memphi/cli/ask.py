@@ -1,17 +1,17 @@
 """`memphi ask`: one question about any number of pictures and recordings."""
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memphi.cli import options
+from memphi.cli.terminal import load_engine, open_attachments, stream_answer, telling
 from memphi.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
-    from memphi.request import Media, Request, Result
+    from memphi.request import Request, Result
 
 
 def ask(
@@ -44,13 +44,13 @@ def ask(
     sampling = SamplingParams(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, ignore_eos, tuple(stop)
     )
+    # Attachments are opened first: a wrong name should not have to wait for the model.
     media = open_attachments(attach)
     groups = [(item,) for item in media] if each else [media]
     requests = [Request.ask(question, group, system, sampling) for group in groups]
     engine = load_engine(model, device, dtype, attention)
     if as_json:
-        results = [engine.generate(request) for request in requests]
-        documents = [_document(request, result) for request, result in zip(requests, results, strict=True)]
+        documents = _answer_all(engine, requests)
         print(json.dumps(documents if each else documents[0], ensure_ascii=False, indent=2))
         return
     for request in requests:
@@ -59,35 +59,13 @@ def ask(
         stream_answer(engine, request)
 
 
-def open_attachments(sources: list[str]) -> "tuple[Media, ...]":
-    """Open paths and URLs, and stdin for `-`."""
-    from memphi.inputs.media import open_media
-
-    if sources.count("-") > 1:
-        raise typer.BadParameter("stdin (-) can be attached once")
-    return tuple(
-        open_media(sys.stdin.buffer.read(), name="stdin") if source == "-" else open_media(source) for source in sources
-    )
-
-
-def load_engine(model: str, device: str, dtype: Any, attention: Any) -> "Engine":  # noqa: ANN401
-    """Load a model, telling on stderr that this takes a while."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"loading {model}"):
-        from memphi.engine.engine import load
-
-        return load(model, device, dtype, attention)
-
-
-def stream_answer(engine: "Engine", request: "Request") -> str:
-    """Write an answer to stdout as it comes, and return it."""
-    pieces = []
-    for delta in engine.stream(request):
-        pieces.append(delta.text)
-        print(delta.text, end="", flush=True)
-    print(flush=True)
-    return "".join(pieces)
+def _answer_all(engine: "Engine", requests: "list[Request]") -> list[dict[str, Any]]:
+    documents = []
+    with telling("answering") as tell:
+        for number, request in enumerate(requests, 1):
+            tell(f"answering {number} of {len(requests)}")
+            documents.append(_document(request, engine.generate(request)))
+    return documents
 
 
 def _document(request: "Request", result: "Result") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from memphi.cli import options
-from memphi.cli.ask import load_engine, open_attachments, stream_answer
+from memphi.cli.terminal import load_engine, open_attachments, stream_answer
 from memphi.config import DEFAULT_MODEL
 from memphi.errors import MemphiError
 

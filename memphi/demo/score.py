@@ -11,20 +11,30 @@ Pairs = Iterable[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table: the share right (or words misheard), over how many samples, against what is asked for."""
+    """One line of the table: the share right (or words misheard), over how many samples, against what is asked for.
+
+    Where nothing is asked for, threshold is None: the score is only told.
+    """
 
     name: str
     value: float
-    threshold: float
+    threshold: float | None
     count: int
     lower_is_better: bool = False
 
     @property
     def passed(self) -> bool:
-        """Return whether the score meets its threshold; no samples never do."""
+        """Return whether the score meets its threshold; no samples never do, and what is only told always does."""
+        if self.threshold is None:
+            return True
         if self.count == 0:
             return False
         return self.value <= self.threshold if self.lower_is_better else self.value >= self.threshold
+
+    @property
+    def share_right(self) -> float:
+        """Return the share of answers, or of words, that are right; more is better for every score."""
+        return max(0.0, 1 - self.value) if self.lower_is_better else self.value
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Demand:
 
     name: str
     tasks: tuple[str, ...]
-    threshold: float
+    threshold: float | None
     measures_word_errors: bool = False
 
 
@@ -50,30 +60,47 @@ DEMANDS = (
 
 def scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
     """Return one score for each demand from {task: [(answer, reference), ...]}."""
-    return [_score(demand, [pair for task in demand.tasks for pair in answers.get(task, ())]) for demand in DEMANDS]
+    return [scored(demand, [pair for task in demand.tasks for pair in answers.get(task, ())]) for demand in DEMANDS]
 
 
 def task_scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
     """Return one score for each task, against the threshold of the demand it belongs to."""
     return [
-        _score(Demand(task, (task,), demand.threshold, demand.measures_word_errors), answers[task])
+        scored(Demand(task, (task,), demand.threshold, demand.measures_word_errors), answers[task])
         for demand in DEMANDS
         for task in demand.tasks
         if task in answers
     ]
 
 
+def scored(demand: Demand, pairs: Sequence[tuple[str, str]]) -> Score:
+    """Return the score of what was answered to the samples of one demand."""
+    measure = word_error_rate if demand.measures_word_errors else exactly_right
+    return Score(demand.name, measure(pairs), demand.threshold, len(pairs), demand.measures_word_errors)
+
+
 def table(lines: Iterable[Score]) -> str:
     """Return the scores as an aligned table of text."""
     rows = [("", "score", "asked", "samples", "")]
     for line in lines:
-        bound = "<=" if line.lower_is_better else ">="
         reached = f"{line.value:.1%}" if line.count else "-"
-        verdict = "ok" if line.passed else "missed"
-        rows.append((line.name, reached, f"{bound} {line.threshold:.1%}", str(line.count), verdict))
+        rows.append((line.name, reached, _asked(line), str(line.count), _verdict(line)))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as text whose columns stand below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def _asked(line: Score) -> str:
+    return "" if line.threshold is None else f"{'<=' if line.lower_is_better else '>='} {line.threshold:.1%}"
+
+
+def _verdict(line: Score) -> str:
+    return "" if line.threshold is None else "ok" if line.passed else "missed"
 
 
 def exactly_right(pairs: Pairs) -> float:
@@ -98,8 +125,3 @@ def edits(answer: Sequence[str], reference: Sequence[str]) -> int:
         for column, said in enumerate(reference):
             row.append(min(above[column + 1] + 1, row[column] + 1, above[column] + (heard != said)))
     return row[-1]
-
-
-def _score(demand: Demand, pairs: Sequence[tuple[str, str]]) -> Score:
-    measure = word_error_rate if demand.measures_word_errors else exactly_right
-    return Score(demand.name, measure(pairs), demand.threshold, len(pairs), demand.measures_word_errors)

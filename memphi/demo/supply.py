@@ -16,6 +16,7 @@ import torch
 from memphi.config import ModelConfig
 from memphi.demo.bank import Bank, Split, read
 from memphi.demo.lesson import Lesson, join, make_lesson
+from memphi.demo.shape import demo_config, tokenizer_document
 from memphi.demo.tasks import TASKS, make, mixture
 from memphi.inputs.tokenizer import Tokenizer
 
@@ -26,11 +27,16 @@ OFF_SHARE = 0.03
 
 @dataclass(frozen=True)
 class Source:
-    """All that a worker needs to make lessons."""
+    """All that lessons are made from."""
 
     bank: Bank
     config: ModelConfig
     tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, bank: Path) -> "Source":
+        """Read a bank for the demo model."""
+        return cls(read(bank), demo_config(), Tokenizer(tokenizer_document()))
 
     def training_lesson(self, number: int) -> Lesson:
         """The lesson of this number: always the same, from the train split."""
@@ -45,23 +51,18 @@ class Source:
         return make_lesson(samples, self.config, self.tokenizer, [False] * count)
 
 
-def open_source(bank: Path, config: ModelConfig, tokenizer: Tokenizer) -> Source:
-    """Read the bank."""
-    return Source(read(bank), config, tokenizer)
-
-
 class Supply:
     """A store of lessons on the device, kept fresh: each step joins some of them at random.
 
     Lessons are made more slowly than they are used, so each serves several times, always in other company.
     """
 
-    def __init__(self, source: Source, workers: int, first: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, bank: Path, workers: int, first: int, capacity: int, device: torch.device) -> None:
         """`first` is the number of the first lesson to make; capacity counts lessons kept on the device."""
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         self._queue: multiprocessing.Queue[Lesson] = context.Queue(maxsize=2 * workers)
         self._processes = [
-            context.Process(target=_work, args=(source, self._queue, first + i, workers), daemon=True)
+            context.Process(target=_work, args=(bank, self._queue, first + i, workers), daemon=True)
             for i in range(workers)
         ]
         for process in self._processes:
@@ -71,14 +72,14 @@ class Supply:
         self._capacity = capacity
         self.made = 0
         self._thread = threading.Thread(target=self._receive, daemon=True)
-
-    def begin(self, lessons: int) -> None:
-        """Start filling the store and wait until it holds that many."""
         self._thread.start()
+
+    def wait_for(self, lessons: int) -> None:
+        """Wait until the store holds that many."""
         while len(self._lessons) < lessons:
             self._thread.join(timeout=0.1)
             if not self._thread.is_alive():
-                raise RuntimeError("the workers that make lessons have died")
+                raise RuntimeError("a worker that makes lessons has died")
 
     def draw(self, lessons: int, chance: np.random.Generator) -> Lesson:
         """Some lessons of the store as one."""
@@ -110,9 +111,9 @@ def held_out_lessons(source: Source, count: int) -> Iterator[tuple[str, Lesson]]
         yield task, source.task_lesson(task, "held-out", count)
 
 
-def _work(source: Source, lessons: "multiprocessing.Queue[Lesson]", first: int, step: int) -> None:
+def _work(bank: Path, lessons: "multiprocessing.Queue[Lesson]", first: int, step: int) -> None:
     torch.set_num_threads(1)
-    number = first
+    source, number = Source.open(bank), first
     while True:
         lesson = source.training_lesson(number)
         # As arrays it travels by value; as tensors each would be a file descriptor.

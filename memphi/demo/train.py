@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +24,9 @@ from torch import Tensor, nn
 from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import ModelConfig
 from memphi.demo.lesson import Lesson
-from memphi.demo.shape import demo_config, tokenizer_document
-from memphi.demo.supply import Supply, held_out_lessons, open_source
+from memphi.demo.shape import tokenizer_document
+from memphi.demo.supply import Source, Supply, held_out_lessons
 from memphi.demo.vocabulary import SPOKEN_WORDS
-from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row, pack
 
@@ -241,18 +241,17 @@ def save_state(student: Student, progress: Mapping[str, int], folder: Path) -> N
     (folder / "progress.json").write_text(json.dumps(progress))
 
 
-def load_state(student: Student, folder: Path) -> dict[str, int]:
-    """Read what save_state wrote."""
+def load_state(student: Student, folder: Path) -> None:
+    """Read the weights that save_state wrote."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("state-*.safetensors")):
         tensors |= safetensors.torch.load_file(path)
     student.load_state_dict(tensors)
-    progress: dict[str, int] = json.loads((folder / "progress.json").read_text())
-    return progress
 
 
 def write_demo(student: Student, folder: Path) -> None:
-    """Write the model alone, in bf16 and the official layout, with its tokenizer."""
+    """Write the model alone, in bf16 and the official layout, with its tokenizer, in place of an earlier one."""
+    shutil.rmtree(folder, ignore_errors=True)
     model = Phi4MM(student.model.config)
     model.load_state_dict(student.model.state_dict())
     write_checkpoint(model.to(torch.bfloat16), folder)
@@ -261,19 +260,19 @@ def write_demo(student: Student, folder: Path) -> None:
 
 def run(bank: Path, out: Path, settings: Settings, device: torch.device) -> None:
     """One run: go on from `out` or begin, train, write the state, the demo checkpoint and the held-out scores there."""
-    config = demo_config()
-    source = open_source(bank, config, Tokenizer(tokenizer_document()))
     resumed = (out / "progress.json").exists()
-    student = Student(config)
-    progress = load_state(student, out) if resumed else {"steps": 0, "lessons": 0}
-    if not resumed:
-        initialise(student, source.task_lesson("transcribe", "train", 64).features.float())
-    # Workers are forked before the device is touched: a forked process cannot use it.
-    supply = Supply(source, settings.workers, progress["lessons"], settings.capacity, device)
+    progress = json.loads((out / "progress.json").read_text()) if resumed else {"steps": 0, "lessons": 0}
+    supply = Supply(bank, settings.workers, progress["lessons"], settings.capacity, device)
     try:
-        watched = {task: lesson.to(device) for task, lesson in held_out_lessons(source, 64)}
+        source = Source.open(bank)
+        student = Student(source.config)
+        if resumed:
+            load_state(student, out)
+        else:
+            initialise(student, source.task_lesson("transcribe", "train", 64).features.float())
         student.to(device)
-        supply.begin(settings.first_lessons)
+        watched = {task: lesson.to(device) for task, lesson in held_out_lessons(source, 64)}
+        supply.wait_for(settings.first_lessons)
         log = Log(student, watched)
         train(student, supply, settings, progress, log)
         save_state(student, progress, out)
@@ -294,6 +293,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--rate", type=float, default=Settings.learning_rate)
     arguments = parser.parse_args()
+    # Read by the workers' numpy when they start: one thread each, since there is a worker for every core.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(arguments.minutes, arguments.finish, learning_rate=arguments.rate, workers=arguments.workers)
     run(arguments.bank, arguments.out, settings, device)

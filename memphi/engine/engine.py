@@ -7,26 +7,27 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, overload
+from typing import overload
 
 import torch
 
+from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import locate
 from memphi.checkpoint.random import random_model
-from memphi.config import DEFAULT_MODEL, EngineConfig, ModelConfig
+from memphi.checkpoint.reader import Progress
+from memphi.config import DEFAULT_MODEL, EngineConfig
+from memphi.engine.device import DtypeName, find_device, find_dtype
+from memphi.engine.recovery import ANSWERING_ADVICE, LOADING_ADVICE, told_plainly
 from memphi.engine.runner import Runner
 from memphi.engine.scheduler import commit, plan_step
 from memphi.engine.sequence import Sequence as Running
-from memphi.errors import DeviceError
 from memphi.inputs.prompt import measure, prepare
 from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.model.attention import AttentionName, select_attention
 from memphi.model.phi4mm import Phi4MM
 from memphi.request import Delta, FinishReason, Footprint, Request, Result
 from memphi.sampling.stop import StopStrings
-
-DtypeName = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(eq=False)
@@ -81,7 +82,8 @@ class Engine:
     def generate(self, requests: Request | Sequence[Request]) -> Result | list[Result]:
         """Answer one request, or several of any modes at once; each result equals the same request's alone.
 
-        Raises RequestError or MediaError for bad input, before anything is computed.
+        Raises RequestError or MediaError for bad input, before anything is computed, and DoesNotFitError where the
+        context or the device's memory is too small.
         """
         if isinstance(requests, Request):
             return self.generate([requests])[0]
@@ -126,13 +128,15 @@ class Engine:
 
     @torch.inference_mode()
     def _start(self, sequence: Running) -> None:
-        self._runner.start(sequence)
+        with told_plainly("this request's attachments", self.model.device, ANSWERING_ADVICE):
+            self._runner.start(sequence)
 
     @torch.inference_mode()
     def _step(self, sequences: Sequence[Running], running: dict[int, _Answer]) -> list[_Answer]:
         """One step; returns the answers that got a token."""
         plan = plan_step(sequences, self.config.step_tokens)
-        sampled = self._runner.run(plan)
+        with told_plainly("this request", self.model.device, ANSWERING_ADVICE):
+            sampled = self._runner.run(plan)
         for sequence in commit(plan, sampled, self.model.config.stop_token_ids):
             self._runner.start_over(sequence)
         return [running[i] for i in sampled]
@@ -167,39 +171,20 @@ def load(
     dtype: DtypeName = "bf16",
     attention: AttentionName = "auto",
     config: EngineConfig | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Load a model and return the engine that runs it.
 
-    model is a folder, a hub name, `demo` or `random`; device `auto` is the GPU where there is one, else the CPU.
-    Raises CheckpointError or DeviceError.
+    model is a folder, a hub name, `demo` or `random`; device `auto` is the GPU where there is one, else the CPU;
+    progress is called with the bytes of weights done and in total. Raises CheckpointError, DeviceError, or
+    DoesNotFitError where the device has too little memory.
     """
-    where, number = _device(device), _dtype(dtype)
+    where, number = find_device(device), find_dtype(dtype)
     location = locate(model)
     backend = select_attention(attention)
-    if location.random:
-        network = random_model(ModelConfig.from_folder(location.folder), where, number, attention=backend)
-    else:
-        network = load_model(location.folder, where, number, attention=backend)
-    return Engine(network, Tokenizer.from_folder(location.folder), config)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"{name!r} is no device; use auto, cuda, cuda:0, cpu or mps") from None
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, False):
-        raise DeviceError(f"this machine has no {device.type} device that torch can use; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"there is no {name}; this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name not in names:
-        raise DeviceError(f"{name!r} is no dtype of memphi's; use {', '.join(names)}")
-    return names[name]
+    with told_plainly("the model", where, LOADING_ADVICE):
+        if location.random:
+            network = random_model(read_config(location.folder), where, number, attention=backend, progress=progress)
+        else:
+            network = load_model(location.folder, where, number, backend, progress)
+        return Engine(network, Tokenizer.from_folder(location.folder), config)

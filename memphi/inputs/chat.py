@@ -57,7 +57,8 @@ def _check_message(message: Message, position: int) -> None:
         raise RequestError(f"{where} is from the {message.role} and has attachments; only the user's may")
     if message.tools is not None:
         _check_tools(message, where)
-    elif all(isinstance(part, str) and not part.strip() for part in message.content):
+    elif message.role != "assistant" and all(isinstance(part, str) and not part.strip() for part in message.content):
+        # An answer may be empty: a model can end its turn at once.
         raise RequestError(f"{where} is empty; give it text or an attachment")
 
 

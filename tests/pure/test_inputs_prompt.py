@@ -108,6 +108,17 @@ def test_texts_are_joined_before_they_are_encoded():
     assert pieces == [Special("<|user|>"), "Hello", IMAGE, "ab", Special("<|end|>"), Special("<|assistant|>")]
 
 
+@pytest.mark.parametrize("content", [(), ("",), (" \n",)])
+def test_an_answer_in_the_history_may_be_empty(content):
+    messages = (Message("user", ("hi",)), Message("assistant", content), Message("user", ("and now?",)))
+    pieces = render(messages)
+    assert pieces[3:5] == [
+        Special("<|assistant|>"),
+        *([content[0]] if content and content[0] else [Special("<|end|>")]),
+    ]
+    assert prepare(Request(messages), small_config(), tokenizer()).ids
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

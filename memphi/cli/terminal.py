@@ -1,0 +1,82 @@
+"""What the commands share: attachments as they are typed, a model loaded under a progress bar, an answer on stdout."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memphi.engine.engine import Engine
+    from memphi.request import Media, Request
+
+
+def open_attachments(sources: list[str]) -> "tuple[Media, ...]":
+    """Open paths and URLs, and stdin for `-`; raises MediaError naming the one that cannot be opened."""
+    from memphi.inputs.media import open_media
+
+    if sources.count("-") > 1:
+        raise typer.BadParameter("stdin (-) can be attached once")
+    return tuple(
+        open_media(sys.stdin.buffer, name="stdin") if source == "-" else open_media(source) for source in sources
+    )
+
+
+def load_engine(model: str, device: str, dtype: Any, attention: Any) -> "Engine":  # noqa: ANN401
+    """Load a model, telling on stderr how far it is."""
+    warn_of_device(device)
+    with telling("starting"):
+        from memphi.engine.engine import load
+    with byte_progress(f"loading {model}") as progress:
+        return load(model, device, dtype, attention, progress=progress)
+
+
+def warn_of_device(name: str) -> None:
+    """Say on stderr what a person should know of a device before they trust an answer."""
+    if name.partition(":")[0] == "mps":
+        print("memphi: mps is untested: compare an answer or two with --device cpu", file=sys.stderr)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while the block runs; call what it gives to change its words. Silent outside a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield status.update
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, driven by (bytes done, bytes in total). Silent outside a terminal.
+
+    It appears with the first call, so that it never stands above the bars of a download.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    # Disabled, not only silent: outside a terminal it would end with an empty line.
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=None)
+
+    def show(done_bytes: int, total_bytes: int) -> None:
+        bar.start()
+        bar.update(task, completed=done_bytes, total=total_bytes)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def stream_answer(engine: "Engine", request: "Request") -> str:
+    """Write an answer to stdout as it comes, and return it."""
+    pieces = []
+    for delta in engine.stream(request):
+        pieces.append(delta.text)
+        print(delta.text, end="", flush=True)
+    print(flush=True)
+    return "".join(pieces)
