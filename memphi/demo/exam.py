@@ -39,7 +39,7 @@ class Part:
 def parts(bank: Bank, samples: int, first_seed: int = FIRST_SEED) -> list[Part]:
     """Every part made from the bank; `samples` for each task, fewer for the closer looks."""
     made = _Draw(bank, first_seed)
-    return [*_tasks(made, samples), *_closer(made, samples), *_voices(bank, first_seed, max(8, samples // 10))]
+    return [*_tasks(made, samples), *_closer(made, samples), *_voices(bank, first_seed, max(1, samples // 10))]
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,17 @@ def _tasks(draw: _Draw, samples: int) -> Iterator[Part]:
 def _closer(draw: _Draw, samples: int) -> Iterator[Part]:
     """Pictures that only their crops can tell, the same squeezed to one crop, and long recordings."""
     for demand in DEMANDS[:2]:
-        long = draw.some(demand.tasks[0], max(8, samples // 2), _is_long_picture)
+        long = draw.some(demand.tasks[0], max(1, samples // 2), _is_long_picture)
         yield Part("closer", replace(demand, name=f"{demand.name} in wide and tall pictures"), long)
         squeezed = tuple(replace(sample, images=(_squeezed(sample),)) for sample in long)
-        yield Part(
-            "closer", replace(demand, name=f"{demand.name} in the same, without crops", threshold=None), squeezed
-        )
+        yield Part("closer", replace(demand, name=f"{demand.name} in these without crops", threshold=None), squeezed)
     speech = next(demand for demand in DEMANDS if demand.measures_word_errors)
-    long = draw.some("transcribe", max(8, samples // 8), _is_long_recording)
+    long = draw.some("transcribe", max(1, samples // 8), _is_long_recording)
     yield Part("closer", replace(speech, name="recordings of 15 to 60 s"), long)
 
 
 def _voices(bank: Bank, first_seed: int, samples: int) -> Iterator[Part]:
-    """Each held-out voice alone, then the voices that are only tried, which ask questions where they have recordings."""
+    """Each held-out voice alone, then the voices that are only tried, which ask where they have questions recorded."""
     for voice in bank.voices["held-out"]:
         alone = _Draw(bank.hearing([voice]), first_seed)
         yield Part("voices", _told(f"voice {voice.name}", "transcribe"), alone.some("transcribe", samples))
@@ -94,7 +92,8 @@ def _told(name: str, task: str) -> Demand:
 
 
 def _is_long_picture(sample: Sample) -> bool:
-    return max(sample.images[0].shape[:2]) >= LONG_SIDE
+    height, width = sample.images[0].shape[:2]
+    return bool(max(height, width) >= LONG_SIDE)
 
 
 def _is_long_recording(sample: Sample) -> bool:

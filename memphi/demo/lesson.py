@@ -4,9 +4,8 @@ Knows the prompt format (through `memphi.inputs`) and where answers stand; knows
 `make_lesson`, training joins several lessons with `join`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from memphi.model.projector import token_order
 from memphi.request import InputMode, MediaSpan, Prompt, Request
 
 CLIP_STEP_FRAMES = 64
-"""Clips are lengthened with silence to a multiple of this, so that many are of one length and go as one call."""
+"""Clips are lengthened to a multiple of this, so that many are of one length and go as one call."""
 WITHOUT_ADAPTER = {
     InputMode.VISION: "I cannot see without my vision adapter.",
     InputMode.SPEECH: "I cannot hear without my speech adapter.",
@@ -50,22 +49,13 @@ class Lesson:
     clip_frames: list[int]
     heads: list[str]
     features: Tensor  # [frames of all clips, mel_bins] fp16
-    clip_places: list[Tensor]  # one [tokens] per clip
+    clip_places: Tensor  # [tokens of all clips]
     words: list[list[int]]  # what each clip says, as places in SPOKEN_WORDS from 1; [] where not told
 
     def to(self, device: torch.device) -> "Lesson":
         """The same lesson with its tensors on a device."""
-        return self.map(Tensor, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def map(self, kind: type, change: Callable[[Any], Any]) -> "Lesson":
-        """The same lesson with every field, or entry of a list, of that type changed."""
-
-        def changed(value: Any) -> Any:  # noqa: ANN401
-            if isinstance(value, list) and value and isinstance(value[0], kind):
-                return [change(item) for item in value]
-            return change(value) if isinstance(value, kind) else value
-
-        return replace(self, **{field.name: changed(getattr(self, field.name)) for field in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def make_lesson(
@@ -109,7 +99,7 @@ def make_lesson(
         clip_frames=[len(feature) for feature in features],
         heads=[row.prompt.mode.audio_head for row, _, _ in clips],
         features=torch.from_numpy(np.concatenate([np.zeros((0, bins), np.float32), *features])).half(),
-        clip_places=[torch.arange(span.tokens) + int(span.start + at) for _, at, span in clips],
+        clip_places=_joined([np.arange(span.tokens) + span.start + at for _, at, span in clips]),
         words=[row.words for row, _, _ in clips],
     )
 
@@ -144,10 +134,11 @@ def _request(sample: Sample) -> Request:
 
 
 def _lengthened(clip: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Append silence until the number of frames is a multiple of CLIP_STEP_FRAMES."""
+    """Repeat the background at the clip's end until the number of frames is a multiple of CLIP_STEP_FRAMES."""
     frames = (len(clip) - 400) // 160 + 1
     wanted = -(-frames // CLIP_STEP_FRAMES) * CLIP_STEP_FRAMES
-    return np.pad(clip, (0, max(0, (wanted - 1) * 160 + 400 - len(clip))))
+    missing = max(0, (wanted - 1) * 160 + 400 - len(clip))
+    return np.concatenate((clip, np.resize(clip[-800:], missing)))
 
 
 def _bytes(crops: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -196,7 +187,7 @@ def join(lessons: Sequence[Lesson]) -> Lesson:
         clip_frames=[frames for lesson in lessons for frames in lesson.clip_frames],
         heads=[head for lesson in lessons for head in lesson.heads],
         features=torch.cat([lesson.features for lesson in lessons]),
-        clip_places=[places + at for lesson, at in shifted for places in lesson.clip_places],
+        clip_places=torch.cat([lesson.clip_places + at for lesson, at in shifted]),
         words=[words for lesson in lessons for words in lesson.words],
     )
 

@@ -3,15 +3,14 @@
 Knows processes and queues; `lesson` knows what a lesson is. Training calls it.
 """
 
-import multiprocessing
 import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.multiprocessing as multiprocessing
 
 from memphi.config import ModelConfig
 from memphi.demo.bank import Bank, Split, read
@@ -71,37 +70,34 @@ class Supply:
         self._lessons: list[Lesson] = []
         self._capacity = capacity
         self.made = 0
-        self._thread = threading.Thread(target=self._receive, daemon=True)
-        self._thread.start()
 
     def wait_for(self, lessons: int) -> None:
         """Wait until the store holds that many."""
         while len(self._lessons) < lessons:
-            self._thread.join(timeout=0.1)
-            if not self._thread.is_alive():
-                raise RuntimeError("a worker that makes lessons has died")
+            self._take_new(most=1, timeout=1.0)
 
     def draw(self, lessons: int, chance: np.random.Generator) -> Lesson:
         """Some lessons of the store as one."""
-        held = list(self._lessons)
-        return join([held[i] for i in chance.choice(len(held), lessons, replace=False)])
+        self._take_new(most=lessons)
+        return join([self._lessons[i] for i in chance.choice(len(self._lessons), lessons, replace=False)])
 
     def close(self) -> None:
         for process in self._processes:
             process.terminate()
 
-    def _receive(self) -> None:
-        place = 0
-        while all(process.is_alive() for process in self._processes):
+    def _take_new(self, most: int, timeout: float = 0.0) -> None:
+        """Move what the workers have finished to the device, the oldest lessons making room."""
+        if not all(process.is_alive() for process in self._processes):
+            raise RuntimeError("a worker that makes lessons has died")
+        for _ in range(most):
             try:
-                lesson = self._queue.get(timeout=1).map(np.ndarray, torch.from_numpy).to(self._device)
+                lesson = self._queue.get(block=timeout > 0, timeout=timeout or None)
             except queue.Empty:
-                continue
+                return
             if len(self._lessons) < self._capacity:
-                self._lessons.append(lesson)
+                self._lessons.append(lesson.to(self._device))
             else:
-                self._lessons[place] = lesson
-                place = (place + 1) % self._capacity
+                self._lessons[self.made % self._capacity] = lesson.to(self._device)
             self.made += 1
 
 
@@ -115,7 +111,5 @@ def _work(bank: Path, lessons: "multiprocessing.Queue[Lesson]", first: int, step
     torch.set_num_threads(1)
     source, number = Source.open(bank), first
     while True:
-        lesson = source.training_lesson(number)
-        # As arrays it travels by value; as tensors each would be a file descriptor.
-        lessons.put(lesson.map(torch.Tensor, lambda tensor: tensor.numpy()))
+        lessons.put(source.training_lesson(number))
         number += step

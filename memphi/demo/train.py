@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Student(nn.Module):
         model = self.model
         image_rows = self._see(lesson, augment)
         clip_rows, word_loss = self._hear(lesson, augment)
-        places = torch.cat((lesson.image_places, *lesson.clip_places))
+        places = torch.cat((lesson.image_places, lesson.clip_places))
         embeddings = model.language.embedding(lesson.ids)
         rows = torch.cat([part for part in (image_rows, clip_rows) if part is not None] or [embeddings[:0]])
         embeddings = embeddings.to(rows.dtype).index_copy(0, places, rows)
@@ -77,39 +77,42 @@ class Student(nn.Module):
         silent = torch.zeros((), device=lesson.ids.device)
         if not lesson.clip_frames:
             return None, silent
-        clips = lesson.features.float().split(lesson.clip_frames)
-        if augment:
-            clips = tuple(_disturbed(clip) for clip in clips)
+        features = lesson.features.float()
+        clips = (_disturbed(features, lesson.clip_frames) if augment else features).split(lesson.clip_frames)
         # Clips of one length go as one call, so they are sorted, and put back afterwards.
         by_length = sorted(range(len(clips)), key=lambda i: lesson.clip_frames[i])
-        heard = self.model.audio([clips[i] for i in by_length], window_batch=32)
-        features = [heard[by_length.index(i)] for i in range(len(clips))]
-        counts = [len(feature) for feature in features]
-        heads = {head: projector(torch.cat(features)).split(counts) for head, projector in self._heads()}
-        rows = torch.cat([heads[head][i] for i, head in enumerate(lesson.heads)])
-        return rows, self._word_loss(features, lesson.words)
+        encoded = self.model.audio([clips[i] for i in by_length], window_batch=256)
+        heard = [clip for _, clip in sorted(zip(by_length, encoded, strict=True), key=lambda pair: pair[0])]
+        features = torch.cat(heard)
+        counts = torch.tensor([len(clip) for clip in heard], device=features.device)
+        with_images = torch.tensor([head == "vision" for head in lesson.heads], device=features.device)
+        speech, vision = (projector(features) for projector in self.model.audio_projectors.values())
+        rows = torch.where(with_images.repeat_interleave(counts)[:, None], vision, speech)
+        return rows, self._word_loss(features, counts, lesson.words)
 
-    def _heads(self) -> Iterator[tuple[str, nn.Module]]:
-        return iter(self.model.audio_projectors.items())
-
-    def _word_loss(self, features: list[Tensor], words: list[list[int]]) -> Tensor:
-        told = [i for i, said in enumerate(words) if said and 2 * len(said) < len(features[i])]
+    def _word_loss(self, features: Tensor, counts: Tensor, words: list[list[int]]) -> Tensor:
+        """The loss of the word head on the clips whose words are told; features are those of all clips, end to end."""
+        told = [i for i, said in enumerate(words) if said]
         if not told:
-            return torch.zeros((), device=features[0].device)
-        counts = torch.tensor([len(features[i]) for i in told])
-        scores = self.word_head(nn.utils.rnn.pad_sequence([features[i] for i in told])).float().log_softmax(-1)
+            return torch.zeros((), device=features.device)
+        starts, lengths = (counts.cumsum(0) - counts)[told], counts[told]
+        places = starts[:, None] + torch.arange(int(lengths.max()), device=features.device)
+        scores = self.word_head(features).float().log_softmax(-1)[places.clamp(max=len(features) - 1)]
         targets = torch.tensor([word for i in told for word in words[i]], device=scores.device)
-        lengths = torch.tensor([len(words[i]) for i in told])
-        return F.ctc_loss(scores, targets, counts, lengths, zero_infinity=True)
+        said = torch.tensor([len(words[i]) for i in told])
+        loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, lengths.cpu(), said, zero_infinity=True)
+        return loss
 
 
-def _disturbed(clip: Tensor) -> Tensor:
-    """Another level, another tone, and a band of mel bins missing (after SpecAugment, Park et al. 2019)."""
-    bins = torch.arange(clip.shape[1], device=clip.device)
-    level, tilt, start, width = torch.randn(2).tolist() + torch.rand(2).tolist()
-    clip = (clip + 0.5 * level + 0.5 * tilt * (bins / clip.shape[1] - 0.5)).clamp(min=0)
-    first = int(start * clip.shape[1])
-    return clip.masked_fill((bins >= first) & (bins < first + int(12 * width)), 8.0)
+def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
+    """Each clip at another level and tone, a band of mel bins missing (after SpecAugment, Park et al. 2019)."""
+    device, mel_bins = features.device, features.shape[1]
+    bins = torch.arange(mel_bins, device=device)
+    level, tilt, start, width = torch.rand(4, len(clip_frames), 1, device=device)
+    change = (level - 0.5) * 2 + (tilt - 0.5) * 2 * (bins / mel_bins - 0.5)
+    missing = (bins >= start * mel_bins) & (bins < start * mel_bins + 12 * width)
+    clip_of_frame = torch.repeat_interleave(torch.tensor(clip_frames, device=device))
+    return (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Settings:
     finish: bool
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    lessons: int = 8
+    lessons: int = 12
     workers: int = 14
     capacity: int = 2500
     first_lessons: int = 150

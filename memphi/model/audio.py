@@ -141,34 +141,57 @@ class AudioEncoder(nn.Module):
         self.layers = nn.ModuleList(ConformerLayer(config, attention) for _ in range(config.layers))
 
     def forward(self, clips: Sequence[Tensor], window_batch: int = WINDOW_BATCH) -> list[Tensor]:
-        """Encode clips of log-mel frames [frames, mel_bins] into features [ceil(frames / 8), hidden] each."""
-        windows = [window for clip in self._subsample(clips) for window in clip.split(self.config.window_tokens)]
-        counts = [-(-clip.shape[0] // 8) for clip in clips]
-        seen = self._seen_tokens(counts)
+        """Encode clips of log-mel frames [frames, mel_bins] into features [ceil(frames / 8), hidden] each.
+
+        Neighbouring clips of one length are subsampled as one call; at most window_batch windows of any lengths go
+        through the conformer as one.
+        """
+        groups = [torch.stack(list(group)) for _, group in groupby(clips, key=lambda clip: clip.shape[0])]
+        counts = [-(-frames.shape[1] // 8) for frames in groups]
+        windows = [self._windows(frames) for frames in groups]
+        seen = [self._seen_rows(count) * len(frames) for frames, count in zip(groups, counts, strict=True)]
+        encoded = self._encode(windows, seen, window_batch)
+        return [
+            clip[:count]
+            for group, frames, count in zip(encoded, groups, counts, strict=True)
+            for clip in group.reshape(frames.shape[0], -1, group.shape[-1])
+        ]
+
+    def _windows(self, frames: Tensor) -> Tensor:
+        """Normalise and subsample clips [clips, frames, mel_bins]; long ones are cut into windows, zeros at the end.
+
+        Returns [clips * windows, rows, hidden].
+        """
+        size = self.config.window_tokens
+        x = self.subsampling((frames.to(self.mean.dtype) - self.mean) * self.inverse_deviation)
+        if x.shape[1] <= size:
+            return cast(Tensor, x)
+        return F.pad(x, (0, 0, 0, -x.shape[1] % size)).reshape(-1, size, x.shape[-1])
+
+    def _seen_rows(self, count: int) -> list[int]:
+        """How many rows of each of a clip's windows are keys; zeros after a long clip are, unless told otherwise."""
+        size = self.config.window_tokens
+        full, rest = divmod(count, size)
+        tail = [] if not rest else [rest if full == 0 or self.config.mask_tail else size]
+        return [size] * full + tail
+
+    def _encode(self, groups: Sequence[Tensor], seen: Sequence[Sequence[int]], window_batch: int) -> list[Tensor]:
+        """Run the conformer over groups of windows of different lengths, padded to the longest of a batch."""
+        pieces = [piece for group in groups for piece in group.split(window_batch)]
+        rows = [n for group in seen for n in group]
         encoded: list[Tensor] = []
-        for i in range(0, len(windows), window_batch):
-            encoded.extend(self._encode(windows[i : i + window_batch], seen[i : i + window_batch]))
-        return list(torch.cat(encoded).split(counts))
+        first = 0
+        for batch in _batches(pieces, window_batch):
+            size = sum(len(piece) for piece in batch)
+            encoded.extend(self._conform(batch, rows[first : first + size]))
+            first += size
+        joined = iter(encoded)
+        return [torch.cat([next(joined) for _ in group.split(window_batch)]) for group in groups]
 
-    def _subsample(self, clips: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Normalise and subsample; neighbouring clips of one length go as one call."""
-        for _, group in groupby(clips, key=lambda clip: clip.shape[0]):
-            frames = torch.stack(list(group)).to(self.mean.dtype)
-            yield from self.subsampling((frames - self.mean) * self.inverse_deviation)
-
-    def _seen_tokens(self, counts: Sequence[int]) -> list[int]:
-        """How many rows of each window are keys; the zero rows after a long clip's end are, unless told otherwise."""
-        size, seen = self.config.window_tokens, []
-        for count in counts:
-            full, rest = divmod(count, size)
-            tail = [] if not rest else [rest if full == 0 or self.config.mask_tail else size]
-            seen.extend([size] * full + tail)
-        return seen
-
-    def _encode(self, windows: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
-        """Run the conformer over windows of different lengths, padded to the longest."""
-        length = max(seen)
-        x = torch.stack([F.pad(window, (0, 0, 0, length - window.shape[0])) for window in windows])
+    def _conform(self, pieces: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
+        """One batch through the conformer, padded rows masked: pieces [windows, rows, hidden] in and out."""
+        length = max(piece.shape[1] for piece in pieces)
+        x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])
         bias = self._bias(length)
         if min(seen) < length:
             ends = torch.tensor(seen, device=x.device)[:, None, None, None]
@@ -176,7 +199,8 @@ class AudioEncoder(nn.Module):
             bias = bias.expand(len(seen), -1, -1, -1).masked_fill(hidden, float("-inf"))
         for layer in cast(Iterable[ConformerLayer], self.layers):
             x = layer(x, bias)
-        return [y[: window.shape[0]] for y, window in zip(x, windows, strict=True)]
+        parts = x.split([len(piece) for piece in pieces])
+        return [part[:, : piece.shape[1]] for part, piece in zip(parts, pieces, strict=True)]
 
     def _bias(self, length: int) -> Tensor:
         """The bias of every query and key by their distance: [1, heads, length, length]."""
@@ -184,3 +208,15 @@ class AudioEncoder(nn.Module):
         steps = torch.arange(length, device=self.relative_bias.weight.device)
         distance = (steps[None, :] - steps[:, None]).clamp(-reach, reach - 1) + reach
         return cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None]
+
+
+def _batches(pieces: Sequence[Tensor], windows: int) -> Iterator[list[Tensor]]:
+    """Neighbouring pieces together, at most so many windows in all; a piece holds no more than that."""
+    batch: list[Tensor] = []
+    for piece in pieces:
+        if batch and sum(len(p) for p in batch) + len(piece) > windows:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch

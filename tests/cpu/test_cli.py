@@ -88,6 +88,14 @@ def expected(engine, question, *attachments, system=None, **sampling):
     return engine.generate(Request.ask(question, media, system, params)).text
 
 
+def test_public_names_are_all_there():
+    for name in memphi._HOMES:
+        assert getattr(memphi, name).__name__ == name
+        assert name in dir(memphi)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        memphi.nothing  # noqa: B018
+
+
 def test_the_version_is_the_package_s(run):
     assert run("--version") == (0, f"memphi {memphi.__version__}\n", "")
 
@@ -239,19 +247,24 @@ def test_a_reader_that_goes_away_ends_it_quietly(folder):
     assert process.wait(timeout=60) == 1
 
 
-def test_verify_prints_a_line_for_each_mode(run):
-    code, out, err = run("verify")
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("verify") / "model", dtype=torch.float32)
+
+
+def test_verify_prints_a_line_for_each_mode(run, smaller):
+    code, out, err = run("verify", model=smaller)
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines] == ["mode", "text", "vision", "speech", "vision_speech"]
     assert all(line[-1] == "agrees" and line[-4:-1] == ["8", "of", "8"] for line in lines[1:])
 
 
-def test_verify_fails_where_a_mode_differs(run, monkeypatch):
+def test_verify_fails_where_a_mode_differs(run, smaller, monkeypatch):
     from memphi import verify as module
 
     monkeypatch.setattr(module, "TOLERANCES", {torch.float32: -1.0})
-    code, out, _ = run("verify")
+    code, out, _ = run("verify", model=smaller)
     assert code == 1
     assert out.count("DIFFERS") == 4
 

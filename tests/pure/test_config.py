@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memphi import official
@@ -215,6 +215,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(path=st.sampled_from([*SIZES["official"], *((name,) for name in OFFICIAL)]), value=JSON)
 def test_no_value_of_a_field_gets_beyond_a_checkpoint_error(path, value):
     try:

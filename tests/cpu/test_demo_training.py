@@ -1,0 +1,190 @@
+"""Training the demo on the CPU: a lesson is its samples, the loss falls, and what was trained can be gone on from."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import memphi
+from memphi.demo import lesson as lessons
+from memphi.demo import train
+from memphi.demo.bank import write
+from memphi.demo.lesson import WITHOUT_ADAPTER, join, make_lesson
+from memphi.demo.shape import demo_config, tokenizer_document
+from memphi.demo.supply import Source, Supply
+from memphi.demo.tasks import make
+from memphi.inputs.prompt import prepare
+from memphi.inputs.tokenizer import Tokenizer
+from memphi.model.rows import Row
+from memphi.request import InputMode
+from tests.demo_bank import tiny_bank
+
+MIXED = ("read-word", "transcribe", "arithmetic", "spoken-question", "compare-images", "json", "transcribe", "count")
+OFF = (False, False, False, False, False, False, True, True)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Source(tiny_bank(), demo_config(), Tokenizer(tokenizer_document()))
+
+
+@pytest.fixture(scope="module")
+def samples(source):
+    return [make(task, seed, source.bank, "train") for seed, task in enumerate(MIXED)]
+
+
+@pytest.fixture(scope="module")
+def joined(source, samples):
+    """Two lessons as one, the second with adapters off at its end."""
+    halves = [(samples[:4], OFF[:4]), (samples[4:], OFF[4:])]
+    return join([make_lesson(some, source.config, source.tokenizer, off) for some, off in halves])
+
+
+def new_student(source):
+    torch.manual_seed(0)
+    student = train.Student(source.config)
+    train.initialise(student, source.task_lesson("transcribe", "train", 4).features.float())
+    for name, weight in student.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(weight, std=0.1)  # so that an adapter makes a difference
+    return student
+
+
+def alone(student, source, sample, off):
+    """The logits of one sample's answer, through the model's own prepare and forward."""
+    prompt = prepare(lessons._request(sample), source.config, source.tokenizer)
+    images = [replace(image, crops=as_bytes(image.crops) / np.float32(127.5) - 1) for image in prompt.images]
+    clips = [replace(clip, features=clip.features.astype(np.float16).astype(np.float32)) for clip in prompt.clips]
+    model, mode = student.model, prompt.mode
+    rows = {"image": model.encode_images(images), "audio": model.encode_clips(clips, mode.audio_head)}
+    media = [(span.start, rows[span.kind][span.index]) for span in prompt.spans]
+    answer = source.tokenizer.encode_text(WITHOUT_ADAPTER[mode] if off else sample.answer)
+    ids = torch.tensor([*prompt.ids, *answer])
+    places = range(len(prompt.ids) - 1, len(ids))
+    return model(ids, [Row(len(ids), adapter=None if off else mode.adapter)], media, logits_at=places)
+
+
+def as_bytes(crops):
+    return np.clip(np.rint((crops + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def test_a_joined_lesson_gives_the_logits_of_its_samples_alone(source, samples, joined):
+    student = new_student(source)
+    together, _ = student(joined, augment=False)
+    for row, (sample, off) in enumerate(zip(samples, OFF, strict=True)):
+        expected = alone(student, source, sample, off)
+        torch.testing.assert_close(together[joined.answer_rows == row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_lesson_asks_for_the_answer_and_the_end(source, samples, joined):
+    modes = {"transcribe": InputMode.SPEECH, "count": InputMode.VISION}
+    for row, (sample, off) in enumerate(zip(samples, OFF, strict=True)):
+        text = WITHOUT_ADAPTER[modes[sample.task]] if off else sample.answer
+        expected = [*source.tokenizer.encode_text(text), source.tokenizer.end_id]
+        assert joined.answers[joined.answer_rows == row].tolist() == expected
+    assert joined.ids[joined.answer_places + 1].tolist() == joined.answers.tolist()
+
+
+def test_a_clip_tells_its_words_only_where_the_answer_is_what_it_says(joined):
+    told = [bool(words) for words in joined.words]
+    assert sum(told) == MIXED.count("transcribe")
+
+
+def test_crops_lose_nothing_but_the_interpolation_of_the_global_view(source, samples, joined):
+    prompts = [prepare(lessons._request(sample), source.config, source.tokenizer) for sample in samples]
+    images = [image for prompt in prompts for image in prompt.images]
+    kept = joined.crops.float() / 127.5 - 1
+    for image, crops in zip(images, kept.split([len(image.crops) for image in images]), strict=True):
+        exact = torch.from_numpy(image.crops)
+        torch.testing.assert_close(crops[1:], exact[1:], atol=1e-6, rtol=0)
+        torch.testing.assert_close(crops[0], exact[0].clamp(-1, 1), atol=0.5 / 127.5 + 1e-6, rtol=0)
+
+
+class FewLessons:
+    """A supply that always gives the same lesson, and never makes another."""
+
+    made = 3
+
+    def __init__(self, lesson):
+        self.lesson = lesson
+
+    def draw(self, _lessons, _chance):
+        return self.lesson
+
+    def wait_for(self, _lessons):
+        pass
+
+    def close(self):
+        pass
+
+
+def let_steps_pass(monkeypatch, warmup):
+    """Let each look at the clock take a second, so that a training's minutes count its steps."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(train, "WARMUP_STEPS", warmup)
+
+
+def test_the_loss_falls(source, samples, monkeypatch):
+    let_steps_pass(monkeypatch, warmup=3)
+    student = new_student(source)
+    lesson = make_lesson(samples[:3], source.config, source.tokenizer, OFF[:3])
+    before = sum(train._losses(student, lesson)).item()
+    progress = {"steps": 0, "lessons": 5}
+    settings = train.Settings(minutes=10.5 / 60, finish=True, learning_rate=1e-3)
+    train.train(student, FewLessons(lesson), settings, progress, train.Log(student, {}))
+    after = sum(train._losses(student, lesson)).item()
+    assert progress == {"steps": 10, "lessons": 8}
+    assert after < 0.7 * before
+
+
+def test_a_state_comes_back_as_it_was(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STATE_PART_BYTES", 4_000_000)
+    student, other = new_student(source), train.Student(source.config)
+    train.save_state(student, {"steps": 7, "lessons": 9}, tmp_path)
+    train.load_state(other, tmp_path)
+    assert len(list(tmp_path.glob("state-*.safetensors"))) > 3
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
+def test_the_written_demo_is_the_trained_model(source, tmp_path):
+    student = new_student(source)
+    train.write_demo(student, tmp_path)
+    engine = memphi.load(str(tmp_path), device="cpu", dtype="bf16")
+    trained = student.model.state_dict()
+    assert trained.keys() == engine.model.state_dict().keys()
+    for name, tensor in engine.model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), trained[name].bfloat16().float(), atol=0, rtol=0)
+    assert engine.generate(memphi.Request.ask("Hi", sampling=memphi.SamplingParams(max_tokens=3))).ids
+
+
+def test_a_second_run_goes_on_from_the_first(source, joined, tmp_path, monkeypatch):
+    let_steps_pass(monkeypatch, warmup=3)
+    write(source.bank, tmp_path / "bank")
+    watched = source.task_lesson("arithmetic", "held-out", 4)
+    monkeypatch.setattr(train, "Supply", lambda *_: FewLessons(joined))
+    monkeypatch.setattr(train, "held_out_lessons", lambda *_: [("arithmetic", watched)])
+    settings = train.Settings(minutes=2.5 / 60, finish=False)
+    for steps in (2, 4):
+        train.run(tmp_path / "bank", tmp_path / "out", settings, torch.device("cpu"))
+        assert json.loads((tmp_path / "out" / "progress.json").read_text())["steps"] == steps
+    assert (tmp_path / "out" / "checkpoint" / "tokenizer.json").exists()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert all(math.isfinite(score) for score in scores.values())
+
+
+def test_workers_make_the_lessons_that_their_numbers_say(source, tmp_path):
+    write(source.bank, tmp_path)
+    supply = Supply(tmp_path, workers=1, first=4, capacity=2, device=torch.device("cpu"))
+    try:
+        supply.wait_for(1)
+        drawn = supply.draw(1, np.random.default_rng(0))
+    finally:
+        supply.close()
+    # A written bank's recordings are coded, so only what was asked is the same to the bit.
+    assert drawn.ids.tolist() in [source.training_lesson(number).ids.tolist() for number in (4, 5)]
