@@ -1,7 +1,8 @@
 """The commands and programs in README.md and docs/, each with the output that the page shows.
 
 `python -m tests.documents` runs them all and writes their real output into the pages. How a page says things:
-- a `console` block has commands after `$ `, each followed by its output; `...` stands for anything;
+- a `console` block has commands after `$ `, each followed by its output; `...` stands for anything, and measured
+  figures (seconds, bytes, differences as in 1.23e-06) for any others;
 - a `sh` or `python` block may be followed by a `text` block with its output; the `python` blocks of a page are one
   program;
 - `<!-- not run: why -->` before a block: its commands must be understood, but are not carried out.
@@ -26,6 +27,7 @@ BLOCK = re.compile(
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
+MEASURED = re.compile(r'\b\d\.\d\de-\d\d\b|(?<=seconds": )[\d.]+|(?<=_bytes": )\d+')
 INSTALLS = "python3 -m venv "
 """How a line begins that makes a virtual environment; only what follows the installation is run here."""
 
@@ -56,7 +58,10 @@ class Example:
 
     def agrees(self, real: str) -> bool:
         """Whether the page shows what really comes out."""
-        return self.output is None or doctest.OutputChecker().check_output(self.output, real, CHECKS)
+        if self.output is None:
+            return True
+        shown, real = (MEASURED.sub("0", text) for text in (self.output, real))
+        return doctest.OutputChecker().check_output(shown, real, CHECKS)
 
 
 def examples(page: Path) -> Iterator[Example]:

@@ -4,6 +4,7 @@ Knows processes and queues; `lesson` knows what a lesson is. Training calls it.
 """
 
 import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,34 +71,36 @@ class Supply:
         self._lessons: list[Lesson] = []
         self._capacity = capacity
         self.made = 0
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
 
     def wait_for(self, lessons: int) -> None:
         """Wait until the store holds that many."""
         while len(self._lessons) < lessons:
-            self._take_new(most=1, timeout=1.0)
+            self._thread.join(timeout=0.1)
+            if not self._thread.is_alive():
+                raise RuntimeError("a worker that makes lessons has died")
 
     def draw(self, lessons: int, chance: np.random.Generator) -> Lesson:
         """Some lessons of the store as one."""
-        self._take_new(most=lessons)
-        return join([self._lessons[i] for i in chance.choice(len(self._lessons), lessons, replace=False)])
+        held = list(self._lessons)
+        return join([held[i] for i in chance.choice(len(held), lessons, replace=False)])
 
     def close(self) -> None:
         for process in self._processes:
             process.terminate()
 
-    def _take_new(self, most: int, timeout: float = 0.0) -> None:
-        """Move what the workers have finished to the device, the oldest lessons making room."""
-        if not all(process.is_alive() for process in self._processes):
-            raise RuntimeError("a worker that makes lessons has died")
-        for _ in range(most):
+    def _receive(self) -> None:
+        """Move what the workers finish to the device, for as long as they live; the oldest lessons make room."""
+        while all(process.is_alive() for process in self._processes):
             try:
-                lesson = self._queue.get(block=timeout > 0, timeout=timeout or None)
+                lesson = self._queue.get(timeout=1).to(self._device)
             except queue.Empty:
-                return
+                continue
             if len(self._lessons) < self._capacity:
-                self._lessons.append(lesson.to(self._device))
+                self._lessons.append(lesson)
             else:
-                self._lessons[self.made % self._capacity] = lesson.to(self._device)
+                self._lessons[self.made % self._capacity] = lesson
             self.made += 1
 
 

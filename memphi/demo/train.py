@@ -30,8 +30,9 @@ from memphi.demo.vocabulary import SPOKEN_WORDS
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row, pack
 
-WARMUP_STEPS = 300
+WARMUP_STEPS = 200
 WORD_LOSS_WEIGHT = 0.3
+ANCHOR_STEPS = 100
 STATE_PART_BYTES = 15_000_000
 
 
@@ -112,7 +113,8 @@ def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
     change = (level - 0.5) * 2 + (tilt - 0.5) * 2 * (bins / mel_bins - 0.5)
     missing = (bins >= start * mel_bins) & (bins < start * mel_bins + 12 * width)
     clip_of_frame = torch.repeat_interleave(torch.tensor(clip_frames, device=device))
-    return (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
+    changed: Tensor = (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -121,33 +123,60 @@ class Settings:
 
     minutes: float
     finish: bool
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     lessons: int = 12
     workers: int = 14
     capacity: int = 2500
-    first_lessons: int = 150
+    first_lessons: int = 100
 
 
 def train(student: Student, supply: Supply, settings: Settings, progress: dict[str, int], log: "Log") -> None:
     """Train until the minutes are over; progress holds the steps and lessons of all runs and is kept up to date."""
     optimiser = _optimiser(student, settings)
     chance = np.random.default_rng(progress["steps"])
+    anchor = Anchor(student)
     started, warm, seen = time.monotonic(), 0, progress["lessons"]
     while (share := (time.monotonic() - started) / (60 * settings.minutes)) < 1:
-        rate = settings.learning_rate * min(1, (warm + 1) / WARMUP_STEPS) * _fall(share, settings.finish)
+        warmth = min(1, (warm + 1) / WARMUP_STEPS)
+        rate = settings.learning_rate * anchor.rate_scale * warmth * _fall(share, settings.finish)
         for group in optimiser.param_groups:
             group["lr"] = rate
         lesson = supply.draw(settings.lessons, chance)
         loss, word_loss = _losses(student, lesson)
         optimiser.zero_grad(set_to_none=True)
         (loss + WORD_LOSS_WEIGHT * word_loss).backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        # The fused optimiser skips a step whose gradient overflowed, without a word from the host.
+        optimiser.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimiser.step()
         warm += 1
         progress["steps"] += 1
         progress["lessons"] = seen + supply.made
+        if warm % ANCHOR_STEPS == 0:
+            anchor.check(loss)
         log.step(progress, share, loss, word_loss, rate, lesson)
+
+
+class Anchor:
+    """The last weights that were sound, to fall back on at a lower rate should training diverge."""
+
+    def __init__(self, student: Student) -> None:
+        self.rate_scale = 1.0
+        self._student = student
+        self._weights = self._copied()
+
+    def check(self, loss: Tensor) -> None:
+        """Keep the weights while the loss is a number; else go back to those kept, and halve the rate."""
+        if math.isfinite(loss.item()):
+            self._weights = self._copied()
+            return
+        self._student.load_state_dict(self._weights)
+        self.rate_scale /= 2
+        print(f"training diverged; going back, at {self.rate_scale} of the rate", flush=True)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._student.state_dict().items()}
 
 
 def _fall(share: float, finish: bool) -> float:
@@ -296,6 +325,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--rate", type=float, default=Settings.learning_rate)
     arguments = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # a run with it on ended in NaN
     # Read by the workers' numpy when they start: one thread each, since there is a worker for every core.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,7 +76,10 @@ def run(monkeypatch, capsys, folder):
 
 def start(folder, *arguments, **pipes):
     """Run `memphi ask` with an endless answer in its own process."""
-    script = "import sys; from memphi.cli import main; sys.argv[0] = 'memphi'; main()"
+    # Tests that run in the background inherit that interrupts are ignored.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from memphi.cli import main; main()"
+    )
     options = ("--model", folder, "--device", "cpu", "--dtype", "fp32", "--ignore-eos", "--max-tokens", 90_000)
     command = [sys.executable, "-c", script, "ask", "Go on.", *map(str, options), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **pipes)
