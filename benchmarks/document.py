@@ -16,7 +16,7 @@ def write_document(path: Path, device: torch.device, commit: str | None, figures
     """Write figures with commit, device, versions, date and command as one JSON document."""
     document = {
         "benchmark": Path(sys.argv[0]).stem,
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}",
+        "command": " ".join(("python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(_without_folder, sys.argv[1:]))),
         "commit": commit or find_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -26,6 +26,11 @@ def write_document(path: Path, device: torch.device, commit: str | None, figures
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_folder(argument: str) -> str:
+    """An argument as given, but of an absolute path the last part alone: one machine's folders tell nobody anything."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def find_commit() -> str | None:

@@ -254,4 +254,4 @@ class Result:
     """From the call to the last token."""
     first_token_seconds: float
     peak_memory_bytes: int | None
-    """The most that the device's allocator held during the call; None on a device that does not count."""
+    """The most that the GPU's allocator held during the call; on a CPU, the process so far; None where none counts."""

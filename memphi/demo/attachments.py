@@ -28,12 +28,16 @@ FOLDER = Path(__file__).parent / "media"
 
 @dataclass(frozen=True)
 class Example:
-    """Files of the media folder, in the order in which they are attached, a question, and the one right answer."""
+    """Files of the media folder, in the order in which they are attached, a question, and the one right answer.
+
+    `learnt` says whether the shipped model gives it; a test holds that this is so.
+    """
 
     files: tuple[str, ...]
     question: str
     answer: str
     system: str | None = None
+    learnt: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,22 @@ _SHAPES = {
 }
 
 EXAMPLES = (
-    Example(("number.png",), "What number is shown?", "7583"),
-    Example(("word.png",), "What word is shown?", "breeze"),
-    Example(("wide.png",), "What word is shown?", "telephone"),
-    Example(("tall.png",), "What word is shown?", "lion"),
+    Example(("number.png",), "What number is shown?", "7583", learnt=False),
+    Example(("word.png",), "What word is shown?", "breeze", learnt=False),
+    Example(("wide.png",), "What word is shown?", "telephone", learnt=False),
+    Example(("tall.png",), "What word is shown?", "lion", learnt=False),
     Example(("red-circle.png",), "What is in the picture?", "red circle"),
     Example(("green-triangle.png",), "What colour is the shape?", "green"),
-    Example(("shapes.png",), "How many stars are there?", "5"),
-    Example(("shapes.png",), "How many hearts are there?", "2"),
-    Example(("first.png", "second.png"), "Add the numbers.", "77"),
+    Example(("shapes.png",), "How many stars are there?", "5", learnt=False),
+    Example(("shapes.png",), "How many hearts are there?", "2", learnt=False),
+    Example(("first.png", "second.png"), "Add the numbers.", "77", learnt=False),
     Example(("first.png", "second.png"), "Which image shows the larger number?", "2"),
-    Example(("red-circle.png", "green-triangle.png"), "Which image shows a green triangle?", "2"),
-    Example(("words.wav",), "Transcribe the audio.", "nine yellow circle go"),
-    Example(("number.png", "question.wav"), "", "7583"),
-    Example((), "What is 17 plus 25?", "42"),
+    Example(("red-circle.png", "green-triangle.png"), "Which image shows a green triangle?", "2", learnt=False),
+    Example(("words.wav",), "Transcribe the audio.", "nine yellow circle go", learnt=False),
+    Example(("number.png", "question.wav"), "", "7583", learnt=False),
+    Example((), "What is 17 plus 25?", "42", learnt=False),
     Example((), "Reverse the word: lion", "noil"),
-    Example((), "What is 17 plus 25?", '{"answer": "42"}', system="Answer in JSON."),
+    Example((), "What is 17 plus 25?", '{"answer": "42"}', system="Answer in JSON.", learnt=False),
 )
 
 

@@ -99,7 +99,7 @@ def card(manifest: Document, report: Document, training: str, parameters: int) -
 def training_facts(progress: Document, minutes: float | None, device: str | None) -> str:
     """How long it trained, as a sentence."""
     made = progress["lessons"] * LESSON_SAMPLES
-    sentence = f"Training took {progress['steps']:,} steps over {made:,} different samples, each seen several times"
+    sentence = f"Training took {progress['steps']:,} steps over {made:,} different samples"
     if minutes is not None:
         sentence += f", in {minutes:g} minutes"
     if device is not None:
@@ -108,8 +108,9 @@ def training_facts(progress: Document, minutes: float | None, device: str | None
 
 
 def _can() -> str:
-    rows = [[_files(example), _asked(example), f"`{example.answer}`"] for example in EXAMPLES]
-    return "## What it can do\n\n" + _markdown_table(["attached (from `memphi/demo/media`)", "asked", "answer"], rows)
+    head = ["attached (from `memphi/demo/media`)", "asked", "answer", "learnt"]
+    rows = [[_files(e), _asked(e), f"`{e.answer}`", "yes" if e.learnt else "not yet"] for e in EXAMPLES]
+    return "## What it can do\n\n" + _markdown_table(head, rows)
 
 
 def _files(example: Example) -> str:

@@ -20,11 +20,10 @@ import torch
 from memphi.checkpoint.locate import locate
 from memphi.demo import bank, exam, photographs
 from memphi.demo.exam import Group, Part
+from memphi.demo.lesson import conversation
 from memphi.demo.score import DEMANDS, Score, aligned, scored, scores, table
-from memphi.demo.sound import RATE
 from memphi.demo.tasks import Sample
 from memphi.engine.engine import Engine, load
-from memphi.inputs.media import audio_media, image_media
 from memphi.model.adapters import Adapter
 from memphi.model.phi4mm import Phi4MM
 from memphi.request import Request, SamplingParams
@@ -113,10 +112,7 @@ def ask(engine: Engine, samples: Sequence[Sample], advance: Advance = lambda _: 
 
 def request(sample: Sample) -> Request:
     """What a person would send; the answer may be half as long again as the right one, and a sentence more."""
-    media = [image_media(picture, "picture") for picture in sample.images]
-    clips = [audio_media(clip, RATE, "clip") for clip in sample.clips]
-    sampling = SamplingParams(max_tokens=48 + len(sample.answer) * 3 // 2)
-    return Request.ask(sample.question, [*media, *clips], sample.system, sampling)
+    return conversation(sample, SamplingParams(max_tokens=48 + len(sample.answer) * 3 // 2))
 
 
 @contextmanager

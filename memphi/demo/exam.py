@@ -15,7 +15,7 @@ from memphi.demo.bank import Bank
 from memphi.demo.pictures import Picture
 from memphi.demo.score import DEMANDS, Demand
 from memphi.demo.sound import RATE
-from memphi.demo.tasks import Sample, make
+from memphi.demo.tasks import Sample, after_talk, make
 
 Group = Literal["asked", "closer", "voices", "tried"]
 
@@ -71,6 +71,9 @@ def _closer(draw: _Draw, samples: int) -> Iterator[Part]:
     speech = next(demand for demand in DEMANDS if demand.measures_word_errors)
     long = draw.some("transcribe", max(1, samples // 8), _is_long_recording)
     yield Part("closer", replace(speech, name="recordings of 15 to 60 s"), long)
+    colours = draw.some("colour", max(1, samples // 2))
+    later = tuple(after_talk(sample, seed, draw.bank, "held-out") for seed, sample in enumerate(colours))
+    yield Part("closer", _told("colours after some turns of talk", "colour"), later)
 
 
 def _voices(bank: Bank, first_seed: int, samples: int) -> Iterator[Part]:

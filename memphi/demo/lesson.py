@@ -4,22 +4,28 @@ Knows the prompt format (through `memphi.inputs`) and where answers stand; knows
 `make_lesson`, training joins several lessons with `join`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memphi.config import ModelConfig
+from memphi.demo.sound import RATE
 from memphi.demo.tasks import Sample
 from memphi.demo.vocabulary import SPOKEN_WORDS
 from memphi.inputs.media import audio_media, image_media
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.projector import token_order
-from memphi.request import InputMode, MediaSpan, Prompt, Request
+from memphi.request import InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
 
 CLIP_STEP_FRAMES = 64
 """Clips are lengthened to a multiple of this, so that many are of one length and go as one call."""
@@ -54,8 +60,24 @@ class Lesson:
 
     def to(self, device: torch.device) -> "Lesson":
         """The same lesson with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file, what is no tensor as JSON in its metadata."""
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._tensors()}
+        save_file(self._tensors(), path, {"others": json.dumps(others)})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Lesson":
+        """Read what save wrote, straight to a device."""
+        with safe_open(path, "pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, **json.loads(file.metadata()["others"]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def make_lesson(
@@ -108,7 +130,7 @@ class _Row:
     """One sample with its answer."""
 
     def __init__(self, sample: Sample, config: ModelConfig, tokenizer: Tokenizer, without_adapter: bool) -> None:
-        self.prompt = prepare(_request(sample), config, tokenizer)
+        self.prompt = prepare(conversation(lengthened(sample)), config, tokenizer)
         mode = self.prompt.mode
         off = without_adapter and mode.adapter is not None
         answer = tokenizer.encode_text(WITHOUT_ADAPTER[mode] if off else sample.answer)
@@ -127,14 +149,26 @@ class _Row:
         return [span for span in self.prompt.spans if span.kind == kind]
 
 
-def _request(sample: Sample) -> Request:
+def conversation(sample: Sample, sampling: SamplingParams | None = None) -> Request:
+    """What a person would send to be answered as the sample is."""
     images = [image_media(picture, "picture") for picture in sample.images]
-    clips = [audio_media(_lengthened(clip), 16000, "clip") for clip in sample.clips]
-    return Request.ask(sample.question, [*images, *clips], sample.system)
+    clips = [audio_media(clip, RATE, "clip") for clip in sample.clips]
+    request = Request.ask(sample.question, [*images, *clips], sample.system, sampling)
+    *system, asked = request.messages
+    talk = [
+        message
+        for question, answer in sample.earlier
+        for message in (Message("user", (question,)), Message("assistant", (answer,)))
+    ]
+    return replace(request, messages=(*system, *talk, asked))
 
 
-def _lengthened(clip: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Repeat the background at the clip's end until the number of frames is a multiple of CLIP_STEP_FRAMES."""
+def lengthened(sample: Sample) -> Sample:
+    """Repeat the background at each clip's end until the number of frames is a multiple of CLIP_STEP_FRAMES."""
+    return replace(sample, clips=tuple(_lengthened_clip(clip) for clip in sample.clips))
+
+
+def _lengthened_clip(clip: NDArray[np.int16]) -> NDArray[np.int16]:
     frames = (len(clip) - 400) // 160 + 1
     wanted = -(-frames // CLIP_STEP_FRAMES) * CLIP_STEP_FRAMES
     missing = max(0, (wanted - 1) * 160 + 400 - len(clip))

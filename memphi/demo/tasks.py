@@ -28,7 +28,7 @@ _SINGULARS = {plural: singular for singular, plural in PLURALS.items()}
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation of one turn: pictures (height, width, 3) uint8, clips int16 at 16 kHz, and the right answer."""
+    """A question, its pictures (height, width, 3) uint8 and clips int16 at 16 kHz, and the right answer."""
 
     task: str
     system: str | None
@@ -36,6 +36,8 @@ class Sample:
     images: tuple[Picture, ...]
     clips: tuple[Sound, ...]
     answer: str
+    earlier: tuple[tuple[str, str], ...] = ()
+    """Questions and answers of the turns before this one."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ def make(task: str, seed: int, bank: Bank, split: Split) -> Sample:
     """Return the sample that belongs to these arguments; `task` is a key of TASKS."""
     name = zlib.crc32(f"{split} {task}".encode())
     return TASKS[task](_Stock(bank, split, np.random.default_rng((name, seed))))
+
+
+def after_talk(sample: Sample, seed: int, bank: Bank, split: Split) -> Sample:
+    """Return the sample as a later turn of a conversation that began with text alone."""
+    chance = np.random.default_rng((2, seed))
+    tasks = chance.choice(("chat", "arithmetic", "reverse-word"), size=int(chance.integers(1, 3)))
+    turns = [make(str(task), seed * 2 + place, bank, split) for place, task in enumerate(tasks)]
+    return replace(sample, earlier=tuple((turn.question, turn.answer) for turn in turns))
 
 
 def mixture(seed: int, index: int) -> str:

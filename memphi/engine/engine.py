@@ -1,11 +1,10 @@
 """The engine: requests in, answers out. Loads a model, runs the loop until every request has its answer."""
 
-import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import overload
 
@@ -41,7 +40,7 @@ class _Answer:
     text: str = ""
     first_token_seconds: float = 0.0
     seconds: float = 0.0
-    shown_ids: int = field(default=0)
+    shown_ids: int = 0
 
     def advance(self) -> Delta:
         """Turn the newest ids into text; ends the sequence at a stop string."""
@@ -116,7 +115,7 @@ class Engine:
                     answer = waiting.popleft()
                     running[answer.sequence.id] = answer
                     self._start(answer.sequence)
-                for answer in self._step([answer.sequence for answer in running.values()], running):
+                for answer in self._step(running):
                     delta = answer.advance()
                     if delta.finish_reason is not None:
                         del running[answer.sequence.id]
@@ -132,9 +131,9 @@ class Engine:
             self._runner.start(sequence)
 
     @torch.inference_mode()
-    def _step(self, sequences: Sequence[Running], running: dict[int, _Answer]) -> list[_Answer]:
+    def _step(self, running: Mapping[int, _Answer]) -> list[_Answer]:
         """One step; returns the answers that got a token."""
-        plan = plan_step(sequences, self.config.step_tokens)
+        plan = plan_step([answer.sequence for answer in running.values()], self.config.step_tokens)
         with told_plainly("this request", self.model.device, ANSWERING_ADVICE):
             sampled = self._runner.run(plan)
         for sequence in commit(plan, sampled, self.model.config.stop_token_ids):
@@ -145,13 +144,17 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
 
-    def _peak_memory_bytes(self) -> int:
+    def _peak_memory_bytes(self) -> int | None:
         if self.model.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.model.device)
+        try:
+            import resource
+        except ImportError:  # Windows does not count
+            return None
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _result(answer: _Answer, peak_memory_bytes: int) -> Result:
+def _result(answer: _Answer, peak_memory_bytes: int | None) -> Result:
     sequence = answer.sequence
     assert sequence.finish_reason is not None
     return Result(

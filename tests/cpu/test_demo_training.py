@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import memphi
-from memphi.demo import lesson as lessons
 from memphi.demo import train
 from memphi.demo.bank import write
-from memphi.demo.lesson import WITHOUT_ADAPTER, join, make_lesson
+from memphi.demo.lesson import WITHOUT_ADAPTER, conversation, join, lengthened, make_lesson
 from memphi.demo.shape import demo_config, tokenizer_document
 from memphi.demo.supply import Source, Supply
-from memphi.demo.tasks import make
+from memphi.demo.tasks import after_talk, make
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.rows import Row
@@ -34,7 +33,8 @@ def source():
 
 @pytest.fixture(scope="module")
 def samples(source):
-    return [make(task, seed, source.bank, "train") for seed, task in enumerate(MIXED)]
+    made = [make(task, seed, source.bank, "train") for seed, task in enumerate(MIXED)]
+    return [after_talk(made[0], 0, source.bank, "train"), *made[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def new_student(source):
 
 def alone(student, source, sample, off):
     """The logits of one sample's answer, through the model's own prepare and forward."""
-    prompt = prepare(lessons._request(sample), source.config, source.tokenizer)
+    prompt = prepare(conversation(lengthened(sample)), source.config, source.tokenizer)
     images = [replace(image, crops=as_bytes(image.crops) / np.float32(127.5) - 1) for image in prompt.images]
     clips = [replace(clip, features=clip.features.astype(np.float16).astype(np.float32)) for clip in prompt.clips]
     model, mode = student.model, prompt.mode
@@ -96,7 +96,7 @@ def test_a_clip_tells_its_words_only_where_the_answer_is_what_it_says(joined):
 
 
 def test_crops_lose_nothing_but_the_interpolation_of_the_global_view(source, samples, joined):
-    prompts = [prepare(lessons._request(sample), source.config, source.tokenizer) for sample in samples]
+    prompts = [prepare(conversation(lengthened(sample)), source.config, source.tokenizer) for sample in samples]
     images = [image for prompt in prompts for image in prompt.images]
     kept = joined.crops.float() / 127.5 - 1
     for image, crops in zip(images, kept.split([len(image.crops) for image in images]), strict=True):
