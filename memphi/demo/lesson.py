@@ -27,8 +27,8 @@ from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.projector import token_order
 from memphi.request import InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
 
-CLIP_STEP_FRAMES = 64
-"""Clips are lengthened to a multiple of this, so that many are of one length and go as one call."""
+CLIP_STEPS = ((512, 64), (1024, 128), (6000, 256))
+"""Up to so many frames, a clip is lengthened to a multiple of the second: few lengths, each of which goes as one call."""
 WITHOUT_ADAPTER = {
     InputMode.VISION: "I cannot see without my vision adapter.",
     InputMode.SPEECH: "I cannot hear without my speech adapter.",
@@ -164,13 +164,14 @@ def conversation(sample: Sample, sampling: SamplingParams | None = None) -> Requ
 
 
 def lengthened(sample: Sample) -> Sample:
-    """Repeat the background at each clip's end until the number of frames is a multiple of CLIP_STEP_FRAMES."""
+    """Repeat the background at each clip's end until its number of frames is one of few."""
     return replace(sample, clips=tuple(_lengthened_clip(clip) for clip in sample.clips))
 
 
 def _lengthened_clip(clip: NDArray[np.int16]) -> NDArray[np.int16]:
     frames = (len(clip) - 400) // 160 + 1
-    wanted = -(-frames // CLIP_STEP_FRAMES) * CLIP_STEP_FRAMES
+    step = next((step for most, step in CLIP_STEPS if frames <= most), 1)
+    wanted = -(-frames // step) * step
     missing = max(0, (wanted - 1) * 160 + 400 - len(clip))
     return np.concatenate((clip, np.resize(clip[-800:], missing)))
 

@@ -82,7 +82,7 @@ class Student(nn.Module):
         clips = (_disturbed(features, lesson.clip_frames) if augment else features).split(lesson.clip_frames)
         # Clips of one length go as one call, so they are sorted, and put back afterwards.
         by_length = sorted(range(len(clips)), key=lambda i: lesson.clip_frames[i])
-        encoded = self.model.audio([clips[i] for i in by_length], window_batch=256)
+        encoded = self.model.audio([clips[i] for i in by_length], window_batch=64)
         heard = [clip for _, clip in sorted(zip(by_length, encoded, strict=True), key=lambda pair: pair[0])]
         features = torch.cat(heard)
         counts = torch.tensor([len(clip) for clip in heard], device=features.device)
