@@ -28,7 +28,7 @@ from memphi.model.projector import token_order
 from memphi.request import InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
 
 CLIP_STEPS = ((512, 64), (1024, 128), (6000, 256))
-"""Up to so many frames, a clip is lengthened to a multiple of the second: few lengths, each of which goes as one call."""
+"""Up to so many frames, a clip is lengthened to a multiple of the second: of few lengths, each goes as one call."""
 WITHOUT_ADAPTER = {
     InputMode.VISION: "I cannot see without my vision adapter.",
     InputMode.SPEECH: "I cannot hear without my speech adapter.",
