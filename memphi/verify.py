@@ -155,19 +155,10 @@ def compared_positions(tokens: int) -> list[int]:
     return sorted({*range(0, tokens, max(tokens // COMPARED_TOKENS, 1)), tokens - 1})
 
 
-def encode_media(model: Phi4MM, prompt: Prompt) -> list[tuple[int, Tensor]]:
-    """A prompt's media embeddings with the position at which each starts."""
-    embeddings = {
-        "image": model.encode_images(prompt.images),
-        "audio": model.encode_clips(prompt.clips, prompt.mode.audio_head),
-    }
-    return [(span.start, embeddings[span.kind][span.index]) for span in prompt.spans]
-
-
 @torch.inference_mode()
 def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
     """A prompt's logits and greedy answer, from a prefill and single-token steps; starts over in the long regime."""
-    media = encode_media(model, prompt)
+    media = model.encode_media(prompt)
     ids, past = list(prompt.ids), 0
     cache, long = _new_cache(model), model.config.language.is_long(len(ids))
 

@@ -8,32 +8,10 @@ import torch
 from memphi.checkpoint.random import random_model
 from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import AdapterConfig, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.demo.shape import SPECIAL_TOKENS, tokenizer_document
 from memphi.model.phi4mm import Phi4MM
 
-# Token, special, rstrip; the flags are the official ones (spec 7).
-SPECIAL_TOKENS = (
-    ("<|endoftext|>", True, False),
-    ("<|endoftext10|>", True, False),
-    ("<|endoftext11|>", True, False),
-    ("<|endofprompt|>", True, False),
-    ("<|assistant|>", True, True),
-    ("<|end|>", True, True),
-    ("<|user|>", True, True),
-    ("<|system|>", True, True),
-    ("<|tool|>", False, True),
-    ("<|/tool|>", False, True),
-    ("<|tool_call|>", False, True),
-    ("<|/tool_call|>", False, True),
-    ("<|tool_response|>", False, True),
-    ("<|tag|>", True, True),
-)
 MERGES = ("t h", "th e", "i n", "a n", "Ġ the", "Ġ a", "o r", "e r", "Ġ w", "Ġw or")
-PIECES = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 FIRST_SPECIAL = 256 + len(MERGES)
 UNKNOWN_IDS = 4
 """Ids at the vocabulary's end that stand for no token, as in the official one (spec 7)."""
@@ -122,49 +100,4 @@ def tiny_checkpoint(
 
 def write_tokenizer(folder: Path) -> None:
     """Write tokenizer.json: byte-level BPE with the 256 bytes, ten merges and the official special tokens."""
-    letters = _byte_letters()
-    pieces = letters + ["".join(merge.split()) for merge in MERGES]
-    added = [
-        {
-            "id": FIRST_SPECIAL + place,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": rstrip,
-            "normalized": False,
-            "special": special,
-        }
-        for place, (token, special, rstrip) in enumerate(SPECIAL_TOKENS)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Removed", "invert": True}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {piece: number for number, piece in enumerate(pieces)},
-            "merges": [merge.split() for merge in MERGES],
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary, by byte."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_document(MERGES)), encoding="utf-8")

@@ -19,7 +19,6 @@ from memphi.request import (
     MediaSpan,
     Prompt,
 )
-from memphi.verify import encode_media
 from tests.checkpoints import tiny_config
 
 TOLERANCE = 1e-4
@@ -103,7 +102,7 @@ def all_logits(model: Phi4MM, prompt: Prompt) -> torch.Tensor:
     """memphi's logits at every position of a prompt."""
     tokens = len(prompt.ids)
     return model(
-        torch.tensor(prompt.ids), [make_row(model, prompt)], encode_media(model, prompt), logits_at=range(tokens)
+        torch.tensor(prompt.ids), [make_row(model, prompt)], model.encode_media(prompt), logits_at=range(tokens)
     )
 
 

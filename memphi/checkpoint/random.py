@@ -15,6 +15,9 @@ from memphi.config import ModelConfig
 from memphi.model.attention import Attention
 from memphi.model.phi4mm import Phi4MM
 
+TOWER_BRANCH = 0.12
+"""How much each branch of a tower's layers adds, about 1 / sqrt(branches): at 1, 24 layers make all features alike."""
+
 
 def random_model(
     config: ModelConfig,
@@ -52,6 +55,8 @@ def _tensor_seed(seed: int, name: str) -> int:
 def _distribution(name: str, tensor: Tensor) -> tuple[float, float]:
     """Mean and deviation of a tensor's numbers."""
     keeps_scale = 1 / math.sqrt(tensor[0].numel())  # outputs as large as inputs; 0.018 for the decoder
+    if name.startswith(("vision.layers.", "audio.layers.")) and name.endswith(("out.weight", "down.weight")):
+        return 0.0, TOWER_BRANCH * keeps_scale
     rules = (
         ("audio.mean", 10.0, 0.7),  # what log-mel values are like
         ("audio.inverse_deviation", 0.32, 0.02),

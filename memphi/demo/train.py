@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memphi.checkpoint.writer import write_checkpoint
@@ -85,23 +86,27 @@ class Student(nn.Module):
         encoded = self.model.audio([clips[i] for i in by_length], window_batch=64)
         heard = [clip for _, clip in sorted(zip(by_length, encoded, strict=True), key=lambda pair: pair[0])]
         features = torch.cat(heard)
-        counts = torch.tensor([len(clip) for clip in heard], device=features.device)
-        with_images = torch.tensor([head == "vision" for head in lesson.heads], device=features.device)
+        counts = np.array([len(clip) for clip in heard])
+        with_images = np.repeat([head == "vision" for head in lesson.heads], counts)
         speech, vision = (projector(features) for projector in self.model.audio_projectors.values())
-        rows = torch.where(with_images.repeat_interleave(counts)[:, None], vision, speech)
+        rows = torch.where(torch.from_numpy(with_images).to(features.device)[:, None], vision, speech)
         return rows, self._word_loss(features, counts, lesson.words)
 
-    def _word_loss(self, features: Tensor, counts: Tensor, words: list[list[int]]) -> Tensor:
-        """The loss of the word head on the clips whose words are told; features are those of all clips, end to end."""
+    def _word_loss(self, features: Tensor, counts: NDArray[np.int64], words: list[list[int]]) -> Tensor:
+        """The loss of the word head on the clips whose words are told; features are those of all clips, end to end.
+
+        Lengths are known on the host: nothing here waits for the device.
+        """
         told = [i for i, said in enumerate(words) if said]
         if not told:
             return torch.zeros((), device=features.device)
-        starts, lengths = (counts.cumsum(0) - counts)[told], counts[told]
-        places = starts[:, None] + torch.arange(int(lengths.max()), device=features.device)
-        scores = self.word_head(features).float().log_softmax(-1)[places.clamp(max=len(features) - 1)]
+        starts, lengths = (counts.cumsum() - counts)[told], counts[told]
+        places = (starts[:, None] + np.arange(lengths.max())).clip(max=len(features) - 1)
+        scores = self.word_head(features).float().log_softmax(-1)[torch.from_numpy(places).to(features.device)]
         targets = torch.tensor([word for i in told for word in words[i]], device=scores.device)
         said = torch.tensor([len(words[i]) for i in told])
-        loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, lengths.cpu(), said, zero_infinity=True)
+        lengths_heard = torch.from_numpy(lengths)
+        loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, lengths_heard, said, zero_infinity=True)
         return loss
 
 
@@ -112,7 +117,7 @@ def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
     level, tilt, start, width = torch.rand(4, len(clip_frames), 1, device=device)
     change = (level - 0.5) * 2 + (tilt - 0.5) * 2 * (bins / mel_bins - 0.5)
     missing = (bins >= start * mel_bins) & (bins < start * mel_bins + 12 * width)
-    clip_of_frame = torch.repeat_interleave(torch.tensor(clip_frames, device=device))
+    clip_of_frame = torch.from_numpy(np.repeat(np.arange(len(clip_frames)), clip_frames)).to(device)
     changed: Tensor = (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
     return changed
 

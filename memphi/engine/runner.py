@@ -10,7 +10,6 @@ from memphi.engine.sequence import Sequence as Running
 from memphi.engine.step import PlannedRow, StepPlan
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
-from memphi.request import Prompt
 from memphi.sampling.sampler import Draw, sample
 
 
@@ -25,7 +24,7 @@ class Runner:
 
     def start(self, sequence: Running) -> None:
         """Encode a sequence's media and give it an empty cache."""
-        self.media[sequence.id] = self._encode(sequence.prompt)
+        self.media[sequence.id] = self.model.encode_media(sequence.prompt)
         self.start_over(sequence)
 
     def start_over(self, sequence: Running) -> None:
@@ -54,14 +53,6 @@ class Runner:
             return {}
         chosen = sample(logits, [Draw(s.sampling, s.ids) for s in sequences], self.forbidden)
         return {sequence.id: token for sequence, token in zip(sequences, chosen, strict=True)}
-
-    def _encode(self, prompt: Prompt) -> list[tuple[int, Tensor]]:
-        """A prompt's media embeddings with the prompt position at which each starts, in order."""
-        embeddings = {
-            "image": self.model.encode_images(prompt.images),
-            "audio": self.model.encode_clips(prompt.clips, prompt.mode.audio_head),
-        }
-        return [(span.start, embeddings[span.kind][span.index]) for span in prompt.spans]
 
     def _media(self, plan: StepPlan) -> list[tuple[int, Tensor]]:
         """The pieces of media embeddings that fall into a step, by packed token."""

@@ -13,7 +13,7 @@ from memphi.model.language import KeyValues, LanguageModel
 from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
-from memphi.request import ClipInput, ImageInput
+from memphi.request import ClipInput, ImageInput, Prompt
 
 CROP_BATCH = 8
 """Crops encoded at once."""
@@ -60,6 +60,14 @@ class Phi4MM(nn.Module):
             return []
         features = self.audio([torch.from_numpy(clip.features).to(self.device) for clip in clips])
         return [self.audio_projectors[head](feature) for feature in features]
+
+    def encode_media(self, prompt: Prompt) -> list[tuple[int, Tensor]]:
+        """Embed a prompt's attachments: for each, in order, the position where it starts and its [tokens, hidden]."""
+        embeddings = {
+            "image": self.encode_images(prompt.images),
+            "audio": self.encode_clips(prompt.clips, prompt.mode.audio_head),
+        }
+        return [(span.start, embeddings[span.kind][span.index]) for span in prompt.spans]
 
     def embed(self, ids: Tensor, media: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Embed packed ids [tokens] and put media embeddings where they start: [tokens, hidden]."""

@@ -417,3 +417,17 @@ def test_random_weights_leave_no_tensor_unset():
         assert tensor.std() > 0, name
     assert 8 < model.audio.mean.mean() < 12
     assert model.audio.inverse_deviation.min() > 0.2
+
+
+def test_random_towers_of_the_official_depth_keep_their_features_apart():
+    # Alike features would hide a mix-up of patches or moments from every comparison on random weights.
+    config = tiny_config()
+    deep = replace(config, vision=replace(config.vision, layers=26), audio=replace(config.audio, layers=24))
+    model = random_model(deep, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randn(1, 3, 112, 112, generator=generator)
+    patches = model.vision(crops, torch.ones(1, 8, 8, dtype=torch.bool))[0]
+    moments = model.audio([10 + 3 * torch.randn(160, 80, generator=generator)])[0]
+    for features in (patches, moments):
+        alike = torch.nn.functional.cosine_similarity(features[:-1], features[1:], dim=-1)
+        assert alike.mean() < 0.9

@@ -1,15 +1,13 @@
 """The demo's data: a seed always makes the same sample, samples are well formed, nothing held out is trained on."""
 
-import io
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import ImageFont
 
 from memphi.demo import score, sound, tasks
-from memphi.demo.bank import Bank, Face, Voice, read, write
+from memphi.demo.bank import read, write
 from memphi.demo.fonts import tells_letters_apart
 from memphi.demo.vocabulary import (
     CHAT_REPLIES,
@@ -17,38 +15,16 @@ from memphi.demo.vocabulary import (
     JSON_SYSTEMS,
     QUESTIONS,
     SHAPES,
-    SPOKEN_SENTENCES,
     SPOKEN_WORDS,
 )
+from tests.demo_bank import sine_voice, tiny_bank, tone
 
 SPLITS = ("train", "held-out")
 
 
-def tone(seed, seconds):
-    times = np.arange(int(seconds * sound.RATE)) / sound.RATE
-    return sound.levelled(np.sin(2 * np.pi * (200 + 40 * seed) * times))
-
-
-def sine_voice(name, make, split, seed):
-    words = {text: tone(seed + place, 0.25) for place, text in enumerate(SPOKEN_WORDS)}
-    questions = {text: tone(seed, 0.6) for text in SPOKEN_SENTENCES}
-    return Voice(name, make, split, words, questions, {"one two three": tone(seed, 0.7)})
-
-
 @pytest.fixture(scope="module")
 def bank():
-    font = ImageFont.load_default(20).path
-    assert isinstance(font, io.BytesIO), "Pillow carries this typeface itself"
-    data = font.getvalue()
-    return Bank(
-        faces={split: (Face(f"family {split}", "Regular", split, data),) for split in SPLITS},
-        words={"train": ("cat", "house", "be", "window", "alphabets"), "held-out": ("dog", "garden", "it")},
-        voices={
-            "train": tuple(sine_voice(f"voice {seed}", f"make {seed % 2}", "train", seed) for seed in range(3)),
-            "held-out": (sine_voice("voice 9", "make 9", "held-out", 9),),
-            "tried": (),
-        },
-    )
+    return tiny_bank()
 
 
 def samples(bank, task, split="train", count=12):

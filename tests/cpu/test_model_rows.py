@@ -8,7 +8,6 @@ import torch
 from memphi.cache.contiguous import ContiguousCache
 from memphi.model.attention import select_attention
 from memphi.model.rows import Row, pack
-from memphi.verify import encode_media
 from tests.checkpoints import tiny_model, variants
 from tests.oracle import (
     TOLERANCE,
@@ -41,7 +40,7 @@ def prompts(model):
 @torch.inference_mode()
 def chunked_logits(model, prompt, sizes, cache):
     """Every logit of a prompt computed in chunks over a cache."""
-    tokens, media, logits, past = torch.tensor(prompt.ids), encode_media(model, prompt), [], 0
+    tokens, media, logits, past = torch.tensor(prompt.ids), model.encode_media(prompt), [], 0
     while past < len(prompt.ids):
         size = min(sizes[len(logits) % len(sizes)], len(prompt.ids) - past)
         pieces = [cut(start, rows, past, past + size) for start, rows in media]
@@ -71,7 +70,7 @@ def pack_prompts(model, prompts):
     """ids, rows, media and last positions of prompts laid end to end."""
     ids, rows, media = [], [], []
     for prompt in prompts:
-        media += [(len(ids) + start, embedded) for start, embedded in encode_media(model, prompt)]
+        media += [(len(ids) + start, embedded) for start, embedded in model.encode_media(prompt)]
         rows.append(make_row(model, prompt))
         ids += prompt.ids
     return torch.tensor(ids), rows, media
@@ -95,7 +94,7 @@ def test_prefill_and_decode_rows_share_a_step(model, prompts):
     first, second, third = prompts[1], prompts[2], prompts[0]
     caches = [ListCache() for _ in range(3)]
     cut_at = (9, len(second.ids) - 1, 0)
-    media = [encode_media(model, prompt) for prompt in (first, second, third)]
+    media = [model.encode_media(prompt) for prompt in (first, second, third)]
     for prompt, past, cache, rows in zip((first, second), cut_at, caches, media, strict=False):
         pieces = [cut(start, embedded, 0, past) for start, embedded in rows]
         pieces = [piece for piece in pieces if piece[1].shape[0]]

@@ -8,7 +8,7 @@ import torch
 from memphi.cache.contiguous import ContiguousCache
 from memphi.model.attention import EagerAttention, SdpaAttention
 from memphi.model.phi4mm import Phi4MM
-from memphi.verify import encode_media, trace_memphi, verify
+from memphi.verify import trace_memphi, verify
 from tests.checkpoints import tiny_checkpoint, tiny_config, tiny_model
 from tests.oracle import all_logits, largest_difference, make_row, mode_prompts, parity_config
 
@@ -53,7 +53,7 @@ def logits_of(model, prompts):
     """Every logit of prompts computed as rows of one step, on the host."""
     ids, rows, media = [], [], []
     for prompt in prompts:
-        media += [(len(ids) + start, embedded) for start, embedded in encode_media(model, prompt)]
+        media += [(len(ids) + start, embedded) for start, embedded in model.encode_media(prompt)]
         rows.append(make_row(model, prompt))
         ids += prompt.ids
     logits = model(torch.tensor(ids, device=model.device), rows, media, logits_at=range(len(ids)))
@@ -64,7 +64,7 @@ def logits_of(model, prompts):
 def chunked_logits(model, prompt, size):
     """The last logits of a prompt's chunks, computed over a cache."""
     cache = ContiguousCache(model.config.language, model.dtype, model.device)
-    media, logits = encode_media(model, prompt), []
+    media, logits = model.encode_media(prompt), []
     for past in range(0, len(prompt.ids), size):
         ids = torch.tensor(prompt.ids[past : past + size], device=model.device)
         pieces = []
@@ -134,7 +134,7 @@ def test_gradients_equal_the_cpus(source, prompts, mode, dtype):
         model.load_state_dict(source.state_dict())
         prompt = prompts[mode]
         ids = torch.tensor(prompt.ids, device=model.device)
-        logits = model(ids, [make_row(model, prompt)], encode_media(model, prompt), logits_at=range(len(ids) - 1))
+        logits = model(ids, [make_row(model, prompt)], model.encode_media(prompt), logits_at=range(len(ids) - 1))
         torch.nn.functional.cross_entropy(logits.float(), ids[1:]).backward()
         weights = [weight.grad for weight in model.parameters() if weight.grad is not None]
         gradients.append(torch.cat([weight.float().cpu().flatten() for weight in weights]))
