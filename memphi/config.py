@@ -269,7 +269,20 @@ def _shown(value: object) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
+def _refuse_other_decoders(config: _Fields) -> None:
+    """Say so where the file asks for what this decoder does not compute, rather than answer wrongly."""
+    fixed = {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "lm_head_bias": False}
+    for name, only in fixed.items():
+        if config.switch(name, only) is not only:
+            word = str(only).lower()
+            raise CheckpointError(f"config.json: {name} is {str(not only).lower()}; Phi-4-multimodal has {word}")
+    window, tokens = config.size("sliding_window", LARGEST_SIZE), config.size("max_position_embeddings")
+    if window < tokens:
+        raise CheckpointError(f"config.json: sliding_window is {window}; memphi attends to all {tokens} tokens")
+
+
 def _language(config: _Fields, rope: _Fields) -> LanguageConfig:
+    _refuse_other_decoders(config)
     hidden_size, heads = config.size("hidden_size"), config.size("num_attention_heads")
     partial = (rope if "partial_rotary_factor" in rope else config).number("partial_rotary_factor", 1.0)
     border = "original_max_position_embeddings"

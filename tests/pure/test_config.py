@@ -198,6 +198,15 @@ def test_a_field_that_is_missing_is_named(layout):
             refused(changed(DOCUMENTS[layout], path, None), path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tie_word_embeddings", False), ("attention_bias", True), ("lm_head_bias", True), ("sliding_window", 4096)],
+)
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_another_decoder_is_refused(layout, field, value):
+    refused(changed(DOCUMENTS[layout], (field,), value), (field,))
+
+
 def test_the_other_files_are_named_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OFFICIAL))
     (tmp_path / "preprocessor_config.json").write_text('{"dynamic_hd": 0}')
