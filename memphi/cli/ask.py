@@ -1,6 +1,7 @@
 """`memphi ask`: one question about any number of pictures and recordings."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,6 +9,7 @@ import typer
 from memphi.cli import options
 from memphi.cli.terminal import load_engine, open_attachments, stream_answer, telling
 from memphi.config import DEFAULT_MODEL
+from memphi.errors import MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask; may be left out if a recording asks it.")] = "",
     attach: options.Attachments = [],  # noqa: B006
-    each: Annotated[bool, typer.Option("--each", help="Ask about each attachment alone, one after the other.")] = False,
+    each: Annotated[
+        bool, typer.Option("--each", help="Ask about each attachment alone, in turn; one that fails is told.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -49,23 +53,43 @@ def ask(
     groups = [(item,) for item in media] if each else [media]
     requests = [Request.ask(question, group, system, sampling) for group in groups]
     engine = load_engine(model, device, dtype, attention)
-    if as_json:
-        documents = _answer_all(engine, requests)
-        print(json.dumps(documents if each else documents[0], ensure_ascii=False, indent=2))
-        return
+    answer = _answer_as_json if as_json else _answer_as_text
+    if (failed := answer(engine, requests, each)) is not None:
+        raise typer.Exit(failed)
+
+
+def _answer_as_text(engine: "Engine", requests: "list[Request]", each: bool) -> int | None:
+    """Stream the answers; with `each`, a request that fails is told and the rest go on.
+
+    Returns the exit code of the first that failed, None if none did.
+    """
+    failed = None
     for request in requests:
-        if each:
-            print(f"{request.media[0].name}: ", end="")
-        stream_answer(engine, request)
+        try:
+            stream_answer(engine, request, f"{request.media[0].name}: " if each else "")
+        except MemphiError as error:
+            if not each:
+                raise
+            print(f"memphi: {error}", file=sys.stderr)
+            failed = failed or error.exit_code
+    return failed
 
 
-def _answer_all(engine: "Engine", requests: "list[Request]") -> list[dict[str, Any]]:
-    documents = []
+def _answer_as_json(engine: "Engine", requests: "list[Request]", each: bool) -> int | None:
+    """Print one document, or with `each` a list, in which a request that fails has its error for an answer."""
+    documents, failed = list[dict[str, Any]](), None
     with telling("answering") as tell:
         for number, request in enumerate(requests, 1):
             tell(f"answering {number} of {len(requests)}")
-            documents.append(_document(request, engine.generate(request)))
-    return documents
+            try:
+                documents.append(_document(request, engine.generate(request)))
+            except MemphiError as error:
+                if not each:
+                    raise
+                documents.append({"attachments": [media.name for media in request.media], "error": str(error)})
+                failed = failed or error.exit_code
+    print(json.dumps(documents if each else documents[0], ensure_ascii=False, indent=2))
+    return failed
 
 
 def _document(request: "Request", result: "Result") -> dict[str, Any]:

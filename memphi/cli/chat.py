@@ -1,12 +1,15 @@
 """`memphi chat`: a conversation in the terminal."""
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
+
+import typer
 
 from memphi.cli import options
 from memphi.cli.terminal import load_engine, open_attachments, stream_answer
 from memphi.config import DEFAULT_MODEL
-from memphi.errors import MemphiError
+from memphi.errors import MediaError, MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
@@ -35,6 +38,8 @@ def chat(
     from memphi.request import SamplingParams
 
     sampling = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop=tuple(stop))
+    if "-" in attach:
+        raise typer.BadParameter("stdin (-) is where the conversation comes from; attach a file")
     media = open_attachments(attach)
     Conversation(load_engine(model, device, dtype, attention), system, sampling, media).run()
 
@@ -67,13 +72,18 @@ class Conversation:
             self.attachments = ()
             self._start_over()
         elif command == "/attach":
-            self.attachments += open_attachments([rest.strip()])
+            self._attach(rest.strip())
         elif command == "/help":
             print(COMMANDS, file=sys.stderr)
         elif command.startswith("/") and command[1:].isalpha():
             print(f"memphi: there is no command {command}; {COMMANDS}", file=sys.stderr)
         elif line or self.attachments:
             self._say(line)
+
+    def _attach(self, source: str) -> None:
+        if source in ("", "-"):
+            raise MediaError("/attach needs the name of a file or a URL, as in /attach photo.jpg")
+        self.attachments += open_attachments([source])
 
     def _say(self, text: str) -> None:
         from memphi.request import Message, Request
@@ -92,7 +102,8 @@ class Conversation:
 def _read_line() -> str | None:
     """One line from the person, None at the end of input; the prompt goes to stderr."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives line editing and history to input())
+        with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
+            import readline  # noqa: F401  (gives line editing and history to input())
     print("> ", end="", file=sys.stderr, flush=True)
     try:
         return input().strip()

@@ -72,11 +72,14 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
-def stream_answer(engine: "Engine", request: "Request") -> str:
-    """Write an answer to stdout as it comes, and return it."""
-    pieces = []
-    for delta in engine.stream(request):
-        pieces.append(delta.text)
-        print(delta.text, end="", flush=True)
-    print(flush=True)
+def stream_answer(engine: "Engine", request: "Request", opening: str = "") -> str:
+    """Write an answer to stdout as it comes, after the opening, and return it; nothing where it fails at once."""
+    pieces: list[str] = []
+    try:
+        for delta in engine.stream(request):
+            print(delta.text if pieces else opening + delta.text, end="", flush=True)
+            pieces.append(delta.text)
+    finally:
+        if pieces:
+            print(flush=True)
     return "".join(pieces)

@@ -255,6 +255,27 @@ def smaller(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("verify") / "model", dtype=torch.float32)
 
 
+def test_each_goes_on_after_a_file_that_is_damaged(run, picture, clip, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(picture.read_bytes()[:200])  # a good header, so that only decoding shows it
+    names = ("-a", picture, "-a", damaged, "-a", clip)
+    code, out, err = run("ask", "What?", "--each", *names, "--max-tokens", 3)
+    assert code == 4
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["picture.png", "clip.wav"]
+    assert "damaged.png" in err
+    code, out, _ = run("ask", "What?", "--each", "--json", *names, "--max-tokens", 3)
+    assert code == 4
+    first, second, third = json.loads(out)
+    assert "error" not in first | third
+    assert "damaged.png" in second["error"]
+
+
+def test_a_conversation_cannot_also_be_an_attachment(run):
+    code, _, err = run("chat", "-a", "-", stdin=b"hello")
+    assert code == 2
+    assert "attach a file" in err
+
+
 def test_verify_prints_a_line_for_each_mode(run, smaller):
     code, out, err = run("verify", model=smaller)
     assert (code, err) == (0, "")

@@ -112,7 +112,15 @@ def test_a_turn_that_fails_is_told_and_forgotten(talk, scripted):
     assert texts(scripted.requests[-1]) == ["Hello.", "1 messages", "Still there?"]
 
 
-@pytest.mark.parametrize(("line", "reason"), [("/attach nowhere.png", "no file nowhere.png"), ("/sing", "/sing")])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/attach nowhere.png", "no file nowhere.png"),
+        ("/attach", "needs the name of a file"),
+        ("/attach -", "needs the name of a file"),
+        ("/sing", "/sing"),
+    ],
+)
 def test_a_command_that_fails_is_told_on_stderr(talk, scripted, line, reason):
     code, out, err = talk(line, "Hello.")
     assert (code, out) == (0, "1 messages\n")
