@@ -8,10 +8,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,12 +21,14 @@ from torch import Tensor
 from memphi.config import ModelConfig
 from memphi.demo.sound import RATE
 from memphi.demo.tasks import Sample
-from memphi.demo.vocabulary import SPOKEN_WORDS
+from memphi.demo.vocabulary import READ_LETTERS, SPOKEN_WORDS
 from memphi.inputs.media import audio_media, image_media
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.projector import token_order
-from memphi.request import InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
+from memphi.request import ImageInput, InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
+
+T = TypeVar("T", bound=np.generic)
 
 CLIP_STEPS = ((512, 64), (1024, 128), (6000, 256))
 """Up to so many frames, a clip is lengthened to a multiple of the second: of few lengths, each goes as one call."""
@@ -35,11 +38,18 @@ WITHOUT_ADAPTER = {
     InputMode.VISION_SPEECH: "I cannot see without my vision adapter.",
 }
 ROW_END, VIEW_END = -1, -2
+READ_TASKS = ("read-number", "read-word")
+"""The tasks whose answer is, letter by letter, what the one picture says."""
+NO_PATCH = -1
 
 
 @dataclass
 class Lesson:
-    """Some samples, packed; `order` counts cells within the lesson, with two negative numbers for the separators."""
+    """Some samples, packed; `order` counts cells within the lesson, with two negative numbers for the separators.
+
+    `letter_places` holds the pictures whose text is told, all their columns end to end; it counts the patches of the
+    lesson's crops, with NO_PATCH below where a picture ends.
+    """
 
     tasks: list[str]
     lengths: list[int]
@@ -57,6 +67,9 @@ class Lesson:
     features: Tensor  # [frames of all clips, mel_bins] fp16
     clip_places: Tensor  # [tokens of all clips]
     words: list[list[int]]  # what each clip says, as places in SPOKEN_WORDS from 1; [] where not told
+    letter_places: Tensor  # [columns of all told pictures, rows of the tallest]
+    letter_columns: list[int]  # of each told picture
+    letters: list[list[int]]  # what each told picture says, as places in READ_LETTERS from 1
 
     def to(self, device: torch.device) -> "Lesson":
         """The same lesson with its tensors on a device."""
@@ -91,8 +104,10 @@ def make_lesson(
     rows = [_Row(sample, config, tokenizer, off) for sample, off in zip(samples, without_adapter, strict=True)]
     starts = np.concatenate(([0], np.cumsum([len(row.ids) for row in rows])))[:-1]
     cells = np.concatenate(([0], np.cumsum([row.cells for row in rows])))[:-1]
+    patches_before = np.concatenate(([0], np.cumsum([row.patch_mask.size for row in rows])))[:-1]
     clips = [(row, start, span) for row, start in zip(rows, starts, strict=True) for span in row.spans("audio")]
     features = [row.prompt.clips[span.index].features for row, _, span in clips]
+    told = [(row, at) for row, at in zip(rows, patches_before, strict=True) if row.letters]
     size, patches, bins = config.vision.crop_size, config.vision.patches, config.audio.mel_bins
     return Lesson(
         tasks=[sample.task for sample in samples],
@@ -106,7 +121,7 @@ def make_lesson(
         answer_rows=_joined([np.full(len(row.ids) - row.asked, i) for i, row in enumerate(rows)]),
         crops=torch.from_numpy(np.concatenate([np.zeros((0, 3, size, size), np.uint8), *(row.crops for row in rows)])),
         patch_mask=torch.from_numpy(
-            np.concatenate([np.zeros((0, patches, patches), np.bool_), *(i.patch_mask for r in rows for i in r.images)])
+            np.concatenate([np.zeros((0, patches, patches), np.bool_), *(row.patch_mask for row in rows)])
         ),
         order=_joined(
             [np.where(row.order < 0, row.order, row.order + at) for row, at in zip(rows, cells, strict=True)]
@@ -123,6 +138,9 @@ def make_lesson(
         features=torch.from_numpy(np.concatenate([np.zeros((0, bins), np.float32), *features])).half(),
         clip_places=_joined([np.arange(span.tokens) + span.start + at for _, at, span in clips]),
         words=[row.words for row, _, _ in clips],
+        letter_places=_end_to_end([torch.from_numpy(row.letter_places + at) for row, at in told]),
+        letter_columns=[len(row.letter_places) for row, _ in told],
+        letters=[row.letters for row, _ in told],
     )
 
 
@@ -138,12 +156,18 @@ class _Row:
         self.asked = len(self.prompt.ids)
         self.ids = np.array([*self.prompt.ids, *answer, tokenizer.end_id], np.int64)
         self.images = self.prompt.images
+        self.patch_mask = np.concatenate(
+            [np.zeros((0, *[config.vision.patches] * 2), np.bool_), *(i.patch_mask for i in self.images)]
+        )
         self.crops = np.concatenate(
             [np.zeros((0, 3, *[config.vision.crop_size] * 2), np.uint8), *(_bytes(i.crops) for i in self.images)]
         )
         self.cells = len(self.crops) * (config.vision.patches // 2) ** 2
         self.order = _order(self.prompt, self.cells)
         self.words = [1 + SPOKEN_WORDS.index(word) for word in sample.answer.split()] if _is_told(sample) else []
+        is_read = sample.task in READ_TASKS
+        self.letters = [1 + READ_LETTERS.index(letter) for letter in sample.answer] if is_read else []
+        self.letter_places = _letter_places(self.images[0]) if is_read else np.zeros((0, 0), np.int64)
 
     def spans(self, kind: str) -> list[MediaSpan]:
         return [span for span in self.prompt.spans if span.kind == kind]
@@ -189,6 +213,31 @@ def _order(prompt: Prompt, cells: int) -> NDArray[np.int64]:
     return np.where(order == cells, ROW_END, np.where(order == cells + 1, VIEW_END, order))
 
 
+def _letter_places(image: ImageInput) -> NDArray[np.int64]:
+    """Which patch of the image's crops stands where, its grid of crops tiled and cut to the valid part.
+
+    A picture is read along its columns, so they come first. Returns [columns, rows].
+    """
+    layout = (image.footprint.crop_rows, image.footprint.crop_columns)
+    mask = image.patch_mask
+    places = np.arange(mask.size).reshape(mask.shape)
+    valid = _tiled(mask[1:], layout)  # the first crop is the global view
+    return _tiled(places[1:], layout)[: valid[:, 0].sum(), : valid[0].sum()].T
+
+
+def _tiled(crops: NDArray[T], layout: tuple[int, int]) -> NDArray[T]:
+    side = crops.shape[-1]
+    grid = crops.reshape(*layout, side, side).swapaxes(1, 2)
+    return grid.reshape(layout[0] * side, layout[1] * side)
+
+
+def _end_to_end(pictures: Sequence[Tensor]) -> Tensor:
+    """The columns of several pictures, all made as tall as the tallest."""
+    rows = max((picture.shape[1] for picture in pictures), default=0)
+    padded = [F.pad(picture, (0, rows - picture.shape[1]), value=NO_PATCH) for picture in pictures]
+    return torch.cat(padded) if padded else torch.zeros((0, 0), dtype=torch.int64)
+
+
 def _is_told(sample: Sample) -> bool:
     """Whether the answer is, word for word, what the one clip says."""
     return sample.task == "transcribe"
@@ -204,6 +253,7 @@ def join(lessons: Sequence[Lesson]) -> Lesson:
     rows = _offsets([len(lesson.lengths) for lesson in lessons])
     side = lessons[0].patch_mask.shape[-1] // 2
     cells = _offsets([len(lesson.crops) * side * side for lesson in lessons])
+    patches = _offsets([lesson.patch_mask.numel() for lesson in lessons])
     shifted = list(zip(lessons, tokens, strict=True))
     return Lesson(
         tasks=[task for lesson in lessons for task in lesson.tasks],
@@ -224,6 +274,14 @@ def join(lessons: Sequence[Lesson]) -> Lesson:
         features=torch.cat([lesson.features for lesson in lessons]),
         clip_places=torch.cat([lesson.clip_places + at for lesson, at in shifted]),
         words=[words for lesson in lessons for words in lesson.words],
+        letter_places=_end_to_end(
+            [
+                torch.where(x.letter_places == NO_PATCH, NO_PATCH, x.letter_places + at)
+                for x, at in zip(lessons, patches, strict=True)
+            ]
+        ),
+        letter_columns=[columns for lesson in lessons for columns in lesson.letter_columns],
+        letters=[letters for lesson in lessons for letters in lesson.letters],
     )
 
 

@@ -24,35 +24,41 @@ from torch import Tensor, nn
 
 from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import ModelConfig
-from memphi.demo.lesson import Lesson
+from memphi.demo.lesson import NO_PATCH, Lesson
 from memphi.demo.shape import tokenizer_document
 from memphi.demo.supply import Source, Supply, held_out_lessons
-from memphi.demo.vocabulary import SPOKEN_WORDS
+from memphi.demo.vocabulary import READ_LETTERS, SPOKEN_WORDS
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row, pack
 
 WARMUP_STEPS = 200
 WORD_LOSS_WEIGHT = 0.3
+LETTER_LOSS_WEIGHT = 0.3
+COLUMN_FRAMES = 2
+"""In how many steps the letter head reads a column of patches; a small letter is narrower than a patch."""
 ANCHOR_STEPS = 100
 STATE_PART_BYTES = 15_000_000
 
 
 class Student(nn.Module):
-    """The model, and a head that hears words in the audio encoder's output: a second loss that is dropped afterwards.
+    """The model, and two heads that are dropped afterwards: one hears words in the audio encoder's output, the other
+    reads letters in the vision tower's.
 
-    The second loss is connectionist temporal classification over whole words (Graves et al. 2006); it teaches the
-    encoder to listen long before the decoder could ask it to.
+    Their losses are connectionist temporal classification (Graves et al. 2006), over whole words in time, and over
+    letters along the columns of a picture (Shi et al. 2015); they teach the encoders to listen and to read long before
+    the decoder could ask them to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.model = Phi4MM(config)
         self.word_head = nn.Linear(config.audio.hidden_size, 1 + len(SPOKEN_WORDS))
+        self.letter_head = LetterHead(config.vision.hidden_size)
 
-    def forward(self, lesson: Lesson, augment: bool) -> tuple[Tensor, Tensor]:
-        """Returns logits [answer tokens, vocab_size] and the loss of the word head."""
+    def forward(self, lesson: Lesson, augment: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns logits [answer tokens, vocab_size], the loss of the word head and the loss of the letter head."""
         model = self.model
-        image_rows = self._see(lesson, augment)
+        image_rows, letter_loss = self._see(lesson, augment)
         clip_rows, word_loss = self._hear(lesson, augment)
         places = torch.cat((lesson.image_places, lesson.clip_places))
         embeddings = model.language.embedding(lesson.ids)
@@ -60,11 +66,11 @@ class Student(nn.Module):
         embeddings = embeddings.to(rows.dtype).index_copy(0, places, rows)
         packed = [Row(n, adapter=name or None) for n, name in zip(lesson.lengths, lesson.adapters, strict=True)]
         hidden = model.language(embeddings, pack(packed, lesson.ids.device))
-        return model.language.logits(hidden[lesson.answer_places]).float(), word_loss
+        return model.language.logits(hidden[lesson.answer_places]).float(), word_loss, letter_loss
 
-    def _see(self, lesson: Lesson, augment: bool) -> Tensor | None:
+    def _see(self, lesson: Lesson, augment: bool) -> tuple[Tensor | None, Tensor]:
         if not len(lesson.crops):
-            return None
+            return None, torch.zeros((), device=lesson.ids.device)
         model, crops = self.model, lesson.crops.float() / 127.5 - 1
         if augment:
             strength = torch.rand(len(crops), 1, 1, 1, device=crops.device) * 0.06
@@ -73,7 +79,18 @@ class Student(nn.Module):
         cells = len(crops) * (lesson.patch_mask.shape[-1] // 2) ** 2
         order = torch.where(lesson.order < 0, cells - 1 - lesson.order, lesson.order)
         rows: Tensor = model.image_projector(model.image_projector.arrange(features, order))
-        return rows
+        return rows, self._letter_loss(features, lesson)
+
+    def _letter_loss(self, features: Tensor, lesson: Lesson) -> Tensor:
+        """The loss of the letter head on the pictures whose text is told; features are those of all crops."""
+        if not lesson.letters:
+            return torch.zeros((), device=features.device)
+        scores = self.letter_head(features.flatten(0, 1), lesson.letter_places, lesson.letter_columns)
+        said = torch.tensor([len(letters) for letters in lesson.letters])
+        frames = COLUMN_FRAMES * torch.tensor(lesson.letter_columns)
+        targets = torch.tensor([letter for letters in lesson.letters for letter in letters], device=scores.device)
+        loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, frames, said, zero_infinity=True)
+        return loss
 
     def _hear(self, lesson: Lesson, augment: bool) -> tuple[Tensor | None, Tensor]:
         silent = torch.zeros((), device=lesson.ids.device)
@@ -110,6 +127,51 @@ class Student(nn.Module):
         return loss
 
 
+class LetterHead(nn.Module):
+    """Reads pictures column by column: what stands in a column, some frames of it, and which letter each frame says."""
+
+    def __init__(self, in_features: int, width: int = 128) -> None:
+        super().__init__()
+        self.patch = nn.Linear(in_features, width)
+        self.row_score = nn.Linear(width, 1, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.neighbours = nn.Conv1d(width, width, kernel_size=3, padding=1)
+        self.frames = nn.Linear(width, COLUMN_FRAMES * (1 + len(READ_LETTERS)))
+
+    def forward(self, features: Tensor, places: Tensor, columns: list[int]) -> Tensor:
+        """Score the letters of some pictures.
+
+        features [patches, in]; places [columns of all pictures, rows] counts patches, NO_PATCH for none; columns of
+        each picture. Returns log probabilities [pictures, frames, 1 + letters] in fp32.
+        """
+        seen = self.norm(self._columns(self.patch(features), places))
+        seen = _rows_at(seen, torch.from_numpy(_places_apart(columns)).to(seen.device))  # [pictures, columns, width]
+        near = F.gelu(self.neighbours(seen.transpose(1, 2)).transpose(1, 2))
+        scores: Tensor = self.frames(near).unflatten(2, (COLUMN_FRAMES, -1)).flatten(1, 2).float().log_softmax(-1)
+        return scores
+
+    def _columns(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Each column's patches, weighed by how much they have to say: [columns, width]."""
+        # Taken after the first linear, whose output is bf16 under autocast: this is the head's only large tensor.
+        taken = _rows_at(patches, places)  # [columns, rows, width]
+        scores = self.row_score(taken).squeeze(2).masked_fill(places == NO_PATCH, -math.inf)
+        return torch.matmul(scores.softmax(1)[:, None], taken).squeeze(1)
+
+
+def _rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table, zeros at NO_PATCH; unlike indexing, quick to differentiate where many places have no row."""
+    none = len(table)
+    padded = torch.cat((table, table.new_zeros(1, table.shape[1])))
+    return F.embedding(torch.where(places == NO_PATCH, none, places), padded, padding_idx=none)
+
+
+def _places_apart(lengths: list[int]) -> NDArray[np.int64]:
+    """Where the parts of a list stand that holds them end to end: [parts, longest], NO_PATCH after a part's end."""
+    counts = np.array(lengths)
+    starts, steps = counts.cumsum() - counts, np.arange(counts.max())
+    return np.where(steps < counts[:, None], starts[:, None] + steps, NO_PATCH)
+
+
 def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
     """Each clip at another level and tone, a band of mel bins missing (after SpecAugment, Park et al. 2019)."""
     device, mel_bins = features.device, features.shape[1]
@@ -130,7 +192,7 @@ class Settings:
     finish: bool
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    lessons: int = 12
+    lessons: int = 24
     workers: int = 14
     capacity: int = 2500
     first_lessons: int = 100
@@ -148,9 +210,9 @@ def train(student: Student, supply: Supply, settings: Settings, progress: dict[s
         for group in optimiser.param_groups:
             group["lr"] = rate
         lesson = supply.draw(settings.lessons, chance)
-        loss, word_loss = _losses(student, lesson)
+        losses = _losses(student, lesson)
         optimiser.zero_grad(set_to_none=True)
-        (loss + WORD_LOSS_WEIGHT * word_loss).backward()
+        losses.total().backward()
         norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         # The fused optimiser skips a step whose gradient overflowed, without a word from the host.
         optimiser.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -159,8 +221,8 @@ def train(student: Student, supply: Supply, settings: Settings, progress: dict[s
         progress["steps"] += 1
         progress["lessons"] = seen + supply.made
         if warm % ANCHOR_STEPS == 0:
-            anchor.check(loss)
-        log.step(progress, share, loss, word_loss, rate, lesson)
+            anchor.check(losses.answers)
+        log.step(progress, share, losses, rate, lesson)
 
 
 class Anchor:
@@ -189,11 +251,23 @@ def _fall(share: float, finish: bool) -> float:
     return min(1.0, 1.5 * (1 - share)) if finish else 1.0
 
 
-def _losses(student: Student, lesson: Lesson) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Losses:
+    """What a step is to make smaller."""
+
+    answers: Tensor
+    words: Tensor
+    letters: Tensor
+
+    def total(self) -> Tensor:
+        return self.answers + WORD_LOSS_WEIGHT * self.words + LETTER_LOSS_WEIGHT * self.letters
+
+
+def _losses(student: Student, lesson: Lesson) -> Losses:
     device = lesson.ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits, word_loss = student(lesson, augment=True)
-    return F.cross_entropy(logits, lesson.answers), word_loss
+        logits, word_loss, letter_loss = student(lesson, augment=True)
+    return Losses(F.cross_entropy(logits, lesson.answers), word_loss, letter_loss)
 
 
 def _optimiser(student: Student, settings: Settings) -> torch.optim.Optimizer:
@@ -208,7 +282,7 @@ def exact_share(student: Student, lesson: Lesson) -> float:
     """The share of answers that greedy decoding would give exactly."""
     device = lesson.ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits, _ = student(lesson, augment=False)
+        logits, *_ = student(lesson, augment=False)
     right = logits.argmax(-1) == lesson.answers
     wrong_rows = set(lesson.answer_rows[~right].tolist())
     return 1 - len(wrong_rows) / len(lesson.lengths)
@@ -226,14 +300,13 @@ class Log:
     def __post_init__(self) -> None:
         self.started = time.monotonic()
 
-    def step(
-        self, progress: Mapping[str, int], share: float, loss: Tensor, word_loss: Tensor, rate: float, lesson: Lesson
-    ) -> None:
+    def step(self, progress: Mapping[str, int], share: float, losses: Losses, rate: float, lesson: Lesson) -> None:
         steps = progress["steps"]
         if steps % self.every == 0:
             seconds = time.monotonic() - self.started
             print(
-                f"step {steps} {share:5.1%} {seconds:.0f} s loss {loss.item():.4f} words {word_loss.item():.3f} "
+                f"step {steps} {share:5.1%} {seconds:.0f} s loss {losses.answers.item():.4f} "
+                f"words {losses.words.item():.3f} letters {losses.letters.item():.3f} "
                 f"rate {rate:.1e} made {progress['lessons']} tokens {len(lesson.ids)} crops {len(lesson.crops)}",
                 flush=True,
             )
@@ -279,10 +352,14 @@ def save_state(student: Student, progress: Mapping[str, int], folder: Path) -> N
 
 
 def load_state(student: Student, folder: Path) -> None:
-    """Read the weights that save_state wrote."""
+    """Read the weights that save_state wrote, also before there was a letter head: it is then left as it is."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("state-*.safetensors")):
         tensors |= safetensors.torch.load_file(path)
+    head = {name: tensor for name, tensor in student.state_dict().items() if name.startswith("letter_head.")}
+    if head.keys().isdisjoint(tensors):
+        print(f"the state in {folder} has no letter head: that one begins anew", flush=True)
+        tensors |= head
     student.load_state_dict(tensors)
 
 
@@ -327,7 +404,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where training goes on from and writes to")
     parser.add_argument("--minutes", type=float, required=True, help="how long to train in this run")
     parser.add_argument("--finish", action="store_true", help="the last run: let the learning rate fall to zero")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 3) - 3))
     parser.add_argument("--rate", type=float, default=Settings.learning_rate)
     arguments = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # a run with it on ended in NaN

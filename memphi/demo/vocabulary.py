@@ -10,6 +10,8 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 DIRECTIONS = ("yes", "no", "up", "down", "left", "right", "stop", "go", "on", "off")
 GREETINGS = ("hello", "goodbye", "plus", "minus", "today", "tomorrow")
 SPOKEN_WORDS = DIGITS + COLOURS + SHAPES + DIRECTIONS + GREETINGS
+READ_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""What numbers and words in pictures are written in."""
 
 PLURALS = {
     "circle": "circles",

@@ -1,5 +1,6 @@
 """Training the demo on the CPU: a lesson is its samples, the loss falls, and what was trained can be gone on from."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -8,14 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import memphi
 from memphi.demo import train
 from memphi.demo.bank import write
-from memphi.demo.lesson import WITHOUT_ADAPTER, conversation, join, lengthened, make_lesson
+from memphi.demo.lesson import NO_PATCH, WITHOUT_ADAPTER, Lesson, conversation, join, lengthened, make_lesson
 from memphi.demo.shape import demo_config, tokenizer_document
 from memphi.demo.supply import Source, Supply
 from memphi.demo.tasks import after_talk, make
+from memphi.demo.vocabulary import READ_LETTERS
+from memphi.inputs.image import lay_out
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.rows import Row
@@ -75,7 +80,7 @@ def as_bytes(crops):
 @torch.no_grad()
 def test_a_joined_lesson_gives_the_logits_of_its_samples_alone(source, samples, joined):
     student = new_student(source)
-    together, _ = student(joined, augment=False)
+    together, *_ = student(joined, augment=False)
     for row, (sample, off) in enumerate(zip(samples, OFF, strict=True)):
         expected = alone(student, source, sample, off)
         torch.testing.assert_close(together[joined.answer_rows == row], expected, atol=1e-4, rtol=1e-4)
@@ -93,6 +98,113 @@ def test_a_lesson_asks_for_the_answer_and_the_end(source, samples, joined):
 def test_a_clip_tells_its_words_only_where_the_answer_is_what_it_says(joined):
     told = [bool(words) for words in joined.words]
     assert sum(told) == MIXED.count("transcribe")
+
+
+READ = ("read-number", "read-word", "count", "read-word", "read-number", "arithmetic", "read-number", "json")
+
+
+@pytest.fixture(scope="module")
+def read(source):
+    """Samples that are read and others among them, in pictures of one crop and of several."""
+    return [make(task, seed, source.bank, "train") for seed, task in enumerate(READ)]
+
+
+def in_parts(source, samples, *ends):
+    """Lessons of the samples, cut at these places."""
+    cuts = [0, *ends, len(samples)]
+    parts = [samples[a:b] for a, b in itertools.pairwise(cuts)]
+    return [make_lesson(part, source.config, source.tokenizer, [False] * len(part)) for part in parts]
+
+
+def same(one, other):
+    """Whether two values of a lesson are equal."""
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_letters_are_told_only_of_pictures_that_are_read(source, read):
+    [lesson] = in_parts(source, read)
+    told = [sample.answer for sample in read if sample.task in ("read-number", "read-word")]
+    assert ["".join(READ_LETTERS[letter - 1] for letter in letters) for letters in lesson.letters] == told
+
+
+def test_the_letters_columns_show_the_picture_from_left_to_right(source, read):
+    [lesson] = in_parts(source, read)
+    told = [sample.images[0] for sample in read if sample.task in ("read-number", "read-word")]
+    layouts = [lay_out(picture.shape[1], picture.shape[0], source.config.vision) for picture in told]
+    assert max(layout.crop_columns for layout in layouts) > 1
+    assert max(layout.crop_rows for layout in layouts) > 1
+    assert lesson.letter_columns == [layout.valid_columns for layout in layouts]
+    side = source.config.vision.patch_size
+    patches = lesson.crops.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).flatten(0, 2)
+    places = lesson.letter_places.split(lesson.letter_columns)
+    for picture, layout, columns in zip(told, layouts, places, strict=True):
+        assert (columns[:, layout.valid_rows :] == NO_PATCH).all()
+        shown = patches[columns[:, : layout.valid_rows]].permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
+        assert torch.equal(shown, torch.from_numpy(stretched(picture, layout, side)))
+
+
+def stretched(picture, layout, side):
+    """The picture as its crops show it, to the end of the last patches that hold some of it."""
+    padded = np.full((layout.valid_rows * side, layout.valid_columns * side, 3), 255, np.uint8)
+    size = (layout.width, layout.height)
+    padded[: layout.height, : layout.width] = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+    return padded
+
+
+@pytest.mark.parametrize("ends", [(4,), (1, 2, 3, 6)])
+def test_joined_lessons_are_the_lesson_of_all_their_samples(source, read, ends):
+    [whole] = in_parts(source, read)
+    joined = join(in_parts(source, read, *ends))
+    assert all(same(getattr(joined, f.name), getattr(whole, f.name)) for f in dataclasses.fields(Lesson))
+
+
+def test_a_joined_lesson_reads_the_patches_that_its_lessons_read(source, read):
+    parts = in_parts(source, read, 2, 5)
+    joined = join(parts)
+    features = torch.arange(joined.patch_mask.numel(), dtype=torch.float32)[:, None]
+    counts = [part.patch_mask.numel() for part in parts]
+    together = iter(train._rows_at(features, joined.letter_places).split(joined.letter_columns))
+    for part, own in zip(parts, features.split(counts), strict=True):
+        for picture in train._rows_at(own, part.letter_places).split(part.letter_columns):
+            rows = picture.shape[1]
+            both = next(together)
+            assert torch.equal(both[:, :rows], picture)
+            assert not both[:, rows:].any()
+
+
+def test_a_lesson_comes_back_from_its_file(source, read, tmp_path):
+    for place, lesson in enumerate(in_parts(source, read, 2, 3)):  # the second has nothing to read
+        lesson.save(tmp_path / f"{place}.safetensors")
+        loaded = Lesson.load(tmp_path / f"{place}.safetensors", torch.device("cpu"))
+        assert all(same(getattr(loaded, f.name), getattr(lesson, f.name)) for f in dataclasses.fields(Lesson))
+
+
+def test_the_letter_loss_teaches_the_vision_tower_and_nothing_behind_it(source, read):
+    student = new_student(source)
+    _, _, loss = student(join(in_parts(source, read, 4)), augment=False)
+    loss.backward()
+    assert 0 < loss.item() < math.inf
+    taught = {name for name, weight in student.named_parameters() if weight.grad is not None and weight.grad.any()}
+    towers = {".".join(name.split(".")[:2]) for name in taught}
+    assert {name for name in towers if not name.startswith("letter_head.")} == {"model.vision"}
+    assert all(name in taught for name, _ in student.letter_head.named_parameters("letter_head"))
+    assert "model.vision.patch_embedding.weight" in taught
+
+
+@torch.no_grad()
+def test_a_picture_is_read_alike_in_any_company(source, read):
+    student = new_student(source)
+    parts = in_parts(source, [sample for sample in read if sample.task in ("read-number", "read-word")], 1, 3)
+    together = student(join(parts), augment=False)[2]
+    apart = [student(part, augment=False)[2] for part in parts]
+    # Each loss is the mean over its pictures.
+    expected = sum(loss * len(part.letters) for loss, part in zip(apart, parts, strict=True))
+    torch.testing.assert_close(together * sum(len(part.letters) for part in parts), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_lesson_with_nothing_to_read_has_no_letter_loss(source, samples):
+    lesson = make_lesson(samples[1:4], source.config, source.tokenizer, OFF[1:4])
+    assert train._losses(new_student(source), lesson).letters.item() == 0
 
 
 def test_crops_lose_nothing_but_the_interpolation_of_the_global_view(source, samples, joined):
@@ -134,11 +246,11 @@ def test_the_loss_falls(source, samples, monkeypatch):
     let_steps_pass(monkeypatch, warmup=3)
     student = new_student(source)
     lesson = make_lesson(samples[:3], source.config, source.tokenizer, OFF[:3])
-    before = sum(train._losses(student, lesson)).item()
+    before = train._losses(student, lesson).total().item()
     progress = {"steps": 0, "lessons": 5}
     settings = train.Settings(minutes=10.5 / 60, finish=True, learning_rate=1e-3)
     train.train(student, FewLessons(lesson), settings, progress, train.Log(student, {}))
-    after = sum(train._losses(student, lesson)).item()
+    after = train._losses(student, lesson).total().item()
     assert progress == {"steps": 10, "lessons": 8}
     assert after < 0.7 * before
 
@@ -150,6 +262,23 @@ def test_a_state_comes_back_as_it_was(source, tmp_path, monkeypatch):
     train.load_state(other, tmp_path)
     assert len(list(tmp_path.glob("state-*.safetensors"))) > 3
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_state_from_before_the_letter_head_is_gone_on_from(source, tmp_path, capsys):
+    student, other = new_student(source), train.Student(source.config)
+    fresh = {name: tensor.clone() for name, tensor in other.letter_head.state_dict().items()}
+    weights = {name: weight for name, weight in student.state_dict().items() if not name.startswith("letter_head.")}
+    save_file(weights, tmp_path / "state-0.safetensors")
+    train.load_state(other, tmp_path)
+    assert "no letter head" in capsys.readouterr().out
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in weights.items())
+    assert all(torch.equal(weight, other.letter_head.state_dict()[name]) for name, weight in fresh.items())
+    train.save_state(other, {}, tmp_path)
+    train.load_state(student, tmp_path)
+    assert not capsys.readouterr().out
+    (tmp_path / "state-0.safetensors").unlink()
+    with pytest.raises(RuntimeError):
+        train.load_state(other, tmp_path)
 
 
 def test_the_written_demo_is_the_trained_model(source, tmp_path):
