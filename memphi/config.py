@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memphi.errors import CheckpointError
+from memphi.errors import CheckpointError, RequestError
 
 DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
 
@@ -173,12 +173,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much one step does."""
+    """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    step_tokens: int = 2048
-    """Tokens computed in one forward pass at most; longer prompts are computed in chunks."""
-    rows: int = 64
+    Raises RequestError for a number below one.
+    """
+
+    memory_bytes: int | None = None
+    """Device memory for everything: context, weights, keys and values, work space; None: what is free, less some."""
+    rows: int | None = None
     """Sequences that run at once; further requests wait."""
+    step_tokens: int | None = None
+    """Tokens computed in one forward pass at most; longer prompts are computed in chunks."""
+    crops_per_pass: int | None = None
+    windows_per_pass: int | None = None
+    """Windows of 40 s of sound."""
+    kv_cache: bool = True
+    """False: every step computes its rows anew; the last resort."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "rows", "step_tokens", "crops_per_pass", "windows_per_pass"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}; it must be at least 1")
 
 
 def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:

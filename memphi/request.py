@@ -15,6 +15,11 @@ from memphi.errors import RequestError
 
 MediaKind = Literal["image", "audio"]
 Role = Literal["system", "user", "assistant"]
+Detail = Literal["low", "auto", "high"] | int
+"""How finely an image is seen. auto and high: as the model's own processor does it, the global view and crops in up to
+full resolution; a number: at most so many crops; low: one crop, the smallest form that the model knows."""
+OnPressure = Literal["wait", "shrink-images", "one-by-one", "refuse"]
+"""What may be done to a request that does not fit the memory there is."""
 Pixels = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
@@ -57,6 +62,8 @@ class Media:
     content: bytes | Pixels | Samples = field(repr=False)
     digest: str
     """A hash of the content: equal media have equal digests."""
+    detail: Detail = "auto"
+    """For an image."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ class Request:
 
     messages: tuple[Message, ...]
     sampling: SamplingParams = SamplingParams()
+    on_pressure: OnPressure = "wait"
 
     @classmethod
     def ask(
@@ -231,6 +239,8 @@ class FinishReason(Enum):
     """The model ended its turn, or a stop string appeared."""
     LENGTH = "length"
     """max_tokens or the context was reached."""
+    CANCELLED = "cancelled"
+    """The caller went away."""
 
 
 @dataclass(frozen=True)
@@ -255,3 +265,5 @@ class Result:
     first_token_seconds: float
     peak_memory_bytes: int | None
     """The most that the GPU's allocator held during the call; on a CPU, the process so far; None where none counts."""
+    degraded: tuple[str, ...] = ()
+    """What memory pressure changed about the request, one sentence each."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memphi.cache.contiguous import ContiguousCache
+from memphi.cache.pages import PAGE_TOKENS
+from memphi.cache.pool import TensorPool
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import Location, locate
@@ -160,12 +161,15 @@ def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
     """A prompt's logits and greedy answer, from a prefill and single-token steps; starts over in the long regime."""
     media = model.encode_media(prompt)
     ids, past = list(prompt.ids), 0
-    cache, long = _new_cache(model), model.config.language.is_long(len(ids))
+    long = model.config.language.is_long(len(ids))
+    pages = tuple(range(-(-(len(ids) + new_tokens) // PAGE_TOKENS)))
+    pool = TensorPool(model.config.language, len(pages), model.dtype, model.device)
+    pool.ensure(pages)
 
     def advance(at: Sequence[int] | None) -> Tensor:
-        row = Row(len(ids) - past, past, prompt.mode.adapter, long)
+        row = Row(len(ids) - past, past, prompt.mode.adapter, long, pages)
         new_ids = torch.tensor(ids[past:], device=model.device)
-        return cast(Tensor, model(new_ids, [row], () if past else media, cache, at))
+        return cast(Tensor, model(new_ids, [row], () if past else media, pool, at))
 
     logits = advance(compared_positions(len(ids)))
     last = logits[-1]
@@ -173,14 +177,10 @@ def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
         past = len(ids) - 1
         if step > 0:
             if model.config.language.is_long(len(ids)) != long:
-                cache, long, past = _new_cache(model), True, 0
+                long, past = True, 0
             last = advance(None)[0]
         ids.append(int(last.argmax()))
     return Trace(logits.float().cpu(), tuple(ids[len(prompt.ids) :]))
-
-
-def _new_cache(model: Phi4MM) -> list[ContiguousCache]:
-    return [ContiguousCache(model.config.language, model.dtype, model.device)]
 
 
 @torch.inference_mode()

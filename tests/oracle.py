@@ -91,10 +91,22 @@ def mode_prompts(config: ModelConfig) -> list[Prompt]:
     ]
 
 
-def make_row(model: Phi4MM, prompt: Prompt, tokens: int | None = None, past: int = 0) -> Row:
+def make_row(
+    model: Phi4MM, prompt: Prompt, tokens: int | None = None, past: int = 0, pages: tuple[int, ...] = ()
+) -> Row:
     """A prompt's row, whole or a part of it."""
     long = model.config.language.is_long(len(prompt.ids))
-    return Row(len(prompt.ids) if tokens is None else tokens, past, prompt.mode.adapter, long)
+    return Row(len(prompt.ids) if tokens is None else tokens, past, prompt.mode.adapter, long, pages)
+
+
+def cut_media(media: list, first: int, end: int, shift: int = 0) -> list:
+    """What of a prompt's media rows falls into first..end, and where it starts there, moved by shift."""
+    pieces = []
+    for start, rows in media:
+        low, high = max(start, first), min(start + rows.shape[0], end)
+        if low < high:
+            pieces.append((low - first + shift, rows[low - start : high - start]))
+    return pieces
 
 
 @torch.inference_mode()
@@ -158,17 +170,25 @@ class Oracle:
         return down(torch.nn.functional.gelu(up(self.clip_features([clip])[0])))
 
 
-class ListCache:
-    """The simplest `KeyValues` there is."""
+class PlainPool:
+    """The simplest `KeyValuePool` there is, full of garbage; `take` hands out pages in no order."""
 
-    def __init__(self) -> None:
-        self.parts = {}
+    def __init__(self, model: Phi4MM, pages: int = 200, page_tokens: int = 4) -> None:
+        language = model.config.language
+        shape = (pages, language.layers, 2, page_tokens, language.kv_heads, language.head_dim)
+        self.memory = torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
+        self.page_tokens = page_tokens
+        self.left = np.random.default_rng(0).permutation(pages).tolist()
 
-    def extend(self, layer, key, value):
-        keys, values = self.parts.setdefault(layer, ([], []))
-        keys.append(key)
-        values.append(value)
-        return torch.cat(keys), torch.cat(values)
+    def layer(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.memory[:, index, 0], self.memory[:, index, 1]
+
+    def take(self, tokens: int) -> tuple[int, ...]:
+        """Pages for so many tokens, taken by nobody before."""
+        count = -(-tokens // self.page_tokens)
+        taken, self.left = tuple(self.left[:count]), self.left[count:]
+        assert len(taken) == count
+        return taken
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memphi.cli import options
-from memphi.cli.terminal import load_engine, open_attachments, stream_answer, telling
+from memphi.cli.terminal import failures_recorded, load_engine, open_attachments, stream_answer, telling
 from memphi.config import DEFAULT_MODEL
 from memphi.errors import MemphiError
 
@@ -27,6 +27,9 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
+    allocator: options.Allocator = "default",
+    debug_cuda: options.DebugCuda = False,
+    detail: options.Detail = "auto",
     system: options.System = None,
     max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
     temperature: options.Temperature = 0.0,
@@ -49,10 +52,10 @@ def ask(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, ignore_eos, tuple(stop)
     )
     # Attachments are opened first: a wrong name should not have to wait for the model.
-    media = open_attachments(attach)
+    media = options.with_detail(open_attachments(attach), detail)
     groups = [(item,) for item in media] if each else [media]
     requests = [Request.ask(question, group, system, sampling) for group in groups]
-    engine = load_engine(model, device, dtype, attention)
+    engine = load_engine(model, device, dtype, attention, allocator, debug_cuda)
     answer = _answer_as_json if as_json else _answer_as_text
     if (failed := answer(engine, requests, each)) is not None:
         raise typer.Exit(failed)
@@ -82,7 +85,8 @@ def _answer_as_json(engine: "Engine", requests: "list[Request]", each: bool) -> 
         for number, request in enumerate(requests, 1):
             tell(f"answering {number} of {len(requests)}")
             try:
-                documents.append(_document(request, engine.generate(request)))
+                with failures_recorded():
+                    documents.append(_document(request, engine.generate(request)))
             except MemphiError as error:
                 if not each:
                     raise

@@ -13,7 +13,7 @@ from memphi.errors import MediaError, MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
-    from memphi.request import Media, Message, SamplingParams
+    from memphi.request import Detail, Media, Message, SamplingParams
 
 COMMANDS = "/attach FILE adds a picture or recording to your next message, /new starts over, /quit ends"
 
@@ -24,6 +24,9 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
+    allocator: options.Allocator = "default",
+    debug_cuda: options.DebugCuda = False,
+    detail: options.Detail = "auto",
     system: options.System = None,
     max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
     temperature: options.Temperature = 0.0,
@@ -41,19 +44,26 @@ def chat(
     if "-" in attach:
         raise typer.BadParameter("stdin (-) is where the conversation comes from; attach a file")
     media = open_attachments(attach)
-    Conversation(load_engine(model, device, dtype, attention), system, sampling, media).run()
+    engine = load_engine(model, device, dtype, attention, allocator, debug_cuda)
+    Conversation(engine, system, sampling, media, detail).run()
 
 
 class Conversation:
     """The turns so far and the attachments that wait for the next message."""
 
     def __init__(
-        self, engine: "Engine", system: str | None, sampling: "SamplingParams", attachments: "tuple[Media, ...]" = ()
+        self,
+        engine: "Engine",
+        system: str | None,
+        sampling: "SamplingParams",
+        attachments: "tuple[Media, ...]" = (),
+        detail: "Detail" = "auto",
     ) -> None:
         self.engine = engine
         self.system = system
         self.sampling = sampling
-        self.attachments = attachments
+        self.attachments = options.with_detail(attachments, detail)
+        self.detail = detail
         self.messages: tuple[Message, ...] = ()
         self._start_over()
 
@@ -83,7 +93,7 @@ class Conversation:
     def _attach(self, source: str) -> None:
         if source in ("", "-"):
             raise MediaError("/attach needs the name of a file or a URL, as in /attach photo.jpg")
-        self.attachments += open_attachments([source])
+        self.attachments += options.with_detail(open_attachments([source]), self.detail)
 
     def _say(self, text: str) -> None:
         from memphi.request import Message, Request

@@ -1,8 +1,46 @@
 """The options that several commands share."""
 
-from typing import Annotated, Literal
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from memphi.engine.settings import AllocatorName
+
+if TYPE_CHECKING:
+    from memphi.request import Detail as DetailValue
+    from memphi.request import Media
+
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from 8GiB, 8G (the same), 8GB (a little less), 512MiB or a plain number; raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)(B?)", text.strip().upper())
+    n_bytes = 0
+    if match:
+        number, unit, binary, byte = match.groups()
+        base = 1000 if byte and unit and not binary else 1024
+        n_bytes = int(float(number) * base ** _UNITS[unit])
+    if n_bytes < 1:
+        raise typer.BadParameter(f"{text!r} is no size; write 8GiB, 8GB, 8G, 512MiB or a number of bytes")
+    return n_bytes
+
+
+def parse_detail(text: str) -> "DetailValue":
+    """low, auto, high, or a number of crops; raises typer.BadParameter."""
+    if text in ("low", "auto", "high"):
+        return text  # type: ignore[return-value]
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f"{text!r} is no detail; write low, auto, high, or the most crops besides the global view")
+
+
+def with_detail(media: "tuple[Media, ...]", detail: "DetailValue") -> "tuple[Media, ...]":
+    """The same attachments, every image to be seen in this detail."""
+    return tuple(replace(item, detail=detail) if item.kind == "image" else item for item in media)
+
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A folder, a hub name, `demo` (a shipped toy) or `random` (full size).")
@@ -12,9 +50,34 @@ Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Number for
 AttentionBackend = Annotated[
     Literal["auto", "eager", "sdpa"], typer.Option("--attention", help="Attention backend; auto picks the fastest.")
 ]
+Allocator = Annotated[
+    AllocatorName,
+    typer.Option(
+        help="How torch cuts up a GPU's memory: its own way, in segments that grow, or split below 128 MB only."
+    ),
+]
+DebugCuda = Annotated[
+    bool,
+    typer.Option(
+        "--debug-cuda",
+        help="Find a fault, slowly: show where on the GPU it happens, stop at the first NaN, keep records of memory.",
+    ),
+]
 Attachments = Annotated[
     list[str],
     typer.Option("--attach", "-a", help="An image or a recording: path, URL, or - for stdin. May be repeated."),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes, metavar="SIZE", help="Memory for everything, as in 8GiB; all sizes follow from it."
+    ),
+]
+Detail = Annotated[
+    Any,  # a request's Detail: typer takes no such union
+    typer.Option(
+        parser=parse_detail, metavar="DETAIL", help="How finely images are seen: low, auto, high, or the most crops."
+    ),
 ]
 System = Annotated[str | None, typer.Option(help="A system prompt.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
+    from memphi.engine.settings import AllocatorName
     from memphi.request import Media, Request
 
 
@@ -23,19 +25,60 @@ def open_attachments(sources: list[str]) -> "tuple[Media, ...]":
     )
 
 
-def load_engine(model: str, device: str, dtype: Any, attention: Any) -> "Engine":  # noqa: ANN401
+def load_engine(
+    model: str,
+    device: str,
+    dtype: Any,  # noqa: ANN401
+    attention: Any,  # noqa: ANN401
+    allocator: "AllocatorName" = "default",
+    debug_cuda: bool = False,
+) -> "Engine":
     """Load a model, telling on stderr how far it is."""
     warn_of_device(device)
+    make_settings(allocator, debug_cuda)
     with telling("starting"):
+        from memphi.engine.device import find_device
         from memphi.engine.engine import load
-    with byte_progress(f"loading {model}") as progress:
-        return load(model, device, dtype, attention, progress=progress)
+        from memphi.engine.watch import record_memory, watch_for_nan
+    if debug_cuda and find_device(device).type == "cuda":
+        record_memory()
+    with failures_recorded(), byte_progress(f"loading {model}") as progress:
+        engine = load(model, device, dtype, attention, progress=progress)
+    if debug_cuda:
+        watch_for_nan(engine.model)
+        if engine.model.device.type != "cuda":
+            tell(f"--debug-cuda only looks for NaN here: the device is {engine.model.device}")
+    return engine
+
+
+def make_settings(allocator: "AllocatorName", debug_cuda: bool = False) -> None:
+    """Set what CUDA reads when it starts; says on stderr what a person's own settings keep from being used."""
+    from memphi.engine.settings import use_allocator, wait_for_launches
+
+    if (obstacle := use_allocator(allocator)) is not None:
+        tell(obstacle)
+    if debug_cuda:
+        wait_for_launches()
+
+
+@contextmanager
+def failures_recorded() -> Iterator[None]:
+    """With --debug-cuda on a GPU, what fails inside leaves a file in the current folder, and stderr says which."""
+    from memphi.engine.watch import memory_kept
+
+    with memory_kept(tell, Path()):
+        yield
+
+
+def tell(what: str) -> None:
+    """One line on stderr."""
+    print(f"memphi: {what}", file=sys.stderr)
 
 
 def warn_of_device(name: str) -> None:
     """Say on stderr what a person should know of a device before they trust an answer."""
     if name.partition(":")[0] == "mps":
-        print("memphi: mps is untested: compare an answer or two with --device cpu", file=sys.stderr)
+        tell("mps is untested: compare an answer or two with --device cpu")
 
 
 @contextmanager
@@ -76,9 +119,10 @@ def stream_answer(engine: "Engine", request: "Request", opening: str = "") -> st
     """Write an answer to stdout as it comes, after the opening, and return it; nothing where it fails at once."""
     pieces: list[str] = []
     try:
-        for delta in engine.stream(request):
-            print(delta.text if pieces else opening + delta.text, end="", flush=True)
-            pieces.append(delta.text)
+        with failures_recorded():
+            for delta in engine.stream(request):
+                print(delta.text if pieces else opening + delta.text, end="", flush=True)
+                pieces.append(delta.text)
     finally:
         if pieces:
             print(flush=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from memphi.cli import options
-from memphi.cli.terminal import telling, warn_of_device
+from memphi.cli.terminal import make_settings, telling, warn_of_device
 from memphi.config import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -15,13 +15,17 @@ HEADINGS = ("mode", "prompt", "relative", "limit", "largest", "mean", "top-1", "
 
 
 def verify(
-    model: options.Model = DEFAULT_MODEL, device: options.Device = "auto", dtype: options.Dtype = "bf16"
+    model: options.Model = DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bf16",
+    allocator: options.Allocator = "default",
 ) -> None:
     """Compare memphi with transformers on the same weights, mode by mode; the exit code is 1 if they differ.
 
     Needs the extra `verify`: pip install "memphi[verify]". Both models run one after the other.
     """
     warn_of_device(device)
+    make_settings(allocator)
     with telling("starting") as tell:
         from memphi.engine.device import find_device, find_dtype
         from memphi.verify import verify as compare

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 
 from memphi.errors import DeviceError
+from memphi.memory import costs
+from memphi.memory.devices import DeviceFacts, this_machine
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 
@@ -35,3 +37,26 @@ def find_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise DeviceError(f"{name!r} is no number format of memphi's; use {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """A device as the planner sees it: what is free counts what CUDA itself takes in this process."""
+    if device.type != "cuda":
+        return this_machine()
+    properties = torch.cuda.get_device_properties(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    context_bytes = costs.context("cuda", properties.name).bytes
+    return DeviceFacts(
+        "cuda",
+        properties.name,
+        total_bytes,
+        min(free_bytes + context_bytes, total_bytes),
+        (properties.major, properties.minor),
+    )
+
+
+def cap_allocator(device: torch.device, n_bytes: int) -> None:
+    """Let torch's allocator take no more than this of a CUDA device; beyond, it raises an out-of-memory error."""
+    if device.type == "cuda":
+        total_bytes = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(n_bytes / total_bytes, 1.0), device)

@@ -1,22 +1,99 @@
 """What happens when the device has no memory left; the only file that catches an out-of-memory error.
 
-Today the work fails with one sentence. The engine stays usable: a request that failed holds nothing.
+A step that failed is planned anew one rung lower, outside the `except` block, whose traceback would keep the failed
+step's tensors alive. Doing a step again changes nothing, so nothing but time is lost; after quiet steps the engine
+climbs back.
 """
 
-from collections.abc import Iterator
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 
+from memphi.engine.step import StepPlan
 from memphi.errors import DoesNotFitError
 
+T = TypeVar("T")
+
 LOADING_ADVICE = "choose another device, or a number format with fewer bytes"
-NAMELESS = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-"""What the CPU's allocator, the driver and CUDA's libraries say, which have no error class of their own."""
-ANSWERING_ADVICE = (
-    "send fewer or smaller attachments, one at a time (--each), ask for a shorter answer (--max-tokens), or choose "
-    "another device"
+NAMELESS = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
 )
+"""What the CPU's allocator, the driver, CUDA's libraries and Triton say, which have no error class of their own."""
+QUIET_STEPS = 64
+"""Steps without trouble after which one rung is taken back."""
+
+
+class Rung(Protocol):
+    """One way to need less memory."""
+
+    name: str
+    repeats: bool
+    """Whether it may be taken again and again, each time for a little more."""
+
+    def take(self, plan: StepPlan) -> bool:
+        """Need less for what this plan was to do; False where there is nothing to gain."""
+        ...
+
+    def undo(self) -> None:
+        """Take one move back."""
+        ...
+
+
+class Ladder:
+    """Rungs, cheapest first, and how far down the engine stands."""
+
+    def __init__(self, rungs: Sequence[Rung], counts: Counter[str]) -> None:
+        self._rungs = rungs
+        self._counts = counts
+        self._next = 0
+        self._taken: list[Rung] = []
+        self._quiet_steps = 0
+
+    def climb_down(self, plan: StepPlan) -> bool:
+        """Take the next rung that helps a plan that failed; False where none is left."""
+        self._quiet_steps = 0
+        while self._next < len(self._rungs):
+            rung = self._rungs[self._next]
+            took = rung.take(plan)
+            if not took or not rung.repeats:
+                self._next += 1
+            if took:
+                self._taken.append(rung)
+                self._counts[rung.name] += 1
+                logging.getLogger(__name__).warning("out of memory: %s", rung.name)
+                return True
+        return False
+
+    def note_success(self) -> None:
+        """A step went well: the next failure begins at the top, and after a while a rung is taken back."""
+        self._next = 0
+        if not self._taken:
+            return
+        self._quiet_steps += 1
+        if self._quiet_steps == QUIET_STEPS:
+            self._taken.pop().undo()
+            self._quiet_steps = 0
+
+
+def attempt(work: Callable[[], T]) -> T | None:
+    """Do work; None where memory ran out, after everything that the failure held is freed."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: until here the error's traceback kept the tensors of its frames.
+    gc.collect()
+    return None
 
 
 @contextmanager
@@ -27,7 +104,12 @@ def told_plainly(work: str, device: torch.device, advice: str) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFitError(f"{_name(device)} has too little memory for {work}{_state(device)}; {advice}") from None
+        raise too_little(work, device, advice) from None
+
+
+def too_little(work: str, device: torch.device, advice: str) -> DoesNotFitError:
+    """The error that says which device has too little memory for what, and what would work."""
+    return DoesNotFitError(f"{_name(device)} has too little memory for {work}{_state(device)}; {advice}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,47 +1,343 @@
 """Decide one step and book its outcome: arithmetic on integers, no torch.
 
-One rule for prefill and decode: a row computes its next n uncomputed tokens; decode is n = 1.
+One rule for prefill and decode: a row computes its next n uncomputed tokens; decode is n = 1. Older sequences come
+first everywhere: the oldest never waits for a newer one, and the newest is the one that is paused, so nobody starves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from memphi.cache.media import MediaCache, MediaKey
+from memphi.cache.pages import MediaMark, page_key, page_keys, root_key
+from memphi.config import ModelConfig
+from memphi.engine.admission import Admit, Room, admit, computed_at_most, stretched
+from memphi.engine.reservations import Reservations
 from memphi.engine.sequence import Sequence as Running
-from memphi.engine.step import PlannedRow, StepPlan
-from memphi.request import FinishReason
+from memphi.engine.sequence import State
+from memphi.engine.step import EncodeSlice, PlannedRow, StepPlan, StepResult
+from memphi.request import FinishReason, Media, MediaKind, Prompt
 
 
-def plan_step(sequences: Iterable[Running], step_tokens: int) -> StepPlan:
-    """Share at most step_tokens among sequences: running answers first, then prompts in order of arrival."""
-    rows, room = [], step_tokens
-    for sequence in sorted(sequences, key=lambda s: (s.pending > 1, s.id)):
-        tokens = min(sequence.pending, room)
-        if tokens == 0:
-            break
-        rows.append(PlannedRow(sequence, sequence.computed, tokens))
-        room -= tokens
-    return StepPlan(tuple(rows))
+@dataclass(frozen=True)
+class StepLimits:
+    """How much one step does at most."""
+
+    rows: int
+    step_tokens: int
+    shared_step_tokens: int
+    """Prompt tokens in a step that also decodes."""
+    crops: int
+    windows: int
+
+    def units(self, kind: MediaKind) -> int:
+        return self.crops if kind == "image" else self.windows
 
 
-def commit(plan: StepPlan, sampled: Mapping[int, int], stop_ids: Sequence[int]) -> list[Running]:
-    """Book a step: what was computed, the ids sampled (by sequence id), answers that end.
+@dataclass(frozen=True)
+class Naming:
+    """What the keys of cached pages and embeddings hold besides their content."""
 
-    Returns the sequences whose cache is void because they crossed into the long rope regime: they start over.
-    """
-    crossed = []
-    for row in plan.rows:
+    revision: str
+    """Of the weights."""
+    cache_format: str
+    scheme: str
+    preprocessing: int
+
+
+class Scheduler:
+    """All sequences of one engine, from their arrival to their end."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: StepLimits,
+        reservations: Reservations,
+        media: MediaCache[Any],
+        naming: Naming,
+        embedding_bytes: int,
+        paged: bool = True,
+    ) -> None:
+        """embedding_bytes is what one token's embedding takes; with paged False nothing is kept between steps."""
+        self.config = config
+        self.limits = limits
+        self.reservations = reservations
+        self.media = media
+        self.naming = naming
+        self.paged = paged
+        self._embedding_bytes = embedding_bytes
+        self._sequences: dict[int, Running] = {}  # Oldest first.
+
+    # --- coming and going ---------------------------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> Sequence[Running]:
+        """All that have not ended, oldest first."""
+        return list(self._sequences.values())
+
+    def add(self, sequence: Running) -> None:
+        """Take a sequence that fits alone; its id must be higher than any before it."""
+        self._sequences[sequence.id] = sequence
+
+    def admit(self) -> list[Running]:
+        """Let waiting sequences in, in order of arrival, as far as there is room; they are to be prepared now."""
+        admitted = []
+        active = sum(s.state is not State.WAITING for s in self._sequences.values())
+        for sequence in self._in(State.WAITING):
+            if active == self.limits.rows or not self._reserve_first(sequence):
+                break  # Nobody passes one that waits: it would wait for ever.
+            sequence.state = State.PREPARING
+            admitted.append(sequence)
+            active += 1
+        return admitted
+
+    def begin(self, sequence: Running, prompt: Prompt) -> None:
+        """Go on with a sequence whose prompt is ready; one that was paused or has ended meanwhile is left alone."""
+        if sequence.state is not State.PREPARING:
+            return
+        sequence.prompt = prompt
+        sequence.ids = sequence.ids or list(prompt.ids)
+        sequence.long = self.config.language.is_long(len(sequence.ids))
+        sequence.entries = [self._entry(sequence, place) for place in range(len(prompt.spans))]
+        sequence.state = State.ENCODING
+        self._run_if_encoded(sequence)
+
+    def finish(self, sequence: Running, reason: FinishReason) -> None:
+        """End a sequence and free all that it holds."""
+        sequence.finish_reason = reason
+        self._end(sequence)
+
+    def fail(self, sequence: Running, error: Exception) -> None:
+        """End a sequence that cannot be answered and free all that it holds."""
+        sequence.error = error
+        self._end(sequence)
+
+    def pause(self, sequence: Running) -> None:
+        """Free all that a sequence holds; it waits for its turn and goes on where it was."""
+        self._let_go(sequence)
+        sequence.state = State.WAITING
+
+    def newest_active(self) -> Running | None:
+        """The one to be paused where memory is short."""
+        active = [s for s in self._sequences.values() if s.state is not State.WAITING]
+        return active[-1] if active else None
+
+    def resize(self, pages: int) -> None:
+        """Set the size of the pool, pausing the newest sequences while more of it is claimed."""
+        while self.reservations.claimed_pages > pages and (newest := self.newest_active()) is not None:
+            self.pause(newest)
+        self.reservations.resize(pages)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every claim is accounted for."""
+        self.reservations.check(self.sequences)
+        self.media.check()
+        for sequence in self._in(State.WAITING):
+            assert not sequence.reserved_pages, "a waiting sequence claims pages"
+            assert not sequence.entries, "a waiting sequence holds embeddings"
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def plan_step(self) -> StepPlan:
+        """Choose the rows and the attachments of the next step; pauses the newest sequences where pages run out."""
+        if self.paged:
+            self._reserve_growth()
+        return StepPlan(tuple(self._plan_rows()), tuple(self._plan_slices()))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Running]:
+        """Book what a step did; returns the sequences that got a token. Those that end are still to be finished."""
+        for piece in plan.slices:
+            piece.entry.done += piece.units
+        for sequence in self._in(State.ENCODING):
+            self._run_if_encoded(sequence)
+        return [row.sequence for row in plan.rows if self._commit_row(row, result)]
+
+    # --- admission and growth ---------------------------------------------------------------------------------------
+
+    def _reserve_first(self, sequence: Running) -> bool:
+        if not self.paged:
+            return True
+        pages = self.reservations.pages
+        answer = admit(sequence, Room(pages.capacity, self.reservations.available_pages, pages.page_tokens))
+        return isinstance(answer, Admit) and self.reservations.reserve(sequence, answer.pages)
+
+    def _reserve_growth(self) -> None:
+        """Promise every running sequence the pages that its next tokens need, oldest first."""
+        for sequence in self._in(State.RUNNING):
+            while sequence.state is State.RUNNING and not self._grow(sequence):
+                newest = self.newest_active()
+                assert newest is not None
+                self.pause(newest)
+
+    def _grow(self, sequence: Running) -> bool:
+        reservations = self.reservations
+        if reservations.pages_for(len(sequence.ids)) <= sequence.reserved_pages:
+            return True
+        stretch = reservations.pages_for(min(stretched(sequence), computed_at_most(sequence)))
+        least = reservations.pages_for(len(sequence.ids))
+        return reservations.reserve(sequence, stretch) or reservations.reserve(sequence, least)
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _plan_rows(self) -> Iterator[PlannedRow]:
+        running = self._in(State.RUNNING)
+        if not self.paged:
+            yield from self._plan_whole_rows(running)
+            return
+        for sequence in running:
+            if not sequence.pages:
+                self._share_prefix(sequence)
+        decoding = [s for s in running if s.pending == 1]
+        for sequence in decoding:
+            yield self._row(sequence, 1)
+        room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
+        prefilling = [s for s in running if s.pending > 1]
+        for sequence, tokens in _divide(prefilling, min(room, self.limits.step_tokens - len(decoding))):
+            yield self._row(sequence, tokens)
+
+    def _plan_whole_rows(self, running: Sequence[Running]) -> Iterator[PlannedRow]:
+        """Rows computed from their beginning, as many as a step holds; the one computed longest ago comes first."""
+        room = self.limits.step_tokens
+        for sequence in sorted(running, key=lambda s: (len(s.answer), s.id)):
+            if len(sequence.ids) <= room:
+                room -= len(sequence.ids)
+                yield PlannedRow(sequence, 0, len(sequence.ids))
+
+    def _row(self, sequence: Running, tokens: int) -> PlannedRow:
+        pages = self.reservations.pages_for(sequence.computed + tokens)
+        self.reservations.hold(sequence, pages)
+        return PlannedRow(sequence, sequence.computed, tokens, tuple(sequence.pages[:pages]))
+
+    def _commit_row(self, row: PlannedRow, result: StepResult) -> bool:
         sequence = row.sequence
-        sequence.computed += row.tokens
-        if sequence.id not in sampled:
-            continue
-        sequence.ids.append(sampled[sequence.id])
-        sequence.finish_reason = _finish_reason(sequence, stop_ids)
-        if sequence.finish_reason is None and sequence.config.is_long(len(sequence.ids)) != sequence.long:
-            sequence.long, sequence.computed = True, 0
-            crossed.append(sequence)
-    return crossed
+        if self.paged:
+            sequence.computed += row.tokens
+            self._register_pages(sequence, row.past)
+        if sequence.id not in result.sampled:
+            return False
+        sequence.ids.append(result.sampled[sequence.id])
+        sequence.finish_reason = self._finish_reason(sequence)
+        if sequence.finish_reason is None and self.config.language.is_long(len(sequence.ids)) != sequence.long:
+            self._cross(sequence)
+        return True
+
+    def _cross(self, sequence: Running) -> None:
+        """Go over to the long rope factors: what the pages hold is void, so the sequence is computed anew."""
+        sequence.long, sequence.computed, sequence.keys = True, 0, []
+        if self.paged and not self.reservations.give_back(sequence):
+            self.pause(sequence)
+
+    def _finish_reason(self, sequence: Running) -> FinishReason | None:
+        if sequence.ids[-1] in self.config.stop_token_ids and not sequence.sampling.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(sequence.answer) >= sequence.max_tokens else None
+
+    # --- pages by content -------------------------------------------------------------------------------------------
+
+    def _share_prefix(self, sequence: Running) -> None:
+        """Take the pages of a known beginning; at least one token is left, since only computing gives logits."""
+        if not sequence.keys:
+            marks = _marks(sequence)
+            sequence.keys = page_keys(self._root(sequence), sequence.ids, marks, self.reservations.pages.page_tokens)
+        whole = sequence.keys[: (len(sequence.ids) - 1) // self.reservations.pages.page_tokens]
+        known = whole[: self.reservations.pages.match(whole)]
+        if known:
+            self.reservations.share(sequence, known)
+            sequence.computed = len(known) * self.reservations.pages.page_tokens
+
+    def _register_pages(self, sequence: Running, past: int) -> None:
+        """Offer the pages that a row has filled to sequences that begin alike."""
+        size = self.reservations.pages.page_tokens
+        for place in range(past // size, sequence.computed // size):
+            if place == len(sequence.keys):
+                parent = sequence.keys[-1] if place else self._root(sequence)
+                ids = sequence.ids[place * size : (place + 1) * size]
+                sequence.keys.append(page_key(parent, place * size, ids, _marks(sequence)))
+            self.reservations.pages.register(sequence.pages[place], sequence.keys[place])
+
+    def _root(self, sequence: Running) -> bytes:
+        mode = sequence.footprint.mode
+        return root_key(mode.adapter, mode.audio_head, sequence.long, self.naming.cache_format, self.naming.revision)
+
+    # --- attachments ------------------------------------------------------------------------------------------------
+
+    def _plan_slices(self) -> Iterator[EncodeSlice]:
+        """Units of attachments to encode, oldest sequences first; what several sequences need is encoded once."""
+        room = {kind: self.limits.units(kind) for kind in ("image", "audio")}
+        planned = set[int]()
+        for sequence in self._in(State.ENCODING):
+            assert sequence.prompt is not None
+            for entry, span in zip(sequence.entries, sequence.prompt.spans, strict=True):
+                units = min(entry.units - entry.done, room[span.kind])
+                if units and id(entry) not in planned:
+                    planned.add(id(entry))
+                    room[span.kind] -= units
+                    yield EncodeSlice(sequence, entry, span.kind, span.index, entry.done, units)
+
+    def _run_if_encoded(self, sequence: Running) -> None:
+        if all(entry.ready for entry in sequence.entries):
+            assert sequence.prompt is not None
+            # What was encoded is not needed on the host any more.
+            sequence.prompt = replace(sequence.prompt, images=(), clips=())
+            sequence.state = State.RUNNING
+
+    def _entry(self, sequence: Running, place: int) -> Any:  # noqa: ANN401
+        assert sequence.prompt is not None
+        span, medium = sequence.prompt.spans[place], sequence.request.media[place]
+        units = media_units(sequence, span.kind, span.index, self.config)
+        return self.media.acquire(
+            self._media_key(medium, sequence), span.tokens, span.tokens * self._embedding_bytes, units
+        )
+
+    def _media_key(self, medium: Media, sequence: Running) -> MediaKey:
+        head = sequence.footprint.mode.audio_head if medium.kind == "audio" else ""
+        return MediaKey(medium.digest, medium.detail, self.naming.preprocessing, self.naming.scheme, head)
+
+    # --- book-keeping -------------------------------------------------------------------------------------------------
+
+    def _in(self, state: State) -> list[Running]:
+        return [sequence for sequence in self._sequences.values() if sequence.state is state]
+
+    def _let_go(self, sequence: Running) -> None:
+        self.reservations.release(sequence)
+        for entry in sequence.entries:
+            self.media.release(entry)
+        sequence.entries, sequence.prompt, sequence.keys, sequence.computed = [], None, [], 0
+
+    def _end(self, sequence: Running) -> None:
+        self._let_go(sequence)
+        sequence.state = State.ENDED
+        self._sequences.pop(sequence.id, None)
 
 
-def _finish_reason(sequence: Running, stop_ids: Sequence[int]) -> FinishReason | None:
-    if sequence.ids[-1] in stop_ids and not sequence.sampling.ignore_eos:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if len(sequence.answer) >= sequence.max_tokens else None
+def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelConfig) -> int:
+    """Crops of an image, or windows of a clip."""
+    if kind == "image":
+        return sequence.footprint.images[index].crops
+    frames = sequence.footprint.clips[index].frames
+    return -(-frames // (config.audio.window_tokens * config.audio.compression))
+
+
+def _marks(sequence: Running) -> list[MediaMark]:
+    assert sequence.prompt is not None
+    return [
+        MediaMark(span.start, span.tokens, entry.key.fingerprint())
+        for span, entry in zip(sequence.prompt.spans, sequence.entries, strict=True)
+    ]
+
+
+def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running, int]]:
+    """Share a step's prompt tokens: half for the oldest at least, the rest for the shortest, which end soon."""
+    if not prefilling or room <= 0:
+        return
+    oldest, *others = prefilling
+    others.sort(key=lambda s: (s.pending, s.id))
+    wanted = sum(s.pending for s in others)
+    first = min(oldest.pending, max(room - wanted, -(-room // 2)))
+    yield oldest, first
+    room -= first
+    for sequence in others:
+        tokens = min(sequence.pending, room)
+        if tokens:
+            yield sequence, tokens
+        room -= tokens

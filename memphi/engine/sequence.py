@@ -1,9 +1,24 @@
 """A request being generated, as integers; imports no torch. What the device holds for it is the runner's."""
 
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
+from memphi.cache.media import MediaEntry
 from memphi.config import LanguageConfig
-from memphi.request import FinishReason, Prompt, SamplingParams
+from memphi.request import FinishReason, Footprint, Prompt, Request, SamplingParams
+
+
+class State(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    """Not admitted yet, or paused: it holds nothing."""
+    PREPARING = "preparing"
+    """Its price is reserved; its attachments are being decoded on the host."""
+    ENCODING = "encoding"
+    RUNNING = "running"
+    ENDED = "ended"
 
 
 @dataclass(eq=False)
@@ -11,20 +26,38 @@ class Sequence:
     """One request's ids and how far they are computed."""
 
     id: int
-    prompt: Prompt
-    sampling: SamplingParams
+    request: Request
+    footprint: Footprint
     config: LanguageConfig
-    ids: list[int] = field(init=False)
-    """The prompt, then the answer so far."""
+    max_tokens: int
+    """New tokens at most: what was asked for, within what fits."""
+    state: State = State.WAITING
+    prompt: Prompt | None = None
+    """Known once prepared."""
+    ids: list[int] = field(default_factory=list)
+    """The prompt, then the answer so far; empty until prepared."""
     computed: int = 0
-    """How many ids the cache holds."""
-    long: bool = field(init=False)
-    """The rope regime of that cache."""
+    """How many ids the pages hold."""
+    long: bool = False
+    """The rope regime of those pages."""
+    pages: list[int] = field(default_factory=list)
+    reserved_pages: int = 0
+    """Pages that the budget keeps for it, those that it holds included."""
+    keys: list[bytes] = field(default_factory=list)
+    """Names of its full pages' content, as far as they are known."""
+    entries: list[MediaEntry[Any]] = field(default_factory=list)
+    """Its attachments' embeddings, in the order in which they stand."""
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    degraded: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.ids = list(self.prompt.ids)
-        self.long = self.config.is_long(len(self.ids))
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def adapter(self) -> str | None:
+        return self.footprint.mode.adapter
 
     @property
     def pending(self) -> int:
@@ -32,11 +65,10 @@ class Sequence:
         return len(self.ids) - self.computed
 
     @property
-    def answer(self) -> list[int]:
-        return self.ids[len(self.prompt.ids) :]
+    def length(self) -> int:
+        """Ids known, or to be known once prepared."""
+        return len(self.ids) or self.footprint.prompt_tokens
 
     @property
-    def max_tokens(self) -> int:
-        """New tokens at most: what was asked for, within the context."""
-        room = self.config.max_tokens - len(self.prompt.ids)
-        return room if self.sampling.max_tokens is None else min(self.sampling.max_tokens, room)
+    def answer(self) -> list[int]:
+        return self.ids[self.footprint.prompt_tokens :]

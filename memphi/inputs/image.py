@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from memphi.config import VisionConfig
 from memphi.errors import MediaError
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, sniff
-from memphi.request import Float32, ImageFootprint, ImageInput, Media, Pixels
+from memphi.request import Detail, Float32, ImageFootprint, ImageInput, Media, Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +52,7 @@ class Layout:
 def measure_image(
     media: Media, vision: VisionConfig, limits: MediaLimits = DEFAULT_LIMITS, reference: bool = False
 ) -> ImageFootprint:
-    """What a picture costs, from its header; raises MediaError, naming the attachment."""
+    """What a picture costs in its detail, from its header; raises MediaError, naming the attachment."""
     with attached(media.name):
         if isinstance(media.content, np.ndarray):
             height, width = media.content.shape[:2]
@@ -60,7 +60,7 @@ def measure_image(
             with _reading(media):
                 picture = _open(media, limits)
                 width, height = _upright_size(picture, reference)
-        return footprint(width, height, vision)
+        return footprint(width, height, vision, media.detail)
 
 
 def prepare_image(
@@ -68,12 +68,12 @@ def prepare_image(
 ) -> ImageInput:
     """Decode a picture and cut it into normalised crops; raises MediaError, naming the attachment."""
     with attached(media.name):
-        return preprocess(_decode(media, vision, limits, reference), vision)
+        return preprocess(_decode(media, vision, limits, reference), vision, media.detail)
 
 
-def footprint(width: int, height: int, vision: VisionConfig) -> ImageFootprint:
+def footprint(width: int, height: int, vision: VisionConfig, detail: Detail = "auto") -> ImageFootprint:
     """Crops and tokens of a picture of this size (spec 4.3); raises MediaError where its shape is too extreme."""
-    layout = lay_out(width, height, vision)
+    layout = lay_out(width, height, vision, detail)
     rows, columns = -(-layout.valid_rows // 2), -(-layout.valid_columns // 2)
     side = vision.patches // 2
     return ImageFootprint(
@@ -85,9 +85,13 @@ def footprint(width: int, height: int, vision: VisionConfig) -> ImageFootprint:
     )
 
 
-def lay_out(width: int, height: int, vision: VisionConfig) -> Layout:
-    """Choose the grid of crops and the size inside it, in doubles as the official processor does (spec 4.3)."""
-    columns, rows = _grid(width, height, vision)
+def lay_out(width: int, height: int, vision: VisionConfig, detail: Detail = "auto") -> Layout:
+    """Choose the grid of crops and the size inside it, in doubles as the official processor does (spec 4.3).
+
+    Raises MediaError for a detail that there is not, and for a picture that would be less than ten pixels wide or high.
+    """
+    most = most_crops(detail, vision)
+    columns, rows = _grid(width, height, vision.crop_size, most)
     full_width, full_height = columns * vision.crop_size, rows * vision.crop_size
     scale_x, scale_y = full_width / width, full_height / height
     if scale_x < scale_y:
@@ -95,7 +99,8 @@ def lay_out(width: int, height: int, vision: VisionConfig) -> Layout:
     else:
         new_width, new_height = int(width * scale_y), full_height
     if min(new_width, new_height) < SMALLEST_SIDE:
-        raise MediaError(f"a picture of {width} x {height} is too narrow to be seen; crop it or add a border")
+        advice = "crop it or add a border" + (", or raise its detail" if most < vision.max_crops else "")
+        raise MediaError(f"a picture of {width} x {height} is too narrow to be seen; {advice}")
     return Layout(
         crop_rows=rows,
         crop_columns=columns,
@@ -106,30 +111,44 @@ def lay_out(width: int, height: int, vision: VisionConfig) -> Layout:
     )
 
 
-def _grid(width: int, height: int, vision: VisionConfig) -> tuple[int, int]:
+def most_crops(detail: Detail, vision: VisionConfig) -> int:
+    """The most crops besides the global view; raises MediaError for a detail that there is not.
+
+    Low is one crop: the smallest form that the official processor makes, so the model has learned from it.
+    """
+    if detail in ("auto", "high"):
+        return vision.max_crops
+    if detail == "low":
+        return 1
+    if type(detail) is int and 1 <= detail <= vision.max_crops:
+        return detail
+    raise MediaError(f"{detail!r} is no detail; use low, auto, high, or a maximum of 1 to {vision.max_crops} crops")
+
+
+def _grid(width: int, height: int, size: int, most: int) -> tuple[int, int]:
     """Columns and rows of crops: enough for every pixel, or else the allowed grid of the closest aspect ratio."""
-    columns, rows = math.ceil(width / vision.crop_size), math.ceil(height / vision.crop_size)
-    if columns * rows <= vision.max_crops:
+    columns, rows = math.ceil(width / size), math.ceil(height / size)
+    if columns * rows <= most:
         return columns, rows
-    sides = range(1, vision.max_crops + 1)
-    grids = [(i, j) for i in sides for j in sides if i * j <= vision.max_crops]
+    sides = range(1, most + 1)
+    grids = [(i, j) for i in sides for j in sides if i * j <= most]
     aspect, best, closest = width / height, (1, 1), math.inf
     for i, j in sorted(grids, key=lambda grid: grid[0] * grid[1]):
         distance = abs(aspect - i / j)
-        fills = width * height > 0.5 * vision.crop_size**2 * i * j
+        fills = width * height > 0.5 * size**2 * i * j
         if distance < closest or (distance == closest and fills):
             best, closest = (i, j), distance
     return best
 
 
-def preprocess(pixels: Pixels, vision: VisionConfig) -> ImageInput:
+def preprocess(pixels: Pixels, vision: VisionConfig, detail: Detail = "auto") -> ImageInput:
     """Resize, pad with white, normalise and cut (spec 4.3, steps 6 to 9).
 
     Takes uint8 [height, width, 3]; gives crops float32 [1 + rows * columns, 3, crop_size, crop_size] in [-1, 1] (the
-    global view may reach a little beyond), the global view first. Raises MediaError for a too extreme shape.
+    global view may reach a little beyond), the global view first. Raises MediaError as `lay_out` does.
     """
     height, width = pixels.shape[:2]
-    layout = lay_out(width, height, vision)
+    layout = lay_out(width, height, vision, detail)
     padded = _resize_and_pad(pixels, layout, vision.crop_size)
     size, rows, columns = vision.crop_size, layout.crop_rows, layout.crop_columns
     table = _normalised_values()
@@ -138,7 +157,7 @@ def preprocess(pixels: Pixels, vision: VisionConfig) -> ImageInput:
     tiles = padded.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
     for row in range(rows):  # one row of crops at a time: `table[tiles]` at once would double the memory
         crops[1 + row * columns : 1 + (row + 1) * columns] = table[tiles[row]]
-    return ImageInput(crops, _patch_mask(layout, vision), footprint(width, height, vision))
+    return ImageInput(crops, _patch_mask(layout, vision), footprint(width, height, vision, detail))
 
 
 def _resize_and_pad(pixels: Pixels, layout: Layout, size: int) -> Pixels:
@@ -267,7 +286,8 @@ def _decode(media: Media, vision: VisionConfig, limits: MediaLimits, reference: 
         return media.content
     with _reading(media):
         picture = _open(media, limits)
-        lay_out(*_upright_size(picture, reference), vision)  # refuse a too narrow picture before decoding it
+        # Refuse a too narrow picture before decoding it.
+        lay_out(*_upright_size(picture, reference), vision, media.detail)
         if reference:
             return np.asarray(picture.convert("RGB"))
         orientation = _orientation(picture)

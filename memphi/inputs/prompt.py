@@ -15,6 +15,13 @@ from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.tokenizer import WHITE_SPACE, Tokenizer
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, Media, MediaKind, MediaSpan, Prompt, Request
 
+PREPROCESSING_VERSION = 1
+"""Part of every key under which something made from media is kept, in memory or in a file.
+
+Raise it when the same content in the same detail comes to give other crops, masks, log-mel frames or numbers of tokens
+(`image`, `audio`), even in the last bit; what was kept under the old number is then never found again.
+"""
+
 
 def measure(
     request: Request,

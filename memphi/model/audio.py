@@ -1,10 +1,11 @@
 """The audio encoder: log-mel frames of clips in, one feature per 80 ms out (spec 5.2).
 
-A clip's features never depend on the clips beside it: clips are subsampled in exact chunks of time, and windows of
-different lengths are masked where they are batched.
+A clip is cut into windows that do not see each other, but for eight frames at their borders. A window's features never
+depend on the windows beside it: those of different lengths are masked where they are batched.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
 
@@ -15,10 +16,45 @@ from torch import Tensor, nn
 from memphi.config import AudioConfig
 from memphi.model.attention import Attention
 
-CHUNK_TOKENS = 500
-"""Tokens subsampled at once: 40 s of sound, at most 0.2 GB for the first convolution's output in bf16 at full size."""
+CONVOLVED_VALUES = 512 * 1024
+"""Tokens times channels subsampled at once: 41 s of sound at full size, 0.2 GB for the first convolution's output."""
 WINDOW_BATCH = 8
 """Conformer windows encoded at once."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a clip that is encoded alone; `cut_window` makes it."""
+
+    frames: Tensor  # [frames, mel_bins] fp32, on any device
+    skip: int
+    """Tokens of the frames before the window's first: 1 where there is sound before it, else 0."""
+    tokens: int
+    rows: int
+    """What goes through the conformer: the tokens, and zeros after them at the end of a long clip."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Windows of one shape can be subsampled as one."""
+        return (self.frames.shape[0], self.skip, self.tokens, self.rows)
+
+
+def count_windows(frames: int, config: AudioConfig) -> int:
+    """How many windows a clip of so many frames has."""
+    return -(-frames // (8 * config.window_tokens))
+
+
+def cut_window(clip: Tensor, index: int, config: AudioConfig) -> Window:
+    """One window of a clip [frames, mel_bins], with eight more frames on either side, which the strides reach into."""
+    size, total = config.window_tokens, -(-clip.shape[0] // 8)
+    first, end = index * size, min((index + 1) * size, total)
+    tokens = end - first
+    return Window(
+        frames=clip[max(8 * first - 8, 0) : 8 * end + 8],
+        skip=min(first, 1),
+        tokens=tokens,
+        rows=tokens if total <= size or config.mask_tail else size,
+    )
 
 
 class Subsampling(nn.Module):
@@ -34,7 +70,7 @@ class Subsampling(nn.Module):
         self.pointwise = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(2))
         self.out = nn.Linear(channels * -(-config.mel_bins // 8), config.hidden_size)
 
-    def forward(self, frames: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    def forward(self, frames: Tensor, chunk_tokens: int) -> Tensor:
         """Subsample clips of one length in chunks of time, which give exactly what the whole would give.
 
         frames [clips, frames, mel_bins], normalised. Returns [clips, ceil(frames / 8), hidden].
@@ -143,64 +179,57 @@ class AudioEncoder(nn.Module):
     def forward(self, clips: Sequence[Tensor], window_batch: int = WINDOW_BATCH) -> list[Tensor]:
         """Encode clips of log-mel frames [frames, mel_bins] into features [ceil(frames / 8), hidden] each.
 
-        Neighbouring clips of one length are subsampled as one call; at most window_batch windows of any lengths go
-        through the conformer as one.
+        At most window_batch windows are encoded at once.
         """
-        groups = [torch.stack(list(group)) for _, group in groupby(clips, key=lambda clip: clip.shape[0])]
-        counts = [-(-frames.shape[1] // 8) for frames in groups]
-        windows = [self._windows(frames) for frames in groups]
-        seen = [self._seen_rows(count) * len(frames) for frames, count in zip(groups, counts, strict=True)]
-        encoded = self._encode(windows, seen, window_batch)
+        counts = [count_windows(clip.shape[0], self.config) for clip in clips]
+        windows = [cut_window(clip, i, self.config) for clip, n in zip(clips, counts, strict=True) for i in range(n)]
+        batches = (windows[first : first + window_batch] for first in range(0, len(windows), window_batch))
+        encoded = iter([features for batch in batches for features in self.encode_windows(batch)])
+        return [next(encoded) if n == 1 else torch.cat([next(encoded) for _ in range(n)]) for n in counts]
+
+    def encode_windows(self, windows: Sequence[Window]) -> list[Tensor]:
+        """Encode windows of any clips and lengths into features [tokens, hidden] each.
+
+        All go through the conformer as one; neighbours of one shape are subsampled as one.
+        """
+        groups = list(self._alike(windows))
+        encoded = self._conform([self._subsample(group) for group in groups])
         return [
-            clip[:count]
-            for group, frames, count in zip(encoded, groups, counts, strict=True)
-            for clip in group.reshape(frames.shape[0], -1, group.shape[-1])
+            features[: window.tokens]
+            for group, part in zip(groups, encoded, strict=True)
+            for window, features in zip(group, part, strict=True)
         ]
 
-    def _windows(self, frames: Tensor) -> Tensor:
-        """Normalise and subsample clips [clips, frames, mel_bins]; long ones are cut into windows, zeros at the end.
+    def _alike(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
+        """Neighbouring windows of one shape together, as many as are subsampled at once."""
+        for shape, group in groupby(windows, key=lambda window: window.shape):
+            alike, most = list(group), max(self._convolved_tokens // -(-shape[0] // 8), 1)
+            yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
-        Returns [clips * windows, rows, hidden].
-        """
-        size = self.config.window_tokens
-        x = self.subsampling((frames.to(self.mean.dtype) - self.mean) * self.inverse_deviation)
-        if x.shape[1] <= size:
-            return cast(Tensor, x)
-        return F.pad(x, (0, 0, 0, -x.shape[1] % size)).reshape(-1, size, x.shape[-1])
+    @property
+    def _convolved_tokens(self) -> int:
+        return max(CONVOLVED_VALUES // self.config.conv_channels, 1)
 
-    def _seen_rows(self, count: int) -> list[int]:
-        """How many rows of each of a clip's windows are keys; zeros after a long clip are, unless told otherwise."""
-        size = self.config.window_tokens
-        full, rest = divmod(count, size)
-        tail = [] if not rest else [rest if full == 0 or self.config.mask_tail else size]
-        return [size] * full + tail
+    def _subsample(self, windows: Sequence[Window]) -> Tensor:
+        """Normalise and subsample windows of one shape: [windows, rows, hidden]."""
+        frames = torch.stack([window.frames for window in windows]).to(self.mean)
+        x = self.subsampling((frames - self.mean) * self.inverse_deviation, self._convolved_tokens)
+        one = windows[0]
+        return F.pad(x[:, one.skip : one.skip + one.tokens], (0, 0, 0, one.rows - one.tokens))
 
-    def _encode(self, groups: Sequence[Tensor], seen: Sequence[Sequence[int]], window_batch: int) -> list[Tensor]:
-        """Run the conformer over groups of windows of different lengths, padded to the longest of a batch."""
-        pieces = [piece for group in groups for piece in group.split(window_batch)]
-        rows = [n for group in seen for n in group]
-        encoded: list[Tensor] = []
-        first = 0
-        for batch in _batches(pieces, window_batch):
-            size = sum(len(piece) for piece in batch)
-            encoded.extend(self._conform(batch, rows[first : first + size]))
-            first += size
-        joined = iter(encoded)
-        return [torch.cat([next(joined) for _ in group.split(window_batch)]) for group in groups]
-
-    def _conform(self, pieces: Sequence[Tensor], seen: Sequence[int]) -> list[Tensor]:
-        """One batch through the conformer, padded rows masked: pieces [windows, rows, hidden] in and out."""
+    def _conform(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out."""
         length = max(piece.shape[1] for piece in pieces)
         x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])
         bias = self._bias(length)
+        seen = [piece.shape[1] for piece in pieces for _ in range(len(piece))]
         if min(seen) < length:
             ends = torch.tensor(seen, device=x.device)[:, None, None, None]
             hidden = torch.arange(length, device=x.device)[None, None, None, :] >= ends
             bias = bias.expand(len(seen), -1, -1, -1).masked_fill(hidden, float("-inf"))
         for layer in cast(Iterable[ConformerLayer], self.layers):
             x = layer(x, bias)
-        parts = x.split([len(piece) for piece in pieces])
-        return [part[:, : piece.shape[1]] for part, piece in zip(parts, pieces, strict=True)]
+        return list(x.split([len(piece) for piece in pieces]))
 
     def _bias(self, length: int) -> Tensor:
         """The bias of every query and key by their distance: [1, heads, length, length]."""
@@ -208,15 +237,3 @@ class AudioEncoder(nn.Module):
         steps = torch.arange(length, device=self.relative_bias.weight.device)
         distance = (steps[None, :] - steps[:, None]).clamp(-reach, reach - 1) + reach
         return cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None]
-
-
-def _batches(pieces: Sequence[Tensor], windows: int) -> Iterator[list[Tensor]]:
-    """Neighbouring pieces together, at most so many windows in all; a piece holds no more than that."""
-    batch: list[Tensor] = []
-    for piece in pieces:
-        if batch and sum(len(p) for p in batch) + len(piece) > windows:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch

@@ -1,9 +1,9 @@
 """The decoder: packed tokens of many rows in, hidden states out (spec 3).
 
-Knows nothing of media, sampling or where keys and values are kept; `KeyValues` is all it asks of a cache.
+Knows nothing of media, sampling or who owns which page; `KeyValuePool` is all it asks of a cache.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol, cast
 
 import torch
@@ -17,11 +17,14 @@ from memphi.model.rotary import rotary_table, rotate
 from memphi.model.rows import Packing
 
 
-class KeyValues(Protocol):
-    """One sequence's keys and values."""
+class KeyValuePool(Protocol):
+    """Keys and values of all layers in pages that rows name."""
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [tokens, kv_heads, head_dim] to a layer and return all that it holds, oldest first."""
+    @property
+    def page_tokens(self) -> int: ...
+
+    def layer(self, index: int, /) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, each [pages, page_tokens, kv_heads, head_dim]; views, to be written to."""
         ...
 
 
@@ -53,27 +56,22 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.attention = attention
 
-    def forward(
-        self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: Sequence[KeyValues] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: KeyValuePool | None) -> Tensor:
         parts = self.qkv(x, packing.adapter_tokens).split(self.widths, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [tokens, heads, head_dim]
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         mixed = self._mix(query, key, value, packing, cache)
         return cast(Tensor, self.out(mixed.flatten(1), packing.adapter_tokens))
 
-    def _mix(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, cache: Sequence[KeyValues] | None
-    ) -> Tensor:
-        """Attention within each row, over what its cache holds."""
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, cache: KeyValuePool | None) -> Tensor:
+        """Attention within each row, over what the pool keeps of it."""
         if cache is None:
             return self.attention.packed(query, key, value, packing)
-        outputs = []
-        rows = (part.split(packing.lengths) for part in (query, key, value))
-        for store, q, k, v in zip(cache, *rows, strict=True):
-            keys, values = store.extend(self.layer, k, v)
-            outputs.append(self.attention.causal(q[None], keys[None], values[None])[0])
-        return torch.cat(outputs)
+        assert packing.paging is not None
+        keys, values = cache.layer(self.layer)
+        packing.paging.write(keys, key)
+        packing.paging.write(values, value)
+        return self.attention.paged(query, key, value, keys, values, packing)
 
 
 class MLP(nn.Module):
@@ -102,9 +100,7 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: Sequence[KeyValues] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: KeyValuePool | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), packing, rotary, cache)
         return cast(Tensor, x + self.mlp(self.mlp_norm(x), packing))
 
@@ -119,10 +115,11 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, attention) for i in range(config.language.layers))
         self.norm = RMSNorm(config.language.hidden_size, config.language.norm_eps)
 
-    def forward(self, embeddings: Tensor, packing: Packing, cache: Sequence[KeyValues] | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, packing: Packing, cache: KeyValuePool | None = None) -> Tensor:
         """Run the decoder over packed rows.
 
-        embeddings [tokens, hidden]; cache holds one KeyValues per row, or None to compute whole rows without one.
+        embeddings [tokens, hidden]; cache keeps the rows' keys and values in the pages they name; with None, rows are
+        whole and nothing is kept.
         Returns the normed hidden states [tokens, hidden].
         """
         rotary = rotary_table(self.config, packing.positions, packing.long, embeddings.dtype)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from memphi.config import ModelConfig
 from memphi.model.attention import Attention, select_attention
-from memphi.model.audio import AudioEncoder
-from memphi.model.language import KeyValues, LanguageModel
+from memphi.model.audio import AudioEncoder, Window
+from memphi.model.language import KeyValuePool, LanguageModel
 from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
@@ -49,17 +49,34 @@ class Phi4MM(nn.Module):
             return []
         crops = torch.cat([torch.from_numpy(image.crops) for image in images]).split(CROP_BATCH)
         masks = torch.cat([torch.from_numpy(image.patch_mask) for image in images]).split(CROP_BATCH)
-        features = [self.vision(*(part.to(self.device) for part in pair)) for pair in zip(crops, masks, strict=True)]
+        cells = [self.encode_crops(*pair) for pair in zip(crops, masks, strict=True)]
         order = torch.from_numpy(token_order(images)).to(self.device)
-        embeddings = self.image_projector(self.image_projector.arrange(torch.cat(features), order))
+        embeddings = torch.cat((torch.cat(cells).flatten(0, 1), self.encode_separators()))[order]
         return list(embeddings.split([image.footprint.tokens for image in images]))
+
+    def encode_crops(self, crops: Tensor, patch_mask: Tensor) -> Tensor:
+        """Embed a flat list of crops of any images, padding too, of which there is little.
+
+        crops [crops, 3, crop_size, crop_size] and patch_mask [crops, patches, patches], on the host or the device.
+        Returns [crops, (patches / 2) ** 2, hidden].
+        """
+        return cast(Tensor, self.image_projector(self.image_projector.pool(self.vision(crops, patch_mask))))
+
+    def encode_separators(self) -> Tensor:
+        """Embed what ends a row of cells and what stands between an image's two views: [2, hidden]."""
+        return cast(Tensor, self.image_projector(self.image_projector.separators()))
 
     def encode_clips(self, clips: Sequence[ClipInput], head: str) -> list[Tensor]:
         """Embed audio clips with the head that the input mode asks for: one tensor [tokens, hidden] per clip."""
         if not clips:
             return []
-        features = self.audio([torch.from_numpy(clip.features).to(self.device) for clip in clips])
+        features = self.audio([torch.from_numpy(clip.features) for clip in clips])
         return [self.audio_projectors[head](feature) for feature in features]
+
+    def encode_windows(self, windows: Sequence[Window], heads: Sequence[str]) -> list[Tensor]:
+        """Embed windows of any clips, each with its clip's head: one tensor [tokens, hidden] per window."""
+        features = self.audio.encode_windows(windows)
+        return [self.audio_projectors[head](feature) for head, feature in zip(heads, features, strict=True)]
 
     def encode_media(self, prompt: Prompt) -> list[tuple[int, Tensor]]:
         """Embed a prompt's attachments: for each, in order, the position where it starts and its [tokens, hidden]."""
@@ -82,15 +99,15 @@ class Phi4MM(nn.Module):
         ids: Tensor,
         rows: Sequence[Row],
         media: Sequence[tuple[int, Tensor]] = (),
-        cache: Sequence[KeyValues] | None = None,
+        cache: KeyValuePool | None = None,
         logits_at: Sequence[int] | None = None,
     ) -> Tensor:
         """One step over packed rows of any input modes.
 
         ids [tokens]; media are (first packed token, embeddings [tokens, hidden]); logits_at are the packed tokens to
-        score, by default the last of each row. Returns logits [len(logits_at), vocab_size].
+        score, by default the last of each row; cache as in LanguageModel. Returns logits [len(logits_at), vocab_size].
         """
-        packing = pack(rows, ids.device)
+        packing = pack(rows, ids.device, None if cache is None else cache.page_tokens)
         hidden = self.language(self.embed(ids, media), packing, cache)
         if logits_at is None:
             return self.language.logits(hidden[packing.bounds[1:] - 1])

@@ -41,11 +41,17 @@ class ImageProjector(Projector):
         features [crops, patches ** 2, in]; order [tokens] as `token_order` gives it, for one image or several.
         Returns [tokens, in].
         """
+        return torch.cat((self.pool(features).flatten(0, 1), self.separators()))[order]
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Average 2 x 2 patches into cells: [crops, patches ** 2, in] to [crops, (patches / 2) ** 2, in]."""
         side = math.isqrt(features.shape[1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        pooled = F.avg_pool2d(grid, 2).permute(0, 2, 3, 1).flatten(0, 2)  # [crops * (side / 2) ** 2, in]
-        width = pooled.shape[-1]
-        return torch.cat((pooled, self.row_separator.view(1, width), self.view_separator.view(1, width)))[order]
+        return F.avg_pool2d(grid, 2).permute(0, 2, 3, 1).flatten(1, 2)
+
+    def separators(self) -> Tensor:
+        """The row separator and the view separator: [2, in]."""
+        return torch.cat((self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)))
 
 
 def token_order(images: Sequence[ImageInput]) -> NDArray[np.int64]:
@@ -62,6 +68,21 @@ def token_order(images: Sequence[ImageInput]) -> NDArray[np.int64]:
         pieces.append(_image_order(image, first, row_end))
         first += image.patch_mask.shape[0]
     return np.concatenate(pieces)
+
+
+def slice_order(image: ImageInput, first: int, crops: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What some of an image's crops, encoded alone, say about its tokens.
+
+    Returns the tokens of the image that they decide, and where each comes from: a cell, counted from the crop `first`,
+    or one of the two numbers after the last cell, for the separators as in `token_order`; they go with the first crop.
+    """
+    order = token_order([image])
+    cells, row_end = image.patch_mask[0].size // 4, image.patch_mask.size // 4
+    decided = (order >= first * cells) & (order < (first + crops) * cells)
+    separates = (order >= row_end) & (first == 0)
+    sources = np.where(separates, order - row_end + crops * cells, order - first * cells)
+    tokens = (decided | separates).nonzero()[0]
+    return tokens, sources[tokens]
 
 
 def _image_order(image: ImageInput, first_crop: int, row_end: int) -> NDArray[np.int64]:

@@ -75,11 +75,12 @@ class VisionTower(nn.Module):
         """Encode a flat list of crops.
 
         crops [crops, 3, crop_size, crop_size]; patch_mask [crops, patches, patches], a rectangle of True at the top
-        left. Returns features [crops, patches ** 2, hidden].
+        left. Either may lie on the host; a mask that does makes nobody wait for the device. Returns features
+        [crops, patches ** 2, hidden].
         """
-        x = self.patch_embedding(crops.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        x = x + self.position_embedding(self._positions(patch_mask))
-        valid = None if bool(patch_mask.all()) else patch_mask.flatten(1)
+        x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding(self._positions(patch_mask).to(x.device))
+        valid = None if bool(patch_mask.all()) else patch_mask.flatten(1).to(x.device)
         for layer in cast(Iterable[VisionLayer], self.layers):
             x = layer(x, valid)
         return cast(Tensor, x)

@@ -49,7 +49,8 @@ def _choose(scores: Tensor, draw: Draw) -> Tensor:
     probabilities = torch.where(probabilities >= sampling.min_p * probabilities[0], probabilities, 0.0)
     total = probabilities.double().cumsum(-1)
     threshold = uniform(sampling.seed, len(draw.ids)) * total[-1]
-    return ids[torch.searchsorted(total, threshold, right=True).clamp(max=int((probabilities > 0).sum()) - 1)]
+    place = torch.searchsorted(total, threshold, right=True).clamp(max=int((probabilities > 0).sum()) - 1)
+    return ids[place].clone()  # a view would keep all the sorted ids until the last row is drawn
 
 
 def _penalised(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:

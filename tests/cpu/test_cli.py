@@ -158,6 +158,16 @@ def test_json_says_what_a_program_wants_to_know(run, engine, picture, clip):
     assert [item["mode"] for item in json.loads(out)] == ["vision", "speech"]
 
 
+def test_a_detail_is_for_every_picture(run, engine, picture, clip):
+    names = ("-a", picture, "-a", clip, "-a", picture)
+    code, out, err = run("ask", "What?", "--json", "--detail", "low", *names, "--max-tokens", 6)
+    assert (code, err) == (0, "")
+    media = [replace(open_media(path), detail="low") for path in (picture, clip, picture)]
+    footprint = engine.measure(Request.ask("What?", media))
+    assert json.loads(out)["tokens"]["images"] == [image.tokens for image in footprint.images]
+    assert footprint.images[0].crops == 2
+
+
 def test_an_attachment_comes_from_stdin(run, engine, picture):
     code, out, err = run("ask", "What?", "-a", "-", "--max-tokens", 6, stdin=picture.read_bytes())
     assert (code, out, err) == (0, expected(engine, "What?", picture) + "\n", "")
@@ -170,6 +180,7 @@ def test_an_attachment_comes_from_stdin(run, engine, picture):
         (["ask", "x", "--each"], 2, "--each needs attachments"),
         (["ask", "x", "-a", "-", "-a", "-"], 2, "can be attached once"),
         (["ask", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["ask", "x", "--detail", "fine"], 2, "'fine' is no detail"),
         (["ask", "x", "--attention", "none"], 2, "--attention"),
         (["ask", "x", "--no-such-option"], 2, "No such option"),
         (["explain"], 2, "No such command"),

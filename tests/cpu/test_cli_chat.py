@@ -89,6 +89,11 @@ def test_attachments_go_with_the_next_message_only(talk, scripted, picture):
     assert per_message == [[1], [1, 0, 2], [1, 0, 2, 0, 0]]
 
 
+def test_every_picture_is_seen_in_the_detail_asked_for(talk, scripted, picture):
+    talk("What is it?", f"/attach {picture}", "And this?", options=["-a", picture, "--detail", "3"])
+    assert [media.detail for media in scripted.requests[-1].media] == [3, 3]
+
+
 def test_an_attachment_may_speak_for_itself(talk, scripted, picture):
     talk(f"/attach {picture}", "")
     assert texts(scripted.requests[0]) == [""]

@@ -129,8 +129,10 @@ def test_closing_a_stream_frees_what_it_held(plain):
     stream = plain.stream(mixed_requests()[1])
     next(stream)
     stream.close()
-    assert not plain._runner.caches
-    assert not plain._runner.media
+    plain.generate(mixed_requests()[0])  # the stream's end has been read before it
+    plain.loop.scheduler.check()
+    assert not plain.loop.scheduler.sequences
+    assert plain.loop.scheduler.reservations.claimed_pages == 0
 
 
 def test_a_bad_request_names_its_fault_and_the_next_one_works(plain):

@@ -1,17 +1,15 @@
-"""How tokens are divided into rows and steps changes no logit: chunks, company, adapters, regimes, positions scored."""
+"""Which rows share a step changes no logit: company, adapters, regimes, positions scored."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from memphi.cache.contiguous import ContiguousCache
 from memphi.model.attention import select_attention
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_model, variants
 from tests.oracle import (
     TOLERANCE,
-    ListCache,
     all_logits,
     largest_difference,
     make_prompt,
@@ -19,8 +17,6 @@ from tests.oracle import (
     mode_prompts,
     parity_config,
 )
-
-MODES = range(4)
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -37,35 +33,6 @@ def prompts(model):
     return mode_prompts(model.config)
 
 
-@torch.inference_mode()
-def chunked_logits(model, prompt, sizes, cache):
-    """Every logit of a prompt computed in chunks over a cache."""
-    tokens, media, logits, past = torch.tensor(prompt.ids), model.encode_media(prompt), [], 0
-    while past < len(prompt.ids):
-        size = min(sizes[len(logits) % len(sizes)], len(prompt.ids) - past)
-        pieces = [cut(start, rows, past, past + size) for start, rows in media]
-        pieces = [(start, rows) for start, rows in pieces if rows.shape[0]]
-        row = make_row(model, prompt, size, past)
-        logits.append(model(tokens[past : past + size], [row], pieces, [cache], range(size)))
-        past += size
-    return torch.cat(logits)
-
-
-def cut(start, rows, first, end):
-    """The part of some media rows that falls into a chunk, and where it starts there."""
-    low, high = max(start, first), min(start + rows.shape[0], end)
-    return low - first, rows[max(low - start, 0) : max(high - start, 0)]
-
-
-@pytest.mark.parametrize("sizes", [(1,), (7,), (16, 1, 3), (1000,)])
-@pytest.mark.parametrize("mode", MODES)
-def test_chunks_over_a_cache_equal_the_whole(model, prompts, mode, sizes):
-    whole = all_logits(model, prompts[mode])
-    plain = ContiguousCache(model.config.language, model.dtype, model.device)
-    for cache in (ListCache(), plain):
-        assert largest_difference(chunked_logits(model, prompts[mode], sizes, cache), whole) <= TOLERANCE
-
-
 def pack_prompts(model, prompts):
     """ids, rows, media and last positions of prompts laid end to end."""
     ids, rows, media = [], [], []
@@ -80,34 +47,11 @@ def pack_prompts(model, prompts):
 def test_rows_of_all_modes_in_one_step_equal_each_alone(model, prompts):
     order = [prompts[i] for i in (2, 0, 3, 1, 0)]
     ids, rows, media = pack_prompts(model, order)
-    for cache in (None, [ListCache() for _ in rows]):
-        together = model(ids, rows, media, cache, range(len(ids))).split([row.tokens for row in rows])
-        for prompt, logits in zip(order, together, strict=True):
-            alone = all_logits(model, prompt)
-            assert largest_difference(logits, alone) <= TOLERANCE
-            assert torch.equal(logits.argmax(-1), alone.argmax(-1))
-
-
-@torch.inference_mode()
-def test_prefill_and_decode_rows_share_a_step(model, prompts):
-    """One row in the middle of its prompt, one decoding, one starting."""
-    first, second, third = prompts[1], prompts[2], prompts[0]
-    caches = [ListCache() for _ in range(3)]
-    cut_at = (9, len(second.ids) - 1, 0)
-    media = [model.encode_media(prompt) for prompt in (first, second, third)]
-    for prompt, past, cache, rows in zip((first, second), cut_at, caches, media, strict=False):
-        pieces = [cut(start, embedded, 0, past) for start, embedded in rows]
-        pieces = [piece for piece in pieces if piece[1].shape[0]]
-        model(torch.tensor(prompt.ids[:past]), [make_row(model, prompt, past)], pieces, [cache])
-    ids, rows, pieces = [], [], []
-    for prompt, past, embedded in zip((first, second, third), cut_at, media, strict=True):
-        cuts = [cut(start, part, past, len(prompt.ids)) for start, part in embedded]
-        pieces += [(start + len(ids), part) for start, part in cuts if part.shape[0]]
-        rows.append(make_row(model, prompt, len(prompt.ids) - past, past))
-        ids += prompt.ids[past:]
-    logits = model(torch.tensor(ids), rows, pieces, caches)
-    for prompt, row in zip((first, second, third), logits, strict=True):
-        assert largest_difference(row, all_logits(model, prompt)[-1]) <= TOLERANCE
+    together = model(ids, rows, media, logits_at=range(len(ids))).split([row.tokens for row in rows])
+    for prompt, logits in zip(order, together, strict=True):
+        alone = all_logits(model, prompt)
+        assert largest_difference(logits, alone) <= TOLERANCE
+        assert torch.equal(logits.argmax(-1), alone.argmax(-1))
 
 
 @torch.inference_mode()

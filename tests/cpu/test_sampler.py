@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memphi.request import SamplingParams
-from memphi.sampling.sampler import Draw, sample, uniform
+from memphi.sampling.sampler import Draw, _choose, sample, uniform
 
 VOCABULARY = 50
 
@@ -80,6 +80,11 @@ def test_forbidden_ids_are_never_drawn(logits):
     forbidden = logits.argsort(descending=True)[:40].tolist()
     drawn = {choose(logits, i, forbidden=forbidden, temperature=50.0) for i in range(1, 300)}
     assert not drawn & set(forbidden)
+
+
+def test_a_choice_keeps_nothing_else_alive(logits):
+    drawn = _choose(logits, Draw(SamplingParams(temperature=1.0), range(3)))
+    assert drawn.untyped_storage().nbytes() == drawn.element_size()
 
 
 def test_uniform_numbers_are_uniform():

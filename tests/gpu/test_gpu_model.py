@@ -5,12 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memphi.cache.contiguous import ContiguousCache
 from memphi.model.attention import EagerAttention, SdpaAttention
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.rotary import rotary_table
+from memphi.model.rows import pack
 from memphi.verify import trace_memphi, verify
 from tests.checkpoints import tiny_checkpoint, tiny_config, tiny_model
-from tests.oracle import all_logits, largest_difference, make_row, mode_prompts, parity_config
+from tests.oracle import (
+    PlainPool,
+    all_logits,
+    cut_media,
+    largest_difference,
+    make_row,
+    mode_prompts,
+    parity_config,
+)
 
 DEVICE = torch.device("cuda")
 FP32_TOLERANCE = 1e-3
@@ -62,18 +71,33 @@ def logits_of(model, prompts):
 
 @torch.inference_mode()
 def chunked_logits(model, prompt, size):
-    """The last logits of a prompt's chunks, computed over a cache."""
-    cache = ContiguousCache(model.config.language, model.dtype, model.device)
-    media, logits = model.encode_media(prompt), []
+    """A prompt's logits computed in chunks over a pool."""
+    pool, media, logits = PlainPool(model), model.encode_media(prompt), []
+    pages = pool.take(len(prompt.ids))
     for past in range(0, len(prompt.ids), size):
         ids = torch.tensor(prompt.ids[past : past + size], device=model.device)
-        pieces = []
-        for start, rows in media:
-            first, last = max(start, past), min(start + len(rows), past + len(ids))
-            if first < last:
-                pieces.append((first - past, rows[first - start : last - start]))
-        logits.append(model(ids, [make_row(model, prompt, len(ids), past)], pieces, [cache], range(len(ids))))
+        pieces = cut_media(media, past, past + len(ids))
+        logits.append(model(ids, [make_row(model, prompt, len(ids), past, pages)], pieces, pool, range(len(ids))))
     return torch.cat(logits).float().cpu()
+
+
+@torch.inference_mode()
+def decoded_logits(model, prompts, tokens):
+    """The last logits of prompts whose last tokens are computed one by one, all rows in each step."""
+    pool, logits, firsts = PlainPool(model), [], [len(prompt.ids) - tokens for prompt in prompts]
+    pages = [pool.take(len(prompt.ids)) for prompt in prompts]
+    ids, rows, media = [], [], []
+    for prompt, first, own in zip(prompts, firsts, pages, strict=True):
+        media += cut_media(model.encode_media(prompt), 0, first, len(ids))
+        rows.append(make_row(model, prompt, first, 0, own))
+        ids += prompt.ids[:first]
+    model(torch.tensor(ids, device=model.device), rows, media, pool)
+    for step in range(tokens):
+        pasts = [first + step for first in firsts]
+        rows = [make_row(model, *of, own) for *of, own in zip(prompts, [1] * len(prompts), pasts, pages, strict=True)]
+        ids = [prompt.ids[past] for prompt, past in zip(prompts, pasts, strict=True)]
+        logits.append(model(torch.tensor(ids, device=model.device), rows, (), pool))
+    return torch.stack(logits, dim=1).flatten(0, 1).float().cpu()  # [prompts * tokens, vocab_size]
 
 
 def relative_error(a, b):
@@ -102,6 +126,33 @@ def test_chunks_over_a_cache_equal_the_whole(source, prompts, size, dtype, limit
     model = on_device(source, dtype)
     for prompt in prompts:
         assert relative_error(chunked_logits(model, prompt, size), logits_of(model, [prompt])) <= limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, BF16_ERROR)])
+@pytest.mark.parametrize("attention", [EagerAttention(), SdpaAttention()])
+def test_rows_of_different_lengths_that_decode_in_one_step_equal_the_whole(source, prompts, attention, dtype, limit):
+    model, tokens = on_device(source, dtype, attention), 3
+    expected = torch.cat([logits_of(model, [prompt])[-tokens:] for prompt in prompts])
+    assert relative_error(decoded_logits(model, prompts, tokens), expected) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_layer_never_waits_for_the_device(source, prompts, dtype):
+    """With a row that starts, one that goes on and two that decode."""
+    model = on_device(source, dtype)
+    pool = PlainPool(model)
+    parts = zip(prompts, (9, 5, 1, 1), (0, 6, 10, 11), strict=True)
+    rows = [make_row(model, prompt, tokens, past, pool.take(past + tokens)) for prompt, tokens, past in parts]
+    packing = pack(rows, DEVICE, pool.page_tokens)
+    config = model.config.language
+    x = torch.randn(16, config.hidden_size, device=DEVICE, dtype=dtype)
+    rotary = rotary_table(config, packing.positions, packing.long, dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.language.layers[0](x, packing, rotary, pool)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, BF16_ERROR)])

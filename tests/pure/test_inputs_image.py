@@ -4,6 +4,7 @@ import io
 import json
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from memphi.errors import MediaError, MemphiError
-from memphi.inputs.image import footprint, lay_out, measure_image, position_buckets, prepare_image, preprocess
+from memphi.errors import MediaError, MemphiError, RequestError
+from memphi.inputs.image import (
+    footprint,
+    lay_out,
+    measure_image,
+    most_crops,
+    position_buckets,
+    prepare_image,
+    preprocess,
+)
 from memphi.inputs.media import MediaLimits, image_media, open_media
 from tests.pure.inputs_samples import DATA, PICTURE_FORMATS, config, gradient, picture, png_header, small_config
 
 VISION = config().vision
 SMALL = small_config().vision
+DETAILS = ["low", "auto", "high", *range(1, SMALL.max_crops + 1)]
 EXAMPLES = json.loads((DATA / "token_count_examples.json").read_text())["images"]
 BUCKETS = json.loads((DATA / "navit_position_buckets.json").read_text())
 
@@ -62,11 +72,12 @@ def test_padding_is_white_and_masked():
     format=st.sampled_from(PICTURE_FORMATS),
     orientation=st.none() | st.integers(0, 9),
     reference=st.booleans(),
+    detail=st.sampled_from(DETAILS),
 )
-@settings(max_examples=80, deadline=None)
-def test_measured_is_prepared(width, height, format, orientation, reference):
+@settings(max_examples=120, deadline=None)
+def test_measured_is_prepared(width, height, format, orientation, reference, detail):
     takes_exif = format not in ("GIF", "BMP")
-    media = open_media(picture(width, height, format, orientation if takes_exif else None))
+    media = replace(open_media(picture(width, height, format, orientation if takes_exif else None)), detail=detail)
     try:
         measured = measure_image(media, SMALL, reference=reference)
     except MediaError:
@@ -76,6 +87,7 @@ def test_measured_is_prepared(width, height, format, orientation, reference):
     prepared = prepare_image(media, SMALL, reference=reference)
     assert prepared.footprint == measured
     assert prepared.crops.shape == (measured.crops, 3, 56, 56)
+    assert measured.crops <= 1 + most_crops(detail, SMALL)
     rows, columns = measured.crop_rows, measured.crop_columns
     grid = prepared.patch_mask[1:].reshape(rows, columns, 4, 4).transpose(0, 2, 1, 3).reshape(rows * 4, columns * 4)
     pooled = grid[::2, ::2]
@@ -133,6 +145,63 @@ def test_the_first_frame_counts(format):
 def test_pixels_need_no_file():
     media = image_media(gradient(100, 50))
     assert prepare_image(media, SMALL).footprint == measure_image(media, SMALL)
+
+
+@given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), most=st.integers(1, 36))
+def test_a_number_bounds_the_crops_and_changes_nothing_where_they_are_fewer(width, height, most):
+    with suppress(MediaError):
+        found = footprint(width, height, VISION, most)
+        assert found.crops <= 1 + most
+        if -(-width // 448) * -(-height // 448) <= most:
+            assert found == footprint(width, height, VISION)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "detail", "crops", "tokens"),
+    [
+        (2480, 3508, "low", 2, 481),
+        (2480, 3508, 1, 2, 481),
+        (2480, 3508, 4, 3, 664),
+        (4000, 3000, 12, 13, 3393),
+        (4000, 3000, 11, 7, 1681),
+        (2480, 3508, 36, 36, 9345),
+        (2480, 3508, "high", 36, 9345),
+    ],
+)
+def test_a_detail_chooses_the_closest_shape_within_its_crops(width, height, detail, crops, tokens):
+    found = footprint(width, height, VISION, detail)
+    assert (found.crops, found.tokens) == (crops, tokens)
+
+
+@given(width=st.integers(1, 30_000), height=st.integers(1, 30_000))
+def test_low_costs_no_more_than_the_smallest_picture(width, height):
+    with suppress(MediaError):
+        found = footprint(width, height, VISION, "low")
+        assert found.crops == 2
+        assert found.tokens <= footprint(448, 448, VISION).tokens == 545
+
+
+def test_low_is_what_a_picture_of_one_crop_is():
+    small = Image.fromarray(gradient(600, 336)).resize((56, 31), Image.Resampling.BILINEAR)
+    low = preprocess(gradient(600, 336), SMALL, "low")
+    auto = preprocess(np.asarray(small), SMALL)
+    assert np.array_equal(low.crops, auto.crops)
+    assert np.array_equal(low.patch_mask, auto.patch_mask)
+
+
+@pytest.mark.parametrize("detail", [0, -1, 37, 10**30, True, 2.0, "", "medium", "12", None])
+def test_a_detail_that_there_is_not_is_refused(detail):
+    media = replace(open_media(picture(20, 10), "a.png"), detail=detail)
+    for use in (measure_image, prepare_image):
+        with pytest.raises(RequestError, match=r"^a\.png: .* is no detail; use low, .* 1 to 36 crops"):
+            use(media, VISION)
+
+
+def test_a_picture_too_long_for_its_detail_is_told_so():
+    for detail in ("low", 2):
+        with pytest.raises(MediaError, match="or raise its detail"):
+            footprint(5000, 50, VISION, detail)
+    assert footprint(5000, 50, VISION).crops == 13
 
 
 def test_extreme_shapes_are_refused():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,17 @@ def test_the_reference_ignores_how_a_picture_stands():
         prompt = prepare(lying, small_config(), tokenizer(), reference=reference)
         assert (prompt.footprint.images[0].width, prompt.footprint.images[0].height) == size
         assert prompt.footprint == measure(lying, small_config(), tokenizer(), reference=reference)
+
+
+def test_each_picture_is_seen_in_its_own_detail():
+    page = image_media(gradient(200, 140))
+    request = Request.ask("hi", [replace(page, detail=detail) for detail in ("auto", "low", 4)])
+    footprint = measure(request, small_config(), tokenizer())
+    assert [image.crops for image in footprint.images] == [7, 2, 5]
+    prompt = prepare(request, small_config(), tokenizer())
+    assert prompt.footprint == footprint
+    assert [len(image.crops) for image in prompt.images] == [7, 2, 5]
+    assert [span.tokens for span in prompt.spans] == [image.tokens for image in footprint.images]
 
 
 def test_media_keep_their_order():

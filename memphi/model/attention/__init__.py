@@ -32,6 +32,17 @@ class Attention(Protocol):
         """
         ...
 
+    def paged(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing
+    ) -> Tensor:
+        """Rows of the decoder over what a pool keeps of them, their new tokens included.
+
+        query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim] are the new tokens', all that rows
+        without a past need; keys and values [pages, page_tokens, kv_heads, head_dim] are one layer of the pool, where
+        packing.paging finds each row's. Returns [tokens, heads, head_dim].
+        """
+        ...
+
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """A tower's attention: every query sees every key that the mask leaves.
 

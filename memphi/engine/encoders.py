@@ -1,0 +1,75 @@
+"""Encode slices of attachments, those of several sequences as one, into the embeddings that their entries keep.
+
+Which slices, and when an entry is complete, the scheduler decides; what a call needs beyond the entries' own memory
+depends on its units only.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memphi.engine.step import EncodeSlice
+from memphi.model.audio import cut_window
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.projector import slice_order
+from memphi.request import Prompt
+
+
+class Encoders:
+    """The towers and their projectors, fed with slices."""
+
+    def __init__(self, model: Phi4MM) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def run(self, slices: Sequence[EncodeSlice]) -> None:
+        """Write the slices' rows into their entries' values [tokens, hidden], made where missing.
+
+        Encoding a slice once more changes nothing.
+        """
+        self._encode_crops([piece for piece in slices if piece.kind == "image"])
+        self._encode_windows([piece for piece in slices if piece.kind == "audio"])
+
+    def _rows(self, piece: EncodeSlice) -> Tensor:
+        entry, size = piece.entry, self.model.config.language.hidden_size
+        if entry.value is None:
+            entry.value = torch.empty(entry.tokens, size, dtype=self.model.dtype, device=self.model.device)
+        rows: Tensor = entry.value
+        return rows
+
+    def _encode_crops(self, slices: Sequence[EncodeSlice]) -> None:
+        if not slices:
+            return
+        images = [_prompt(piece).images[piece.index] for piece in slices]
+        parts = [slice(piece.first, piece.first + piece.units) for piece in slices]
+        crops = [torch.from_numpy(image.crops[part]) for image, part in zip(images, parts, strict=True)]
+        masks = [torch.from_numpy(image.patch_mask[part]) for image, part in zip(images, parts, strict=True)]
+        cells = self.model.encode_crops(torch.cat(crops), torch.cat(masks)).split([piece.units for piece in slices])
+        separators = self.model.encode_separators()
+        for piece, image, encoded in zip(slices, images, cells, strict=True):
+            order = slice_order(image, piece.first, piece.units)
+            tokens, sources = (torch.from_numpy(numbers).to(self.model.device) for numbers in order)
+            rows = torch.cat((encoded.flatten(0, 1), separators))[sources]
+            self._rows(piece).index_copy_(0, tokens, rows)
+
+    def _encode_windows(self, slices: Sequence[EncodeSlice]) -> None:
+        if not slices:
+            return
+        config = self.model.config.audio
+        windows, heads, places = [], [], []
+        for piece in slices:
+            prompt, rows = _prompt(piece), self._rows(piece)
+            clip = torch.from_numpy(prompt.clips[piece.index].features)
+            for i in range(piece.first, piece.first + piece.units):
+                window = cut_window(clip, i, config)
+                windows.append(window)
+                heads.append(prompt.mode.audio_head)
+                places.append(rows[i * config.window_tokens :][: window.tokens])
+        for place, encoded in zip(places, self.model.encode_windows(windows, heads), strict=True):
+            place.copy_(encoded)
+
+
+def _prompt(piece: EncodeSlice) -> Prompt:
+    assert piece.sequence.prompt is not None, "a sequence is prepared before it is encoded"
+    return piece.sequence.prompt

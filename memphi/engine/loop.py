@@ -1,0 +1,210 @@
+"""The loop: admit, plan a step, run it, commit it; what a caller is to hear of it comes back as events.
+
+Knows no threads but the preparation's: a worker calls `step` as long as there is work. Nothing that goes wrong with one
+request reaches another.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from memphi.engine.preparation import Preparation
+from memphi.engine.recovery import Ladder, attempt, too_little
+from memphi.engine.rungs import make_rungs
+from memphi.engine.runner import Runner
+from memphi.engine.scheduler import Scheduler
+from memphi.engine.sequence import Sequence as Running
+from memphi.engine.stats import Stats
+from memphi.engine.step import StepPlan
+from memphi.inputs.tokenizer import TextStream, Tokenizer
+from memphi.request import Delta, FinishReason, Prompt, Result
+from memphi.sampling.stop import StopStrings
+
+ANSWERING_ADVICE = (
+    "send fewer or smaller attachments, one at a time (--each), ask for a shorter answer (--max-tokens), or choose "
+    "another device"
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought to one request: a piece of its answer, its end, or the error that ended it."""
+
+    id: int
+    delta: Delta | None = None
+    result: Result | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A sequence's text as it grows."""
+
+    sequence: Running
+    stream: TextStream
+    stops: StopStrings
+    started: float
+    text: str = ""
+    first_token_seconds: float = 0.0
+    shown_ids: int = 0
+
+    def advance(self) -> Delta:
+        """Turn the newest ids into text; marks the sequence as ended at a stop string."""
+        sequence = self.sequence
+        new = tuple(sequence.answer[self.shown_ids :])
+        self.shown_ids += len(new)
+        ended = sequence.finish_reason is not None
+        text = self.stops.feed("".join(self.stream.feed(i) for i in new) + (self.stream.flush() if ended else ""))
+        if self.stops.stopped:
+            sequence.finish_reason = FinishReason.STOP
+        elif ended:
+            text += self.stops.flush()
+        self.text += text
+        self.first_token_seconds = self.first_token_seconds or self.seconds
+        return Delta(text, new, sequence.finish_reason)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class Loop:
+    """Everything that one engine does, a step at a time."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        preparation: Preparation,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.stats = Stats()
+        self._preparation = preparation
+        self._tokenizer = tokenizer
+        self._ladder = Ladder(make_rungs(scheduler, runner.pool, runner.model.device), self.stats.rungs)
+        self._answers: dict[int, _Answer] = {}
+        self.stalled = True
+        """Whether only a prompt that becomes ready, or a caller, brings the loop on."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._answers)
+
+    def add(self, sequence: Running, started: float) -> None:
+        """Take a sequence that arrived at `started` (time.perf_counter) and fits alone."""
+        stops = StopStrings(sequence.sampling.stop)
+        self._answers[sequence.id] = _Answer(sequence, TextStream(self._tokenizer), stops, started)
+        self.scheduler.add(sequence)
+
+    def cancel(self, number: int) -> list[Event]:
+        """End a request now, wherever it stands, and free what it holds; nothing where it has ended already."""
+        answer = self._answers.get(number)
+        if answer is None:
+            return []
+        answer.sequence.finish_reason = FinishReason.CANCELLED
+        return [Event(number, result=self._end(answer))]
+
+    def step(self) -> list[Event]:
+        """One round: let in and prepare whom there is room for, then do one step on the device."""
+        admitted = self.scheduler.admit()
+        for sequence in admitted:
+            self._preparation.add(sequence)
+        ready = self._preparation.advance()
+        events = [event for pair in ready for event in self._begin(*pair)]
+        plan = self.scheduler.plan_step()
+        if plan:
+            events += self._run(plan)
+        self.stalled = not (admitted or ready or plan)
+        return events
+
+    def close(self) -> list[Event]:
+        """End all requests."""
+        events = [event for number in list(self._answers) for event in self.cancel(number)]
+        self._preparation.close()
+        return events
+
+    def _begin(self, sequence: Running, prepared: Future[Prompt]) -> list[Event]:
+        error = prepared.exception()
+        if error is None:
+            self.scheduler.begin(sequence, prepared.result())
+            return []
+        if sequence.id not in self._answers:
+            return []
+        return [self._fail(sequence, error if isinstance(error, Exception) else RuntimeError(str(error)))]
+
+    def _run(self, plan: StepPlan) -> list[Event]:
+        try:
+            result = attempt(lambda: self.runner.run(plan))
+        except Exception as error:
+            return [self._fail(sequence, error) for sequence in _sequences(plan)]
+        if result is None:
+            return self._recover(plan)
+        self._ladder.note_success()
+        self._count(plan)
+        advanced = self.scheduler.commit(plan, result)
+        return [event for sequence in advanced for event in self._advance(self._answers[sequence.id])]
+
+    def _recover(self, plan: StepPlan) -> list[Event]:
+        """Go one rung down; where none is left, the newest request of the step cannot be answered."""
+        if self._ladder.climb_down(plan):
+            return []
+        self._ladder.note_success()
+        newest = _sequences(plan)[-1]
+        return [self._fail(newest, too_little("this request", self.runner.model.device, ANSWERING_ADVICE))]
+
+    def _advance(self, answer: _Answer) -> Iterator[Event]:
+        delta = answer.advance()
+        if delta.text or delta.finish_reason is not None:
+            yield Event(answer.sequence.id, delta=delta)
+        if delta.finish_reason is not None:
+            yield Event(answer.sequence.id, result=self._end(answer))
+
+    def _fail(self, sequence: Running, error: Exception) -> Event:
+        del self._answers[sequence.id]
+        self.scheduler.fail(sequence, error)
+        self.stats.ended["failed"] += 1
+        return Event(sequence.id, error=error)
+
+    def _end(self, answer: _Answer) -> Result:
+        """Free what a sequence holds and tell its answer."""
+        sequence = answer.sequence
+        assert sequence.finish_reason is not None
+        del self._answers[sequence.id]
+        self.scheduler.finish(sequence, sequence.finish_reason)
+        self.stats.ended[sequence.finish_reason.value] += 1
+        return Result(
+            text=answer.text,
+            ids=tuple(sequence.answer),
+            finish_reason=sequence.finish_reason,
+            footprint=sequence.footprint,
+            seconds=answer.seconds,
+            first_token_seconds=answer.first_token_seconds,
+            peak_memory_bytes=self.runner.gauge.peak_bytes(),
+            degraded=sequence.degraded,
+        )
+
+    def _count(self, plan: StepPlan) -> None:
+        self.stats.steps += 1
+        self.stats.encoded_units += sum(piece.units for piece in plan.slices)
+        self.stats.prompt_tokens += sum(row.tokens for row in plan.rows if not row.sequence.answer)
+        self.stats.answer_tokens += sum(row.samples for row in plan.rows)
+
+
+def _sequences(plan: StepPlan) -> list[Running]:
+    """Whom a step serves, oldest first."""
+    served = [row.sequence for row in plan.rows] + [piece.sequence for piece in plan.slices]
+    return sorted(set(served), key=lambda sequence: sequence.id)
+
+
+def run_all(loop: Loop) -> Sequence[Event]:
+    """Step until every request has ended; for tests and single-threaded use."""
+    events: list[Event] = []
+    while loop.has_work:
+        events += loop.step()
+        if loop.stalled and loop.has_work:
+            time.sleep(0.0005)
+    return events

@@ -1,0 +1,64 @@
+"""Decode attachments just in time, a bounded number at once, while the device goes on."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from memphi.engine.sequence import Sequence, State
+from memphi.request import Prompt, Request
+
+THREADS = 2
+"""Attachments decoded at once; decoding lets go of Python's lock."""
+
+
+class Preparation:
+    """Threads that turn requests into prompts, within the host's memory for decoded attachments."""
+
+    def __init__(
+        self,
+        prepare: Callable[[Request], Prompt],
+        price: Callable[[Sequence], int],
+        host_bytes: int,
+        on_ready: Callable[[], None],
+    ) -> None:
+        """price gives a sequence's bytes on the host; on_ready is called from a thread whenever a prompt is ready."""
+        self._prepare = prepare
+        self._price = price
+        self._host_bytes = host_bytes
+        self._on_ready = on_ready
+        self._waiting: deque[Sequence] = deque()
+        self._begun: list[tuple[Sequence, Future[Prompt]]] = []
+        self._kept: list[Sequence] = []
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="memphi-prepare")
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._begun)
+
+    def advance(self) -> list[tuple[Sequence, Future[Prompt]]]:
+        """Begin what the host has room for; returns what has become ready since."""
+        ready = [pair for pair in self._begun if pair[1].done()]
+        self._begun = [pair for pair in self._begun if not pair[1].done()]
+        self._kept += [sequence for sequence, _ in ready]
+        self._kept = [s for s in self._kept if s.state in (State.PREPARING, State.ENCODING)]
+        while self._waiting and self._has_room(self._waiting[0]):
+            self._begin(self._waiting.popleft())
+        return ready
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a sequence's attachments fit beside the others'; one alone always may try."""
+        held = [*self._kept, *(begun for begun, _ in self._begun)]
+        return not held or sum(map(self._price, held)) + self._price(sequence) <= self._host_bytes
+
+    def _begin(self, sequence: Sequence) -> None:
+        if sequence.state is not State.PREPARING:
+            return
+        future = self._threads.submit(self._prepare, sequence.request)
+        self._begun.append((sequence, future))
+        future.add_done_callback(lambda _: self._on_ready())

@@ -1,0 +1,166 @@
+"""The rungs of the ladder: ways to need less memory, cheapest first. None of them changes an answer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from memphi.cache.pool import PagePool
+from memphi.engine.recovery import Rung
+from memphi.engine.scheduler import Scheduler, StepLimits
+from memphi.engine.sequence import State
+from memphi.engine.step import StepPlan
+
+LEAST_CHUNK_TOKENS = 16
+
+
+def make_rungs(scheduler: Scheduler, pool: PagePool | None, device: torch.device) -> list[Rung]:
+    """All rungs of an engine, in the order in which they are tried.
+
+    Without pages rows are whole, and there is no chunk to be made smaller.
+    """
+    chunk = [Halve("halve the prefill chunk", scheduler, _prefills, _halve_chunk)] if scheduler.paged else []
+    return [
+        ReturnCachedBlocks(device),
+        DropIdleMedia(scheduler),
+        DropIdlePages(scheduler, pool),
+        Halve("halve the encoders' slice", scheduler, _sliced, _halve_slice),
+        *chunk,
+        PauseNewest(scheduler),
+    ]
+
+
+class ReturnCachedBlocks:
+    """Give the allocator's free blocks back to the device, where they can join."""
+
+    name = "return cached blocks"
+    repeats = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def take(self, plan: StepPlan) -> bool:
+        if self._device.type != "cuda":
+            return False
+        torch.cuda.empty_cache()
+        return True
+
+    def undo(self) -> None:
+        """Nothing to undo: blocks are cached again as they come."""
+
+
+class DropIdleMedia:
+    """Forget embeddings that no running request needs."""
+
+    name = "drop idle media embeddings"
+    repeats = False
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def take(self, plan: StepPlan) -> bool:
+        return self._scheduler.media.drop_idle() > 0
+
+    def undo(self) -> None:
+        """Nothing to undo: what is asked for again is encoded again."""
+
+
+class DropIdlePages:
+    """Forget the pages of requests that ended, and give back the memory of all free pages."""
+
+    name = "drop idle pages"
+    repeats = False
+
+    def __init__(self, scheduler: Scheduler, pool: PagePool | None) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+
+    def take(self, plan: StepPlan) -> bool:
+        if self._pool is None:
+            return False
+        pages = self._scheduler.reservations.pages
+        pages.drop_idle()
+        return self._pool.trim(pages.kept()) > 0
+
+    def undo(self) -> None:
+        """Nothing to undo: what is asked for again is computed again."""
+
+
+class Halve:
+    """Do half as much in a step."""
+
+    repeats = True
+
+    def __init__(
+        self,
+        name: str,
+        scheduler: Scheduler,
+        applies: Callable[[StepPlan], bool],
+        halve: Callable[[StepLimits], StepLimits],
+    ) -> None:
+        self.name = name
+        self._scheduler = scheduler
+        self._applies = applies
+        self._halve = halve
+        self._before: list[StepLimits] = []
+
+    def take(self, plan: StepPlan) -> bool:
+        limits = self._scheduler.limits
+        halved = self._halve(limits)
+        if halved == limits or not self._applies(plan):
+            return False
+        self._before.append(limits)
+        self._scheduler.limits = halved
+        return True
+
+    def undo(self) -> None:
+        before = self._before.pop()
+        limits = self._scheduler.limits
+        # Only the numbers that this rung lowers go back: the other one may have moved meanwhile.
+        changed = {
+            name: getattr(before, name)
+            for name in ("step_tokens", "shared_step_tokens", "crops", "windows")
+            if getattr(self._halve(before), name) != getattr(before, name)
+        }
+        self._scheduler.limits = replace(limits, **changed)
+
+
+class PauseNewest:
+    """Let the newest request wait while older ones go on."""
+
+    name = "pause the newest request"
+    repeats = True
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def take(self, plan: StepPlan) -> bool:
+        active = [s for s in self._scheduler.sequences if s.state is not State.WAITING]
+        if len(active) < 2:
+            return False
+        self._scheduler.pause(active[-1])
+        self._scheduler.limits = replace(self._scheduler.limits, rows=len(active) - 1)
+        return True
+
+    def undo(self) -> None:
+        limits = self._scheduler.limits
+        self._scheduler.limits = replace(limits, rows=limits.rows + 1)
+
+
+def _sliced(plan: StepPlan) -> bool:
+    return bool(plan.slices)
+
+
+def _prefills(plan: StepPlan) -> bool:
+    return any(row.tokens > 1 for row in plan.rows)
+
+
+def _halve_slice(limits: StepLimits) -> StepLimits:
+    return replace(limits, crops=-(-limits.crops // 2), windows=-(-limits.windows // 2))
+
+
+def _halve_chunk(limits: StepLimits) -> StepLimits:
+    tokens = max(limits.step_tokens // 2, LEAST_CHUNK_TOKENS)
+    if tokens >= limits.step_tokens:
+        return limits
+    return replace(limits, step_tokens=tokens, shared_step_tokens=min(limits.shared_step_tokens, tokens))

@@ -1,0 +1,417 @@
+"""What takes memory, and how much: one function per thing that allocates, each with its formula in words.
+
+Knows the model's sizes and in which order its modules hold their tensors; touches none. The planner sizes everything
+by these functions, admission prices a request by them, and tests hold each against what is really allocated. They price
+the sdpa attention; eager's scores are not among them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memphi.config import AdapterConfig, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.request import Footprint
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PAGE_TOKENS = 16
+GATHER_TOKENS = 32768
+"""Tokens whose keys and values are copied out of the pool at once for rows of one token; a longer row goes alone."""
+CONVOLVED_VALUES = 512 * 1024
+"""Tokens of sound times channels that are subsampled at once."""
+FIRST_ANSWER_TOKENS = 256
+"""The first stretch of an answer, reserved together with its prompt; further output is reserved as it is needed."""
+METADATA_BYTES = 64
+"""Positions, pages, offsets and adapters' indices of one packed token."""
+DRAW_BYTES = 64
+"""Sorting and filtering one row's scores, per id: scaled, sorted, their ids, the sort's own copies, sums in fp64."""
+CONTEXT_BYTES = {"cuda": 600 * MIB, "mps": 600 * MIB, "cpu": 400 * MIB}
+MEASURED_CONTEXTS = {"H100": 600 * MIB}
+"""The CUDA context with kernels and cuBLAS' work space, by a word of the device's name."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One thing that takes memory."""
+
+    name: str
+    bytes: int
+    formula: str
+    """How the bytes come about, in words."""
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes for a person: 10.3 GiB, 480 MiB, 20 KiB."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(n_bytes) >= unit:
+            return (
+                f"{n_bytes / unit:.1f} {name}"
+                if unit == GIB or abs(n_bytes) < 10 * unit
+                else f"{n_bytes // unit} {name}"
+            )
+    return f"{n_bytes} bytes"
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+Tensors = tuple[tuple[int, int], ...]
+"""Sizes of tensors: (numbers in one, how many there are)."""
+
+
+def weight_tensors(config: ModelConfig) -> dict[str, Tensors]:
+    """The sizes of all weights, by group."""
+    language = config.language
+    return {
+        "language": _language_tensors(language),
+        "embedding": ((language.vocab_size * language.hidden_size, 1),),
+        "vision adapter": _adapter_tensors(language, config.vision_adapter),
+        "speech adapter": _adapter_tensors(language, config.speech_adapter),
+        "vision tower": _vision_tensors(config.vision),
+        "audio encoder": _audio_tensors(config.audio),
+        "projectors": _projector_tensors(config),
+    }
+
+
+def weights(config: ModelConfig, dtype_bytes: int) -> tuple[Cost, ...]:
+    """The weights, group by group."""
+    return tuple(_weights_of(group, tensors, dtype_bytes) for group, tensors in weight_tensors(config).items())
+
+
+def _weights_of(group: str, tensors: Tensors, dtype_bytes: int) -> Cost:
+    numbers = sum(size * count for size, count in tensors)
+    return Cost(f"weights: {group}", numbers * dtype_bytes, f"{numbers:,} numbers of {dtype_bytes} bytes")
+
+
+def weights_rounding(config: ModelConfig, dtype_bytes: int) -> Cost:
+    """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
+    sizes = [(size * dtype_bytes, count) for tensors in weight_tensors(config).values() for size, count in tensors]
+    large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
+    middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
+    small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
+    return Cost(
+        "weights: allocator",
+        large + middle // 16 + small + 22 * MIB,
+        "tensors from 10 MiB on rounded up to 2 MiB; a sixteenth of those above 1 MiB, which share segments of 20 MiB; "
+        "smaller ones rounded to 512 bytes; one segment of either kind half used",
+    )
+
+
+def _linears(language: LanguageConfig) -> tuple[tuple[int, int], ...]:
+    """The four linears of a decoder layer: (in, out)."""
+    hidden, inner = language.hidden_size, language.intermediate_size
+    return ((hidden, _qkv_size(language)), (_query_size(language), hidden), (hidden, 2 * inner), (inner, hidden))
+
+
+def _language_tensors(language: LanguageConfig) -> Tensors:
+    linears = tuple((size_in * size_out, language.layers) for size_in, size_out in _linears(language))
+    return (*linears, (language.hidden_size, 2 * language.layers + 1))
+
+
+def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
+    return tuple((size * adapter.rank, language.layers) for linear in _linears(language) for size in linear)
+
+
+def _vision_tensors(vision: VisionConfig) -> Tensors:
+    size, inner, layers = vision.hidden_size, vision.intermediate_size, vision.layers
+    return (
+        (3 * vision.patch_size**2 * size, 1),
+        (vision.patches**2 * size, 1),
+        (size * size, 4 * layers),
+        (size * inner, 2 * layers),
+        (size, 1 + (4 + 4 + 1) * layers),  # biases and norms
+        (inner, layers),
+    )
+
+
+def _audio_tensors(audio: AudioConfig) -> Tensors:
+    size, inner, channels, layers = audio.hidden_size, audio.intermediate_size, audio.conv_channels, audio.layers
+    subsampling = (
+        (audio.mel_bins, 2),
+        (9 * channels, 3),
+        (channels * channels, 2),
+        (channels, 5),
+        (channels * -(-audio.mel_bins // 8) * size, 1),
+        (size, 1),
+        (2 * audio.bias_distance * audio.heads, 1),
+    )
+    layer = (
+        (2 * size * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
+        (size * inner, 2 * layers),
+        (2 * inner, 2 * layers),
+        (size * size, (4 + 2) * layers),  # attention's four, the convolution's pointwise and out
+        (2 * size * size, layers),
+        (2 * size, layers),
+        (audio.kernel_size * size, layers),
+        (size, (4 + 2 + 4 + 2 + 2 + 1 + 2 + 2 + 2) * layers),  # biases and norms
+    )
+    return subsampling + layer
+
+
+def _projector_tensors(config: ModelConfig) -> Tensors:
+    hidden, vision, audio = config.language.hidden_size, config.vision.hidden_size, config.audio.hidden_size
+    return ((vision * hidden, 1), (audio * hidden, 2), (hidden * hidden, 3), (hidden, 6), (vision, 2))
+
+
+# --- what stays ----------------------------------------------------------------------------------------------------
+
+
+def page(config: ModelConfig, dtype_bytes: int, page_tokens: int = PAGE_TOKENS) -> Cost:
+    """Keys and values of all layers for one page of tokens."""
+    language = config.language
+    n_bytes = page_tokens * language.layers * 2 * _key_size(language) * dtype_bytes
+    return Cost(
+        "page",
+        n_bytes,
+        f"{page_tokens} tokens x {language.layers} layers x (key, value) x {language.kv_heads} heads x "
+        f"{language.head_dim} x {dtype_bytes} bytes",
+    )
+
+
+def media_embeddings(config: ModelConfig, tokens: int, dtype_bytes: int) -> Cost:
+    """What the encoders made of pictures and sound, kept until its sequence ends and as long as there is room."""
+    hidden = config.language.hidden_size
+    return Cost("media embeddings", tokens * hidden * dtype_bytes, f"{tokens} tokens x {hidden} x {dtype_bytes} bytes")
+
+
+def context(kind: str, name: str) -> Cost:
+    """What a device holds before any tensor: the CUDA context and libraries; on a CPU, Python and torch."""
+    measured = next((n_bytes for word, n_bytes in MEASURED_CONTEXTS.items() if word in name), None)
+    if kind == "cpu":
+        return Cost("context", CONTEXT_BYTES["cpu"], "Python, torch and their libraries (measured on Linux)")
+    if measured is not None:
+        return Cost("context", measured, "the CUDA context, kernels and cuBLAS' work space (measured on this card)")
+    return Cost(
+        "context", CONTEXT_BYTES[kind], "the device's context, kernels and libraries (an estimate: not measured)"
+    )
+
+
+# --- what comes and goes -------------------------------------------------------------------------------------------
+
+
+def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
+    """Encode crops: the tower's MLP holds the most, two residuals, a norm and both sides of the GELU."""
+    vision, hidden = config.vision, config.language.hidden_size
+    size, patches = vision.hidden_size, vision.patches**2
+    layer = max(3 * size + 2 * vision.intermediate_size, 8 * size)
+    projector = 2 * size + (3 * hidden + 2 * size) // 4 + 1
+    pixels = 3 * vision.crop_size**2
+    first = pixels * dtype_bytes + 3 * patches * size * dtype_bytes
+    each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * 4 + patches * 10
+    return Cost(
+        "vision pass",
+        crops * each,
+        f"{crops} crops x ({patches} patches x (3 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
+        f"and the crop itself in fp32)",
+    )
+
+
+def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int) -> Cost:
+    """Encode windows of sound: either the first convolution's output twice, or a conformer layer."""
+    audio, hidden = config.audio, config.language.hidden_size
+    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * (audio.window_tokens + 2))
+    height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
+    convolved = 2 * audio.conv_channels * height * width * dtype_bytes
+    sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
+    features = windows * audio.window_tokens * audio.hidden_size * dtype_bytes
+    projected = (windows + 2) * audio.window_tokens * hidden * dtype_bytes
+    conformer = _conformer_bytes(audio, windows, dtype_bytes)
+    return Cost(
+        "audio pass",
+        features + max(convolved + sound, conformer + features, projected),
+        f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
+        f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of {audio.window_tokens} tokens "
+        "with its biases",
+    )
+
+
+def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
+    """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
+    tokens, size = audio.window_tokens, audio.hidden_size
+    layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
+    bias = audio.heads * tokens * (tokens + 8) * dtype_bytes
+    # The bias by distance, and for each window a copy with its padding masked and one aligned for the kernel.
+    return layer + bias * (1 + 2 * windows) + 16 * tokens**2
+
+
+def prefill_chunk(
+    config: ModelConfig, tokens: int, keys: int, dtype_bytes: int, rows: int = 1, masked: bool = False
+) -> Cost:
+    """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
+
+    masked: whether the attention kernel takes a mask of tokens x keys where there is a past (a CPU's does).
+    """
+    language = config.language
+    widest = max(_layer_numbers(language)) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    attention = _attention_numbers(language) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    gathered = _gather_bytes(language, rows, keys, dtype_bytes) if keys > tokens else 0
+    mask = 2 * tokens * keys if masked and keys > tokens else 0
+    norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
+    return Cost(
+        "prefill chunk",
+        max(tokens * max(widest, norm), tokens * attention + gathered + mask),
+        f"{tokens} tokens x (5 x {language.hidden_size} + 6 x {language.intermediate_size}) x {dtype_bytes} bytes in "
+        f"the MLP with an adapter, or attention with {keys} tokens of a layer copied out of their pages",
+    )
+
+
+def decode_step(config: ModelConfig, rows: int, keys: int, dtype_bytes: int) -> Cost:
+    """Compute one token of each row; keys is the longest row's number of tokens."""
+    language = config.language
+    numbers = max(*_layer_numbers(language), _attention_numbers(language))
+    each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes)
+    return Cost(
+        "decode step",
+        rows * each + _gather_bytes(language, rows, keys, dtype_bytes) + masks,
+        f"{rows} rows' activations, and one layer's keys and values copied out of their pages, "
+        f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {_gathered_tokens(rows, keys)} tokens at once",
+    )
+
+
+def logits(config: ModelConfig, rows: int, step_tokens: int, dtype_bytes: int) -> Cost:
+    """Score rows over the vocabulary and draw from them."""
+    vocabulary, hidden = config.language.vocab_size, config.language.hidden_size
+    states = (2 * step_tokens + rows) * hidden * dtype_bytes
+    return Cost(
+        "logits",
+        rows * vocabulary * (dtype_bytes + 4 + 4) + vocabulary * (1 + DRAW_BYTES) + states,
+        f"{rows} rows x {vocabulary} ids x ({dtype_bytes} bytes, 4 in fp32, and 4 masked), "
+        f"{DRAW_BYTES} bytes an id to draw from one row at a time, and the states of {step_tokens} tokens",
+    )
+
+
+def allocator_rounding(kind: str, peak_bytes: int) -> Cost:
+    """What an allocator needs beyond the tensors' own bytes (an assumption, held against what is measured)."""
+    if kind == "cuda":
+        return Cost(
+            "allocator",
+            peak_bytes // 8 + 32 * MIB,
+            "an eighth of the largest step and 32 MiB: PyTorch's blocks come from segments of 2 MiB, of 20 MiB up to "
+            "10 MiB, and above that rounded up to 2 MiB, and pieces too small to serve lie between them (assumed)",
+        )
+    return Cost("allocator", peak_bytes // 16 + 16 * MIB, "a sixteenth of the largest step and 16 MiB (assumed)")
+
+
+def _layer_numbers(language: LanguageConfig) -> tuple[int, ...]:
+    """Numbers a token that each linear of a layer has alive at its widest, an adapter applied to some of the tokens.
+
+    Three of an adapted linear's outputs stand at once: its own, the adapter's, and that scaled or the sum.
+    """
+    hidden, inner, query = language.hidden_size, language.intermediate_size, _query_size(language)
+    qkv = _qkv_size(language)
+    rotated = query + _key_size(language)
+    # Alive all the while: the embeddings, the layer's input, the residual after attention, and the norm's output.
+    return (
+        3 * hidden + hidden + 3 * qkv,
+        3 * hidden + qkv + rotated + 2 * query + 3 * hidden,
+        4 * hidden + hidden + 3 * 2 * inner,
+        4 * hidden + 2 * inner + 2 * inner + 3 * hidden,
+    )
+
+
+def _attention_numbers(language: LanguageConfig) -> int:
+    """Numbers a token while attention runs: keys and values repeated for their query heads, the output twice."""
+    query = _query_size(language)
+    return 3 * language.hidden_size + _qkv_size(language) + query + _key_size(language) + 2 * query + 2 * query
+
+
+def _rotary_bytes(language: LanguageConfig, dtype_bytes: int) -> int:
+    return 2 * language.rotary_dim * dtype_bytes
+
+
+def _gathered_tokens(rows: int, keys: int) -> int:
+    """Tokens copied out of their pages at once: the longest row alone, or short rows together."""
+    return max(keys, min(rows * keys, GATHER_TOKENS)) + PAGE_TOKENS
+
+
+def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
+    """One layer's keys and values copied out of their pages."""
+    return _gathered_tokens(rows, keys) * 2 * _key_size(language) * dtype_bytes
+
+
+def _query_size(language: LanguageConfig) -> int:
+    return language.heads * language.head_dim
+
+
+def _key_size(language: LanguageConfig) -> int:
+    return language.kv_heads * language.head_dim
+
+
+def _qkv_size(language: LanguageConfig) -> int:
+    return _query_size(language) + 2 * _key_size(language)
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RequestPrice:
+    """What one request takes while it runs, besides its share of a step."""
+
+    tokens: int
+    """The prompt and as much of an answer as was asked to be priced."""
+    pages: int
+    media_tokens: int
+    crops: int
+    windows: int
+    vision_passes: int
+    """If it is alone."""
+    audio_passes: int
+    costs: tuple[Cost, ...]
+    """Its pages, its media embeddings, and the host's memory for its attachments."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Pages and media embeddings."""
+        return sum(cost.bytes for cost in self.costs[:2])
+
+    @property
+    def host_bytes(self) -> int:
+        return self.costs[2].bytes
+
+
+def price_request(
+    footprint: Footprint,
+    config: ModelConfig,
+    answer_tokens: int = FIRST_ANSWER_TOKENS,
+    crops_per_pass: int = 1,
+    windows_per_pass: int = 1,
+    dtype_bytes: int = 2,
+    page_tokens: int = PAGE_TOKENS,
+) -> RequestPrice:
+    """Price one request with so much of an answer; together they hold no more than the model's context."""
+    tokens = min(footprint.prompt_tokens + answer_tokens, config.language.max_tokens)
+    pages = -(-tokens // page_tokens)
+    media_tokens = footprint.image_tokens + footprint.audio_tokens
+    windows = sum(-(-clip.tokens // config.audio.window_tokens) for clip in footprint.clips)
+    page_bytes = page(config, dtype_bytes, page_tokens).bytes
+    return RequestPrice(
+        tokens=tokens,
+        pages=pages,
+        media_tokens=media_tokens,
+        crops=footprint.crops,
+        windows=windows,
+        vision_passes=-(-footprint.crops // crops_per_pass),
+        audio_passes=-(-windows // windows_per_pass),
+        costs=(
+            Cost("keys and values", pages * page_bytes, f"{tokens} tokens on {pages} pages of {page_bytes} bytes"),
+            media_embeddings(config, media_tokens, dtype_bytes),
+            host_media(footprint, config),
+        ),
+    )
+
+
+def host_media(footprint: Footprint, config: ModelConfig) -> Cost:
+    """The host's memory for decoded attachments: crops and mel frames of all, and one of them being decoded."""
+    crop_numbers = 3 * config.vision.crop_size**2
+    kept = footprint.crops * crop_numbers * 4 + sum(clip.frames for clip in footprint.clips) * config.audio.mel_bins * 4
+    pictures = (2 * 3 * image.width * image.height + 2 * image.crops * crop_numbers for image in footprint.images)
+    clips = (clip.frames * config.audio.mel_bins * 4 for clip in footprint.clips)
+    return Cost(
+        "host memory",
+        kept + _largest((*pictures, *clips)),
+        f"{footprint.crops} crops x {crop_numbers} x 4 bytes, mel frames x {config.audio.mel_bins} x 4 bytes, and "
+        "while one attachment is decoded twice its pixels and its crops in bytes, or its frames again",
+    )
+
+
+def _largest(sizes: Iterable[int]) -> int:
+    return max(sizes, default=0)

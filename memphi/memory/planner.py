@@ -1,0 +1,342 @@
+"""One dial in, every size out: how a device's memory is shared between weights, work space and keys and values.
+
+Knows prices (`costs`) and a device's numbers; touches no tensors. `memphi plan` prints what it says, the engine obeys.
+
+    dial = context + weights + work space + pool + media
+
+The work space is a share of what weights and context leave, capped by what the largest steps could use, and never below
+what the smallest steps need; the pool gets the rest. A larger dial therefore never makes a smaller pool.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from memphi.config import EngineConfig, ModelConfig
+from memphi.errors import DoesNotFitError
+from memphi.memory import costs
+from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
+from memphi.memory.devices import DeviceFacts
+
+STEP_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128)
+ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+MOST_WINDOWS = 8
+SHARED_STEP_TOKENS = 512
+"""Prompt tokens in a step that also decodes: enough to keep a GPU busy, few enough that answers keep flowing."""
+TYPICAL_TOKENS = 1024
+"""A request with a picture and a short answer; so many rows run as fit at this length, and one always must."""
+MOST_PAGES = 1 << 18
+WORK_SHARE = 3
+"""The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
+RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
+HOST_SHARE = 0.8
+HOST_POOL_TOKENS = 32768
+HOST_LARGEST = {"step_tokens": 2048, "rows": 64, "crops": 8}
+"""A CPU gains nothing from larger steps, and they make it slow to answer."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Who may use how much; the five accounts add up to budget_bytes."""
+
+    budget_bytes: int
+    context_bytes: int
+    weights_bytes: int
+    workspace_bytes: int
+    pool_bytes: int
+    media_bytes: int
+    page_bytes: int
+    page_tokens: int
+    pages: int
+    context_tokens: int
+    """The longest sequence that fits alone, its answer included."""
+    rows: int
+    step_tokens: int
+    shared_step_tokens: int
+    """Prefill tokens in a step that also decodes."""
+    crops_per_pass: int
+    windows_per_pass: int
+    reasons: dict[str, str]
+    """Why each number is what it is, by its name."""
+    costs: tuple[Cost, ...]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What one step does at most."""
+
+    step_tokens: int
+    rows: int
+    crops: int
+    windows: int
+
+
+def make_plan(config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int = 2) -> MemoryPlan:
+    """Share the dial out; raises DoesNotFitError, with what is needed and what would work, for a dial too small."""
+    return _Planner(config, device, engine, dtype_bytes).plan()
+
+
+class _Planner:
+    """One plan in the making."""
+
+    def __init__(self, config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int) -> None:
+        self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
+        self.most_tokens = config.language.max_tokens
+        self.context = costs.context(device.kind, device.name)
+        rounding = (costs.weights_rounding(config, dtype_bytes),) if device.kind == "cuda" else ()
+        self.weights = (*costs.weights(config, dtype_bytes), *rounding)
+        self.weights_bytes = _sum(self.weights)
+        self.fixed_bytes = self.context.bytes + self.weights_bytes
+        self.page_bytes = costs.page(config, dtype_bytes).bytes
+        self.token_media_bytes = costs.media_embeddings(config, 1, dtype_bytes).bytes
+        self.unit_bytes = self.page_bytes + PAGE_TOKENS * self.token_media_bytes
+        self.ladders = self._make_ladders()
+        self.smallest = self._pick(lambda ladder: ladder[-1])
+        self.largest = self._pick(lambda ladder: ladder[0])
+
+    def plan(self) -> MemoryPlan:
+        dial_bytes, dial_reason = self._dial()
+        least_bytes = self._least_bytes()
+        if dial_bytes > self.device.free_bytes or least_bytes > dial_bytes:
+            raise self._does_not_fit(least_bytes, dial_bytes)
+        left_bytes = dial_bytes - self.fixed_bytes
+        units = self._units(left_bytes)
+        kept_bytes = units * self._kept_bytes
+        workspace_bytes = left_bytes - kept_bytes
+        if units == self._most_units:
+            workspace_bytes = self._workspace_bytes(left_bytes, units)
+        sizes = self._sizes(workspace_bytes, units)
+        pages = units if self.engine.kv_cache else 0
+        pool_bytes = pages * self.page_bytes
+        result = MemoryPlan(
+            budget_bytes=self.fixed_bytes + workspace_bytes + kept_bytes,
+            context_bytes=self.context.bytes,
+            weights_bytes=self.weights_bytes,
+            workspace_bytes=workspace_bytes,
+            pool_bytes=pool_bytes,
+            media_bytes=kept_bytes - pool_bytes,
+            page_bytes=self.page_bytes,
+            page_tokens=PAGE_TOKENS,
+            pages=pages,
+            context_tokens=self._context_tokens(units),
+            rows=sizes.rows,
+            step_tokens=sizes.step_tokens,
+            shared_step_tokens=min(
+                sizes.step_tokens, SHARED_STEP_TOKENS if self.engine.kv_cache else sizes.step_tokens
+            ),
+            crops_per_pass=sizes.crops,
+            windows_per_pass=sizes.windows,
+            reasons={},
+            costs=(self.context, *self.weights, *self._transients(sizes, units)),
+        )
+        return replace(result, reasons=self._reasons(result, dial_bytes, dial_reason))
+
+    # --- the dial ------------------------------------------------------------------------------------------------
+
+    def _dial(self) -> tuple[int, str]:
+        """What memphi may take in all, and why."""
+        if self.engine.memory_bytes is not None:
+            return self.engine.memory_bytes, "as asked for"
+        free_bytes = self.device.free_bytes
+        if self.device.kind == "cuda":
+            reserve_bytes = max(self.device.total_bytes // RESERVE_SHARE, RESERVE_BYTES)
+            return max(free_bytes - reserve_bytes, 0), (
+                f"what is free, {size_text(free_bytes)}, less {size_text(reserve_bytes)} for the screen and others"
+            )
+        return int(free_bytes * HOST_SHARE), f"at most {HOST_SHARE:.0%} of the {size_text(free_bytes)} that are free"
+
+    def _least_bytes(self) -> int:
+        """The smallest dial that works: the smallest steps and one typical row."""
+        units = self._least_units
+        return self.fixed_bytes + units * self._kept_bytes + self._need_bytes(self.smallest, units)
+
+    def _does_not_fit(self, least_bytes: int, dial_bytes: int) -> DoesNotFitError:
+        device, needed = self.device, _rounded_up(least_bytes)
+        if dial_bytes > device.free_bytes:
+            return DoesNotFitError(
+                f"--memory {size_text(dial_bytes)} is more than {device.name} has: {size_text(device.free_bytes)} of "
+                f"its {size_text(device.total_bytes)} are free; give less, or leave it out"
+            )
+        parts = f"weights {size_text(self.weights_bytes)}, context {size_text(self.context.bytes)}, steps and a short "
+        parts += f"conversation {size_text(least_bytes - self.fixed_bytes)}"
+        pins = f", or smaller sizes than {' and '.join(self.pins)}" if self.pins else ""
+        cpu = "" if device.kind == "cpu" else ", or --device cpu with as much of the host's memory"
+        return DoesNotFitError(
+            f"the model does not fit: it needs at least {needed} ({parts}), and memphi may take "
+            f"{size_text(dial_bytes)} of {device.name}; what would work: --memory {needed.replace(' ', '')} or more, "
+            f"on a device that has it{pins}{cpu}"
+        )
+
+    # --- the pool ------------------------------------------------------------------------------------------------
+
+    @property
+    def _kept_bytes(self) -> int:
+        """A unit is a page and its media embeddings; without a cache, one token's media embeddings."""
+        return self.unit_bytes if self.engine.kv_cache else self.token_media_bytes
+
+    @property
+    def _least_units(self) -> int:
+        tokens = min(TYPICAL_TOKENS, self.most_tokens)
+        return -(-tokens // PAGE_TOKENS) if self.engine.kv_cache else tokens
+
+    @property
+    def _most_units(self) -> int:
+        if not self.engine.kv_cache:
+            return self.most_tokens
+        if self.device.kind == "cuda" or self.engine.memory_bytes is not None:
+            return max(min(MOST_PAGES, self.largest.rows * -(-self.most_tokens // PAGE_TOKENS)), self._least_units)
+        return max(min(HOST_POOL_TOKENS, self.most_tokens) // PAGE_TOKENS, self._least_units)
+
+    def _context_tokens(self, units: int) -> int:
+        return min(units * PAGE_TOKENS if self.engine.kv_cache else units, self.most_tokens)
+
+    def _units(self, left_bytes: int) -> int:
+        """As many as leave the work space its share."""
+
+        def fits(units: int) -> bool:
+            return units * self._kept_bytes + self._workspace_bytes(left_bytes, units) <= left_bytes
+
+        return _last(fits, self._least_units, self._most_units)
+
+    # --- the work space ------------------------------------------------------------------------------------------
+
+    def _workspace_bytes(self, left_bytes: int, units: int) -> int:
+        share_bytes = min(left_bytes // WORK_SHARE, self._need_bytes(self.largest, units))
+        return max(share_bytes, self._need_bytes(self.smallest, units))
+
+    def _need_bytes(self, sizes: _Sizes, units: int) -> int:
+        return _sum(self._transients(sizes, units)[-2:])
+
+    def _transients(self, sizes: _Sizes, units: int) -> tuple[Cost, ...]:
+        """What each kind of step takes, then the largest of them and what the allocator adds to it."""
+        keys = self._context_tokens(units)
+        tokens, rows, size = sizes.step_tokens, sizes.rows, self.dtype_bytes
+        if not self.engine.kv_cache:
+            tokens = keys if self.engine.step_tokens is None else tokens
+        kinds = [
+            costs.vision_pass(self.config, sizes.crops, size),
+            costs.audio_pass(self.config, sizes.windows, size),
+            costs.prefill_chunk(self.config, tokens, keys, size, rows, masked=self.device.kind != "cuda"),
+            costs.logits(self.config, rows, tokens, size),
+        ]
+        if self.engine.kv_cache:
+            kinds.insert(3, costs.decode_step(self.config, rows, keys, size))
+        peak = max(kinds, key=lambda cost: cost.bytes)
+        largest = Cost("largest step", peak.bytes, f"the {peak.name}; steps come one after the other")
+        return (*kinds, largest, costs.allocator_rounding(self.device.kind, peak.bytes))
+
+    # --- what a step does ----------------------------------------------------------------------------------------
+
+    def _make_ladders(self) -> dict[str, Sequence[int]]:
+        """The sizes that each thing may have, largest first; a pin is its only one."""
+        engine = self.engine
+        pins = {
+            "rows": engine.rows,
+            "step_tokens": engine.step_tokens,
+            "crops": engine.crops_per_pass,
+            "windows": engine.windows_per_pass,
+        }
+        self.pins = [f"{name} = {pin}" for name, pin in pins.items() if pin is not None]
+        ladders: dict[str, Sequence[int]] = {
+            "rows": ROWS if engine.kv_cache else (1,),
+            "step_tokens": STEP_TOKENS,
+            "crops": range(self.config.vision.max_crops + 1, 0, -1),
+            "windows": range(MOST_WINDOWS, 0, -1),
+        }
+        if self.device.kind != "cuda":
+            ladders |= {name: [n for n in ladders[name] if n <= most] for name, most in HOST_LARGEST.items()}
+        return {name: ladder if (pin := pins[name]) is None else (pin,) for name, ladder in ladders.items()}
+
+    def _pick(self, choose: Callable[[Sequence[int]], int]) -> _Sizes:
+        return _Sizes(**{name: choose(ladder) for name, ladder in self.ladders.items()})
+
+    def _sizes(self, workspace_bytes: int, units: int) -> _Sizes:
+        """The largest of each that the work space holds; steps come one after the other, so each is chosen alone."""
+        sizes = self.smallest
+        for name, ladder in self.ladders.items():
+            if name == "rows":
+                ladder = self._rows_that_fit(ladder, units)
+            if name == "step_tokens" and not self.engine.kv_cache:
+                ladder = (self.engine.step_tokens or units,)
+            larger = (replace(sizes, **{name: n}) for n in ladder)
+            sizes = next(s for s in larger if self._need_bytes(s, units) <= workspace_bytes)
+        return sizes
+
+    def _rows_that_fit(self, ladder: Sequence[int], units: int) -> Sequence[int]:
+        """Those that have room for a typical row each."""
+        if len(ladder) == 1:
+            return ladder
+        return [n for n in ladder if n * self._least_units <= units]
+
+    # --- why -----------------------------------------------------------------------------------------------------
+
+    def _reasons(self, plan: MemoryPlan, dial_bytes: int, dial_reason: str) -> dict[str, str]:
+        transients = {cost.name: cost for cost in plan.costs}
+        largest = transients["largest step"]
+        if plan.budget_bytes < dial_bytes:
+            dial_reason = f"more would bring nothing; {dial_reason}"
+        reasons = {
+            "budget_bytes": dial_reason,
+            "context_bytes": self.context.formula,
+            "weights_bytes": f"{_numbers(self.config):,} parameters of {self.dtype_bytes} bytes"
+            + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
+            "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
+            "allocator's rounding and slack",
+            "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
+            "media_bytes": "embeddings of pictures and sound, for as many tokens as the pool holds",
+            "page_bytes": costs.page(self.config, self.dtype_bytes).formula,
+            "page_tokens": "fixed: at full size a page is what CUDA maps at once",
+            "pages": f"{size_text(plan.pool_bytes)} in pages of {size_text(plan.page_bytes)}",
+            "context_tokens": "the model's own limit"
+            if plan.context_tokens == self.most_tokens
+            else f"{plan.pages} pages x {plan.page_tokens} tokens, shared by all rows",
+            "shared_step_tokens": "so that answers in progress keep flowing while a prompt is computed",
+        }
+        for field, cost, ladder in (
+            ("step_tokens", "prefill chunk", "step_tokens"),
+            ("rows", "logits", "rows"),
+            ("crops_per_pass", "vision pass", "crops"),
+            ("windows_per_pass", "audio pass", "windows"),
+        ):
+            reasons[field] = self._reason_of_size(getattr(plan, field), transients[cost], self.ladders[ladder])
+        rows = self._rows_that_fit(self.ladders["rows"], plan.pages)
+        if plan.rows == rows[0] < self.ladders["rows"][0]:
+            reasons["rows"] = f"the pool has room for so many of {min(TYPICAL_TOKENS, self.most_tokens)} tokens each"
+        if not self.engine.kv_cache:
+            reasons |= {
+                "pool_bytes": "no cache (kv_cache=False): every step computes its rows anew",
+                "pages": "no cache",
+                "context_tokens": "the longest sequence that a step can compute whole",
+                "step_tokens": "a step computes a whole sequence" if self.engine.step_tokens is None else "as pinned",
+                "shared_step_tokens": "as step_tokens",
+            }
+        return reasons
+
+    def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
+        takes = f"the {cost.name} takes {size_text(cost.bytes)}"
+        if len(ladder) == 1:
+            return f"as pinned; {takes}"
+        more = "the most that is worth having" if chosen == ladder[0] else "more would not fit the work space"
+        return f"{more}; {takes}"
+
+
+def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number from low to high that fits; low does, and what fits, fits below it too."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _rounded_up(n_bytes: int) -> str:
+    """In GiB with one decimal, never less than it is; below 1 GiB in whole MiB."""
+    if n_bytes < GIB:
+        return f"{-(-n_bytes // MIB)} MiB"
+    return f"{-(-10 * n_bytes // GIB) / 10:.1f} GiB"
+
+
+def _sum(items: Iterable[Cost]) -> int:
+    return sum(cost.bytes for cost in items)
+
+
+def _numbers(config: ModelConfig) -> int:
+    return sum(size * count for tensors in costs.weight_tensors(config).values() for size, count in tensors)

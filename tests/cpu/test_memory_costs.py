@@ -1,0 +1,211 @@
+"""The prices against the real modules: the bytes of their weights, and of the tensors that a pass has alive at once.
+
+The modules run on the meta device, so at the official sizes; what attention kernels allocate by themselves is not seen.
+"""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from memphi import official
+from memphi.checkpoint.layout import read_config
+from memphi.demo.shape import demo_config
+from memphi.memory import costs
+from memphi.model import audio, rows
+from memphi.model.attention import SdpaAttention
+from memphi.model.audio import cut_window
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.rows import Row
+from memphi.request import SamplingParams
+from memphi.sampling.sampler import Draw, sample
+
+OFFICIAL, DEMO = read_config(official.folder()), demo_config()
+CONFIGS = pytest.mark.parametrize("config", [OFFICIAL, DEMO], ids=["official", "demo"])
+PAGE_TOKENS = costs.PAGE_TOKENS
+GROUPS = {
+    "language": lambda name: name.startswith("language.") and "embedding" not in name and "adapters" not in name,
+    "embedding": lambda name: name == "language.embedding.weight",
+    "vision adapter": lambda name: ".adapters.vision." in name,
+    "speech adapter": lambda name: ".adapters.speech." in name,
+    "vision tower": lambda name: name.startswith("vision."),
+    "audio encoder": lambda name: name.startswith("audio."),
+    "projectors": lambda name: "projector" in name,
+}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages alive at once, of those that came into being inside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.bytes = max(self.bytes, sum(self.alive.values()))
+        return result
+
+    def _add(self, storage):
+        key = storage._cdata
+        if key not in self.known and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key)
+
+
+class CudaLikeAttention(SdpaAttention):
+    """Allocates what the CUDA path does around its kernels."""
+
+    def causal(self, query, key, value):
+        return torch.empty_like(query)
+
+    def packed(self, query, key, value, packing):
+        group = query.shape[1] // key.shape[1]
+        _repeated = [part.repeat_interleave(group, dim=1) for part in (key, value)]
+        return torch.empty_like(query)
+
+
+class MetaPool:
+    page_tokens = PAGE_TOKENS
+
+    def __init__(self, config, pages):
+        language = config.language
+        shape = (pages, language.layers, 2, PAGE_TOKENS, language.kv_heads, language.head_dim)
+        self.tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def layer(self, index, /):
+        return self.tensor[:, index, 0], self.tensor[:, index, 1]
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """Build a model on the meta device; kernels give empty results, masks are never all true."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    monkeypatch.setattr(Tensor, "__bool__", lambda _: False)
+
+    def build(config):
+        with torch.device("meta"):
+            return Phi4MM(config, CudaLikeAttention()).to(torch.bfloat16)
+
+    return build
+
+
+def peak_of(model, run, *known):
+    with torch.inference_mode(), Peak([*model.state_dict().values(), *known]) as peak:
+        run()
+    return peak.bytes
+
+
+def close(cost, real, slack=0.12):
+    """Never below the truth, and not far above it."""
+    assert real <= cost.bytes <= real * (1 + slack) + 2 * costs.MIB, f"{cost.name}: {cost.bytes / real - 1:+.1%}"
+
+
+def step(model, config, planned):
+    n = sum(row.tokens for row in planned)
+    pool = MetaPool(config, max(page for row in planned for page in row.pages) + 1)
+    ids = torch.zeros(n, dtype=torch.int64, device="meta")
+
+    def run():
+        model.language(model.embed(ids, ()), rows.pack(planned, ids.device, PAGE_TOKENS), pool)
+
+    return peak_of(model, run, pool.tensor)
+
+
+def test_the_prices_go_by_the_sizes_that_the_model_uses():
+    assert costs.GATHER_TOKENS == rows.GATHER_TOKENS
+    assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
+
+
+@CONFIGS
+def test_weights_are_counted_to_the_byte(config):
+    with torch.device("meta"):
+        state = Phi4MM(config).state_dict()
+    for cost, (group, belongs) in zip(costs.weights(config, 2), GROUPS.items(), strict=True):
+        assert cost.name == f"weights: {group}"
+        assert cost.bytes == sum(2 * tensor.numel() for name, tensor in state.items() if belongs(name))
+    assert sum(cost.bytes for cost in costs.weights(config, 2)) == sum(2 * t.numel() for t in state.values())
+
+
+def test_the_official_weights_are_as_large_as_its_files_say():
+    assert sum(cost.bytes for cost in costs.weights(OFFICIAL, 2)) == pytest.approx(11.1e9, rel=0.005)
+
+
+@CONFIGS
+def test_a_page_is_as_large_as_in_the_pool(config):
+    assert costs.page(config, 2).bytes * 3 == MetaPool(config, 3).tensor.nbytes
+
+
+def test_an_official_page_is_what_cuda_maps_at_once():
+    assert costs.page(OFFICIAL, 2).bytes == 2 * costs.MIB
+
+
+@CONFIGS
+@pytest.mark.parametrize("tokens", [128, 2048])
+@pytest.mark.parametrize("second", ["vision", None])
+def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, second, meta):
+    first = tuple(range(tokens // PAGE_TOKENS - 1))
+    planned = [
+        Row(tokens - PAGE_TOKENS, adapter="vision", pages=first),
+        Row(PAGE_TOKENS, 0, second, pages=(len(first),)),
+    ]
+    close(costs.prefill_chunk(config, tokens, tokens, 2), step(meta(config), config, planned))
+
+
+@CONFIGS
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_chunk_over_a_long_past(config, count, meta):
+    row = Row(64, past=65536, adapter="vision", pages=tuple(range(65600 // PAGE_TOKENS)))
+    cost = costs.prefill_chunk(config, count * 64, 65600, 2, rows=count)
+    close(cost, step(meta(config), config, [row] * count))
+
+
+@CONFIGS
+@pytest.mark.parametrize(("count", "past"), [(64, 2000), (3, 50_000), (1, 100_000)])
+def test_a_decode_step(config, count, past, meta):
+    each = past // PAGE_TOKENS + 1
+    planned = [Row(1, past=past, pages=tuple(range(i * each, (i + 1) * each))) for i in range(count)]
+    close(costs.decode_step(config, count, past + 1, 2), step(meta(config), config, planned))
+
+
+@CONFIGS
+@pytest.mark.parametrize("crops", [1, 8])
+def test_a_vision_pass(config, crops, meta):
+    model, side = meta(config), config.vision.patches
+    pixels = torch.empty(crops, 3, config.vision.crop_size, config.vision.crop_size)
+    mask = torch.ones(crops, side, side, dtype=torch.bool)
+    close(costs.vision_pass(config, crops, 2), peak_of(model, lambda: model.encode_crops(pixels, mask), pixels, mask))
+
+
+@CONFIGS
+@pytest.mark.parametrize("windows", [1, 8])
+@pytest.mark.parametrize("shorter", [0, 50], ids=["alike", "different"])
+def test_an_audio_pass(config, windows, shorter, meta):
+    model, size = meta(config), 8 * config.audio.window_tokens
+    clips = [torch.empty(size - shorter * i, config.audio.mel_bins) for i in range(windows)]
+    cut = [cut_window(clip, 0, config.audio) for clip in clips]
+    heads = ["speech"] * windows
+    real = peak_of(model, lambda: model.encode_windows(cut, heads), *clips)
+    close(
+        costs.audio_pass(config, windows, 2), real, 0.12 if not shorter else 100
+    )  # convolved one by one, they take less
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_logits_and_a_draw(count):
+    language = OFFICIAL.language
+    logits = torch.zeros(count, language.vocab_size, dtype=torch.bfloat16)
+    forbidden = torch.zeros(language.vocab_size, dtype=torch.bool)
+    draws = [Draw(SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01), (1, 2, 3))] * count
+    with torch.inference_mode(), Peak([forbidden]) as peak:
+        sample(logits + 0, draws, forbidden)
+    close(costs.logits(OFFICIAL, count, 1, 2), peak.bytes, 0.8)  # a sort's own copies are not seen

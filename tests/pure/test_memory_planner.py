@@ -1,0 +1,207 @@
+"""Plans: the accounts add up to the dial, pins hold, and more memory never gives less."""
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from memphi import official
+from memphi.checkpoint.layout import read_config
+from memphi.config import EngineConfig
+from memphi.demo.shape import demo_config
+from memphi.errors import DoesNotFitError
+from memphi.memory.costs import FIRST_ANSWER_TOKENS, GIB, MIB, price_request, size_text
+from memphi.memory.devices import DeviceFacts
+from memphi.memory.planner import STEP_TOKENS, MemoryPlan, make_plan
+from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
+
+OFFICIAL, DEMO = read_config(official.folder()), demo_config()
+ACCOUNTS = ("context_bytes", "weights_bytes", "workspace_bytes", "pool_bytes", "media_bytes")
+DIALS = {OFFICIAL: (12 * GIB, 200 * GIB), DEMO: (GIB, 8 * GIB)}
+
+kinds = st.sampled_from(["cuda", "cpu"])
+configs = st.sampled_from([OFFICIAL, DEMO])
+shares = st.floats(0, 1)
+
+
+def endless(kind="cuda"):
+    return DeviceFacts(kind, "a device", 1 << 50, 1 << 50)
+
+
+def dial(config, share):
+    low, high = DIALS[config]
+    return int(low + (high - low) * share**3)  # most of them small, where it is tight
+
+
+def planned(config, n_bytes, kind="cuda", dtype_bytes=2, **pins):
+    return make_plan(config, endless(kind), EngineConfig(memory_bytes=n_bytes, **pins), dtype_bytes)
+
+
+def held(plan):
+    return sum(getattr(plan, account) for account in ACCOUNTS)
+
+
+@given(configs, kinds, shares)
+def test_the_accounts_add_up_and_stay_within_the_dial(config, kind, share):
+    n_bytes = dial(config, share)
+    plan = planned(config, n_bytes, kind)
+    assert held(plan) == plan.budget_bytes <= n_bytes
+    assert all(getattr(plan, account) > 0 for account in ACCOUNTS)
+    assert plan.pool_bytes == plan.pages * plan.page_bytes
+    if config is OFFICIAL and n_bytes < 100 * GIB:
+        assert plan.budget_bytes == n_bytes
+
+
+@given(configs, kinds, shares)
+def test_every_kind_of_step_fits_into_the_work_space(config, kind, share):
+    plan = planned(config, dial(config, share), kind)
+    costs = {cost.name: cost.bytes for cost in plan.costs}
+    steps = ("vision pass", "audio pass", "prefill chunk", "decode step", "logits")
+    assert costs["largest step"] == max(costs[name] for name in steps)
+    assert costs["largest step"] + costs["allocator"] <= plan.workspace_bytes
+    assert sum(bytes for name, bytes in costs.items() if name.startswith("weights")) == plan.weights_bytes
+
+
+@given(configs, kinds, shares)
+def test_media_embeddings_never_run_short_of_the_pages(config, kind, share):
+    plan = planned(config, dial(config, share), kind)
+    assert plan.media_bytes >= plan.pages * plan.page_tokens * config.language.hidden_size * 2
+
+
+@given(configs, kinds, shares, shares)
+def test_a_larger_dial_never_gives_a_smaller_pool(config, kind, one, other):
+    smaller, larger = sorted((dial(config, one), dial(config, other)))
+    first, second = planned(config, smaller, kind), planned(config, larger, kind)
+    assert first.pages <= second.pages
+    assert first.context_tokens <= second.context_tokens
+
+
+@given(configs, kinds, shares)
+def test_numbers_are_sensible(config, kind, share):
+    plan = planned(config, dial(config, share), kind)
+    assert plan.step_tokens in STEP_TOKENS
+    assert 1 <= plan.shared_step_tokens <= plan.step_tokens
+    assert 1 <= plan.crops_per_pass <= config.vision.max_crops + 1
+    assert 1 <= plan.windows_per_pass <= 8
+    assert plan.rows * 1024 <= plan.pages * plan.page_tokens
+    assert plan.context_tokens == min(plan.pages * plan.page_tokens, config.language.max_tokens)
+
+
+@given(
+    configs,
+    kinds,
+    shares,
+    st.none() | st.integers(1, 300),
+    st.none() | st.integers(1, 10_000),
+    st.none() | st.integers(1, 37),
+    st.none() | st.integers(1, 12),
+)
+@example(OFFICIAL, "cuda", 0.0, 1, 1, 1, 1)
+def test_pins_hold_or_the_plan_is_refused(config, kind, share, rows, step_tokens, crops, windows):
+    pins = {"rows": rows, "step_tokens": step_tokens, "crops_per_pass": crops, "windows_per_pass": windows}
+    n_bytes = dial(config, share)
+    try:
+        plan = planned(config, n_bytes, kind, **pins)
+    except DoesNotFitError:
+        with pytest.raises(DoesNotFitError, match="smaller sizes than"):
+            planned(config, n_bytes, kind, **pins)
+        return
+    assert held(plan) == plan.budget_bytes <= n_bytes
+    for name, pin in pins.items():
+        if pin is not None:
+            assert getattr(plan, name) == pin
+            assert plan.reasons[name].startswith("as pinned")
+
+
+@given(configs, kinds, st.booleans(), st.sampled_from([2, 4]))
+def test_the_dial_that_a_refusal_names_works(config, kind, kv_cache, dtype_bytes):
+    with pytest.raises(DoesNotFitError) as error:
+        planned(config, 100 * MIB, kind, dtype_bytes, kv_cache=kv_cache)
+    number = str(error.value).partition("--memory ")[2].split()[0]
+    scale = {"GiB": GIB, "MiB": MIB}[number[-3:]]
+    enough = int(float(number[:-3]) * scale)
+    plan = planned(config, enough, kind, dtype_bytes, kv_cache=kv_cache)
+    assert plan.context_tokens >= 1024
+    with pytest.raises(DoesNotFitError):
+        planned(config, enough - (scale // 10 + 1 if scale == GIB else scale), kind, dtype_bytes, kv_cache=kv_cache)
+
+
+@given(configs, kinds, shares, shares)
+@settings(max_examples=50)
+def test_without_a_cache_there_are_no_pages_and_whole_sequences(config, kind, one, other):
+    smaller, larger = sorted((dial(config, one), dial(config, other)))
+    plan, more = (planned(config, n_bytes, kind, kv_cache=False) for n_bytes in (smaller, larger))
+    assert (plan.pages, plan.pool_bytes, plan.rows) == (0, 0, 1)
+    assert plan.step_tokens == plan.context_tokens <= more.context_tokens
+    assert held(plan) == plan.budget_bytes <= smaller
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(), EngineConfig(kv_cache=False), EngineConfig(rows=3)])
+def test_every_number_has_its_reason(engine):
+    plan = make_plan(OFFICIAL, DeviceFacts("cuda", "x", 24 * GIB, 24 * GIB), engine)
+    assert plan.reasons.keys() == {field.name for field in fields(MemoryPlan)} - {"reasons", "costs"}
+    assert all(plan.reasons.values())
+
+
+def test_eight_gib_cannot_hold_the_model_today():
+    with pytest.raises(
+        DoesNotFitError, match=r"needs at least 11\.\d GiB .*may take 8\.0 GiB.*--memory 11.*--device cpu"
+    ):
+        planned(OFFICIAL, 8 * GIB)
+
+
+def test_a_dial_beyond_what_is_free_is_refused():
+    card = DeviceFacts("cuda", "x", 24 * GIB, 20 * GIB)
+    with pytest.raises(
+        DoesNotFitError, match=r"--memory 22.0 GiB is more than x has: 20.0 GiB of its 24.0 GiB are free"
+    ):
+        make_plan(OFFICIAL, card, EngineConfig(memory_bytes=22 * GIB))
+
+
+def test_by_default_a_card_is_taken_but_for_a_reserve():
+    plan = make_plan(OFFICIAL, DeviceFacts("cuda", "x", 24 * GIB, 23 * GIB), EngineConfig())
+    assert plan.budget_bytes == 23 * GIB - 24 * GIB // 20
+    plan = make_plan(DEMO, DeviceFacts("cuda", "x", 4 * GIB, 4 * GIB), EngineConfig())
+    assert plan.budget_bytes <= 4 * GIB - 512 * MIB
+
+
+def test_by_default_a_cpu_gets_a_modest_pool():
+    host = DeviceFacts("cpu", "x", 64 * GIB, 60 * GIB)
+    for config in (OFFICIAL, DEMO):
+        plan = make_plan(config, host, EngineConfig())
+        assert plan.context_tokens == 32768
+        assert held(plan) == plan.budget_bytes < 18 * GIB
+    tight = make_plan(OFFICIAL, replace(host, free_bytes=15 * GIB), EngineConfig())
+    assert tight.budget_bytes <= 12 * GIB
+    assert 1024 <= tight.context_tokens < 32768
+
+
+def test_a_request_is_priced_part_by_part():
+    picture, clip = ImageFootprint(1024, 768, 2, 3, 1681), ClipFootprint(100.0, 9998, 1250)
+    footprint = Footprint(InputMode.VISION_SPEECH, 20, (picture, picture), (clip,))
+    price = price_request(footprint, OFFICIAL, 100, crops_per_pass=8, windows_per_pass=2)
+    assert price.tokens == 20 + 2 * 1681 + 1250 + 100
+    assert price.pages == -(-price.tokens // 16)
+    assert (price.crops, price.vision_passes, price.windows, price.audio_passes) == (14, 2, 3, 2)
+    assert price.costs[0].bytes == price.pages * 2 * MIB
+    assert price.costs[1].bytes == price.media_tokens * 3072 * 2
+    assert price.device_bytes == price.costs[0].bytes + price.costs[1].bytes
+    assert price.host_bytes >= 14 * 3 * 448**2 * 4 + 9998 * 80 * 4
+
+
+def test_a_text_is_priced_without_media_and_within_the_context():
+    footprint = Footprint(InputMode.TEXT, 131_000, (), ())
+    price = price_request(footprint, OFFICIAL)
+    assert price.tokens == min(131_000 + FIRST_ANSWER_TOKENS, 131_072)
+    assert [cost.bytes for cost in price.costs[1:]] == [0, 0]
+    assert (price.vision_passes, price.audio_passes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (20480, "20 KiB"), (3 * MIB // 2, "1.5 MiB"), (480 * MIB, "480 MiB")],
+)
+def test_sizes_are_told_in_their_unit(n_bytes, text):
+    assert size_text(n_bytes) == text
+    assert size_text(11 * GIB) == "11.0 GiB"
