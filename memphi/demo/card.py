@@ -17,6 +17,7 @@ from memphi.demo.attachments import EXAMPLES, Example
 from memphi.demo.evaluate import TITLES, weights_digest
 from memphi.demo.photographs import PACKAGE
 from memphi.demo.supply import LESSON_SAMPLES, OFF_SHARE
+from memphi.demo.train import Settings
 from memphi.demo.vocabulary import COLOURS, SHAPES, SPOKEN_WORDS
 from memphi.errors import CheckpointError
 
@@ -46,11 +47,12 @@ Licence: Apache-2.0, like memphi."""
 WHAT_IT_CANNOT = """\
 ## What it cannot do
 
-It names only the {colours} and {shapes} it was taught, whatever the picture shows; it reads single words and numbers of
-up to six digits in print, not lines of text or handwriting; it hears {words} words, in clear speech, and writes others
-down as the nearest of those; it knows a few sentences of small talk and no facts. It speaks no language but English. It
-was trained on drawn pictures and synthetic voices only; the last table of scores tells how it does on real photographs
-and a person's voice. Use it to try memphi, for nothing else."""
+The scores below tell how much it has learnt of what it was taught. That is little to begin with: to name {colours} and
+{shapes}, whatever the picture shows; to read single words and numbers of up to six digits in print, not lines of text
+or handwriting; to hear {words} words, in clear speech, and write others down as the nearest of those; a few sentences
+of small talk, and no facts. It speaks no language but English. It was trained on drawn pictures and synthetic voices
+only; the last table of scores tells how it does on real photographs and a person's voice. Use it to try memphi, for
+nothing else."""
 HOW_MADE = """\
 ## How it was made
 
@@ -59,15 +61,17 @@ python -m memphi.demo.bank --out .bank
 python -m memphi.demo.train --bank .bank --out .train --minutes 9     # some runs, each going on from the last
 python -m memphi.demo.train --bank .bank --out .train --minutes 9 --finish
 python -m memphi.demo.evaluate --bank .bank --photographs --json scores.json
-python -m memphi.demo.card --bank .bank --scores scores.json --progress .train/progress.json
+python -m memphi.demo.card --bank .bank --scores scores.json --progress .train/progress.json --finished
 ```
 
 {training}
 
 A seeded generator draws every picture and joins every recording, so the right answer to each sample is known. The two
 adapters are trained together with all other weights. In {off_share:.0%} of the samples the adapter is off and the right
-answer is to say so: the demo is to need its adapters, which makes it a good test of them. A second loss, for hearing
-words in the audio encoder's output, is dropped after training."""
+answer is to say so: the demo is to need its adapters, which makes it a good test of them. Two more losses,
+for hearing words in the audio encoder's output and for reading letters along the columns of pictures in the vision
+tower's, are dropped after training together with their heads."""
+UNFINISHED = "The learning rate did not fall: of the runs above, these weights had none with `--finish`."
 HELD_OUT = """\
 ## Scores
 
@@ -96,15 +100,17 @@ def card(manifest: Document, report: Document, training: str, parameters: int) -
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def training_facts(progress: Document, minutes: float | None, device: str | None) -> str:
-    """How long it trained, as a sentence."""
+def training_facts(progress: Document, minutes: float | None, device: str | None, finished: bool) -> str:
+    """How long it trained, and whether the learning rate fell in the end, in a few sentences."""
     made = progress["lessons"] * LESSON_SAMPLES
     sentence = f"Training took {progress['steps']:,} steps over {made:,} different samples"
     if minutes is not None:
         sentence += f", in {minutes:g} minutes"
     if device is not None:
         sentence += f" on {device}"
-    return sentence + "."
+    step = f"A step takes {Settings.lessons} lessons of {LESSON_SAMPLES} samples."
+    end = "The learning rate fell to zero." if finished else UNFINISHED
+    return f"{sentence}. {step} {end}"
 
 
 def _can() -> str:
@@ -202,13 +208,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--progress", type=Path, required=True, help="progress.json of training")
     parser.add_argument("--minutes", type=float, help="how long training took in all")
     parser.add_argument("--device", help="what it was trained on, e.g. 'one NVIDIA H100'")
+    parser.add_argument("--finished", action="store_true", help="the last run was one with --finish")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the folder that gets the card")
     chosen = parser.parse_args(arguments)
     report = json.loads(chosen.scores.read_text())
     if weights_digest(chosen.checkpoint) != report["digest"]:
         raise CheckpointError(f"{chosen.scores} tells of other weights than {chosen.checkpoint} holds; evaluate again")
     manifest = json.loads((chosen.bank / "manifest.json").read_text())
-    training = training_facts(json.loads(chosen.progress.read_text()), chosen.minutes, chosen.device)
+    progress = json.loads(chosen.progress.read_text())
+    training = training_facts(progress, chosen.minutes, chosen.device, chosen.finished)
     text = card(manifest, report, training, _parameters(chosen.checkpoint))
     (chosen.checkpoint / "README.md").write_text(text, encoding="utf-8")
     return 0

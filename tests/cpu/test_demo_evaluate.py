@@ -165,12 +165,18 @@ def test_the_commands_measure_a_model_and_write_its_card(bank, parts, checkpoint
     write_card(tmp_path, checkpoint)
     text = (checkpoint / "README.md").read_text()
     assert "1,234 steps" in text
+    assert "none with `--finish`" in text
     assert "toy of 5.1 million" in text
     assert "speech (word error rate)" in text
     assert "{" not in text.replace('{"answer": "42"}', "")
     (checkpoint / "model-extra.safetensors").write_bytes(b"other weights")
     with pytest.raises(CheckpointError, match="other weights"):
         write_card(tmp_path, checkpoint)
+
+
+def test_the_card_tells_whether_the_learning_rate_fell():
+    assert card.training_facts({"steps": 1, "lessons": 2}, 3, "a GPU", finished=True).endswith("fell to zero.")
+    assert "none with" in card.training_facts({"steps": 1, "lessons": 2}, None, None, finished=False)
 
 
 def write_card(folder, checkpoint):
