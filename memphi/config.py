@@ -189,6 +189,8 @@ class EngineConfig:
     """Windows of 40 s of sound."""
     kv_cache: bool = True
     """False: every step computes its rows anew; the last resort."""
+    idle_seconds: float = 60.0
+    """After so long without a request, memory goes back to the device but for the weights."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "rows", "step_tokens", "crops_per_pass", "windows_per_pass"):

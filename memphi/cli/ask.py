@@ -27,6 +27,9 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
+    memory: options.Memory = None,
+    kv_cache: options.KvCache = "on",
+    pin: options.Pins = [],  # noqa: B006
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -48,6 +51,7 @@ def ask(
         raise typer.BadParameter("give a question, an attachment (-a), or both")
     if each and not attach:
         raise typer.BadParameter("--each needs attachments (-a)")
+    config = options.engine_config(memory, kv_cache, pin)
     sampling = SamplingParams(
         max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, ignore_eos, tuple(stop)
     )
@@ -55,7 +59,7 @@ def ask(
     media = options.with_detail(open_attachments(attach), detail)
     groups = [(item,) for item in media] if each else [media]
     requests = [Request.ask(question, group, system, sampling) for group in groups]
-    engine = load_engine(model, device, dtype, attention, allocator, debug_cuda)
+    engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
     answer = _answer_as_json if as_json else _answer_as_text
     if (failed := answer(engine, requests, each)) is not None:
         raise typer.Exit(failed)

@@ -24,6 +24,9 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
+    memory: options.Memory = None,
+    kv_cache: options.KvCache = "on",
+    pin: options.Pins = [],  # noqa: B006
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -40,11 +43,12 @@ def chat(
     """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
     from memphi.request import SamplingParams
 
+    config = options.engine_config(memory, kv_cache, pin)
     sampling = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop=tuple(stop))
     if "-" in attach:
         raise typer.BadParameter("stdin (-) is where the conversation comes from; attach a file")
     media = open_attachments(attach)
-    engine = load_engine(model, device, dtype, attention, allocator, debug_cuda)
+    engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
     Conversation(engine, system, sampling, media, detail).run()
 
 

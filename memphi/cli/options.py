@@ -9,6 +9,7 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
+    from memphi.config import EngineConfig
     from memphi.request import Detail as DetailValue
     from memphi.request import Media
 
@@ -35,6 +36,22 @@ def parse_detail(text: str) -> "DetailValue":
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise typer.BadParameter(f"{text!r} is no detail; write low, auto, high, or the most crops besides the global view")
+
+
+def engine_config(memory: int | None, kv_cache: str, pins: list[str]) -> "EngineConfig":
+    """The dial and what is pinned; raises typer.BadParameter for a pin that means nothing."""
+    from memphi.config import EngineConfig
+
+    names = ("rows", "step_tokens", "crops_per_pass", "windows_per_pass")
+    values: dict[str, int] = {}
+    for pin in pins:
+        name, _, number = pin.partition("=")
+        if name not in names or not (number.isascii() and number.isdigit() and int(number)):
+            raise typer.BadParameter(
+                f"{pin!r} pins nothing; write a number for one of {', '.join(names)}, as in rows=4"
+            )
+        values[name] = int(number)
+    return EngineConfig(memory_bytes=memory, kv_cache=kv_cache == "on", **values)
 
 
 def with_detail(media: "tuple[Media, ...]", detail: "DetailValue") -> "tuple[Media, ...]":
@@ -71,6 +88,18 @@ Memory = Annotated[
     int | None,
     typer.Option(
         parser=parse_bytes, metavar="SIZE", help="Memory for everything, as in 8GiB; all sizes follow from it."
+    ),
+]
+KvCache = Annotated[
+    Literal["on", "off"],
+    typer.Option("--kv-cache", help="off: compute everything anew for every token; slow, and the last resort."),
+]
+Pins = Annotated[
+    list[str],
+    typer.Option(
+        "--pin",
+        metavar="NAME=NUMBER",
+        help="Fix what would follow from the memory: rows, step_tokens, crops_per_pass or windows_per_pass.",
     ),
 ]
 Detail = Annotated[

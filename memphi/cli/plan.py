@@ -33,6 +33,8 @@ def plan(
     question: Annotated[str, typer.Argument(help="Price this question too, with its attachments.")] = "",
     attach: options.Attachments = [],  # noqa: B006
     memory: options.Memory = None,
+    kv_cache: options.KvCache = "on",
+    pin: options.Pins = [],  # noqa: B006
     gpu: Annotated[str | None, typer.Option(help="Plan for this card, as in `RTX 4060`; none need be here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,
@@ -48,13 +50,16 @@ def plan(
     question or attachments, that very request is priced too; the exit code is 3 where it does not fit.
     """
     from memphi.checkpoint.layout import read_config
-    from memphi.config import EngineConfig
     from memphi.inputs.tokenizer import Tokenizer
     from memphi.memory.planner import make_plan
 
     request = _request(question, attach, detail, system, max_tokens) if question or attach else None
     folder = _config_folder(model)
-    config, facts, engine = read_config(folder), _facts(device, gpu, memory), EngineConfig(memory_bytes=memory)
+    config, facts, engine = (
+        read_config(folder),
+        _facts(device, gpu, memory),
+        options.engine_config(memory, kv_cache, pin),
+    )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
     verdict = None

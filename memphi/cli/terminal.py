@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from memphi.config import EngineConfig
     from memphi.engine.engine import Engine
     from memphi.engine.settings import AllocatorName
     from memphi.request import Media, Request
@@ -30,6 +31,7 @@ def load_engine(
     device: str,
     dtype: Any,  # noqa: ANN401
     attention: Any,  # noqa: ANN401
+    config: "EngineConfig",
     allocator: "AllocatorName" = "default",
     debug_cuda: bool = False,
 ) -> "Engine":
@@ -43,7 +45,7 @@ def load_engine(
     if debug_cuda and find_device(device).type == "cuda":
         record_memory()
     with failures_recorded(), byte_progress(f"loading {model}") as progress:
-        engine = load(model, device, dtype, attention, progress=progress)
+        engine = load(model, device, dtype, attention, config, progress=progress)
     if debug_cuda:
         watch_for_nan(engine.model)
         if engine.model.device.type != "cuda":

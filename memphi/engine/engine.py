@@ -5,6 +5,7 @@ import logging
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import overload
 
@@ -21,6 +22,7 @@ from memphi.checkpoint.reader import Progress
 from memphi.config import DEFAULT_MODEL, EngineConfig
 from memphi.engine.admission import refuse
 from memphi.engine.device import DtypeName, cap_allocator, device_facts, find_device, find_dtype
+from memphi.engine.elastic import Elastic
 from memphi.engine.gauge import Gauge
 from memphi.engine.loop import Event, Loop
 from memphi.engine.preparation import Preparation
@@ -102,7 +104,8 @@ class Engine:
         caller = asyncio.get_running_loop()
 
         def post(event: Event) -> None:
-            caller.call_soon_threadsafe(mailbox.put_nowait, event)
+            with suppress(RuntimeError):  # The caller's loop is closed: nobody listens any more.
+                caller.call_soon_threadsafe(mailbox.put_nowait, event)
 
         self._worker.submit(sequence, post)
         event: Event | None = None
@@ -200,7 +203,10 @@ def make_loop(
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes)
     gauge.cap()
     runner = Runner(model, pool, ~known.to(model.device), gauge)
-    return Loop(runner, scheduler, preparation, tokenizer)
+    watches_others = model.device.type == "cuda" and config.memory_bytes is None
+    free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
+    elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory)
+    return Loop(runner, scheduler, preparation, tokenizer, elastic)
 
 
 def _reservations(plan: MemoryPlan) -> Reservations:

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
+
+from memphi.engine.elastic import Elastic
 from memphi.engine.preparation import Preparation
-from memphi.engine.recovery import Ladder, attempt, too_little
+from memphi.engine.recovery import Ladder, attempt, is_out_of_memory, too_little
 from memphi.engine.rungs import make_rungs
 from memphi.engine.runner import Runner
 from memphi.engine.scheduler import Scheduler
 from memphi.engine.sequence import Sequence as Running
-from memphi.engine.stats import Stats
 from memphi.engine.step import StepPlan
 from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.request import Delta, FinishReason, Prompt, Result
@@ -47,13 +49,17 @@ class _Answer:
     started: float
     text: str = ""
     first_token_seconds: float = 0.0
+    fed_ids: int = 0
     shown_ids: int = 0
 
     def advance(self) -> Delta:
-        """Turn the newest ids into text; marks the sequence as ended at a stop string."""
+        """Turn the newest ids into text; marks the sequence as ended at a stop string.
+
+        Ids whose text is held back come with the piece that shows it.
+        """
         sequence = self.sequence
-        new = tuple(sequence.answer[self.shown_ids :])
-        self.shown_ids += len(new)
+        new = sequence.answer[self.fed_ids :]
+        self.fed_ids += len(new)
         ended = sequence.finish_reason is not None
         text = self.stops.feed("".join(self.stream.feed(i) for i in new) + (self.stream.flush() if ended else ""))
         if self.stops.stopped:
@@ -62,7 +68,11 @@ class _Answer:
             text += self.stops.flush()
         self.text += text
         self.first_token_seconds = self.first_token_seconds or self.seconds
-        return Delta(text, new, sequence.finish_reason)
+        if not text and sequence.finish_reason is None:
+            return Delta("", ())
+        shown = tuple(sequence.answer[self.shown_ids :])
+        self.shown_ids += len(shown)
+        return Delta(text, shown, sequence.finish_reason)
 
     @property
     def seconds(self) -> float:
@@ -78,12 +88,14 @@ class Loop:
         scheduler: Scheduler,
         preparation: Preparation,
         tokenizer: Tokenizer,
+        elastic: Elastic,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.stats = Stats()
+        self.stats = scheduler.stats
         self._preparation = preparation
         self._tokenizer = tokenizer
+        self._elastic = elastic
         self._ladder = Ladder(make_rungs(scheduler, runner.pool, runner.model.device), self.stats.rungs)
         self._answers: dict[int, _Answer] = {}
         self.stalled = True
@@ -110,6 +122,7 @@ class Loop:
 
     def step(self) -> list[Event]:
         """One round: let in and prepare whom there is room for, then do one step on the device."""
+        self._elastic.follow(self.has_work)
         admitted = self.scheduler.admit()
         for sequence in admitted:
             self._preparation.add(sequence)
@@ -134,6 +147,8 @@ class Loop:
             return []
         if sequence.id not in self._answers:
             return []
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            error = too_little("this request's attachments", torch.device("cpu"), ANSWERING_ADVICE)
         return [self._fail(sequence, error if isinstance(error, Exception) else RuntimeError(str(error)))]
 
     def _run(self, plan: StepPlan) -> list[Event]:

@@ -32,7 +32,10 @@ class Preparation:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="memphi-prepare")
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        """Prepare a sequence that was let in, perhaps once more after a pause; what is under way is not begun again."""
+        self._kept = [kept for kept in self._kept if kept is not sequence]
+        if sequence not in self._waiting and all(begun is not sequence for begun, _ in self._begun):
+            self._waiting.append(sequence)
 
     @property
     def busy(self) -> bool:

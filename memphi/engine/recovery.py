@@ -23,6 +23,7 @@ LOADING_ADVICE = "choose another device, or a number format with fewer bytes"
 NAMELESS = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",

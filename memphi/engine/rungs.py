@@ -133,18 +133,19 @@ class PauseNewest:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._before: list[int] = []
 
     def take(self, plan: StepPlan) -> bool:
         active = [s for s in self._scheduler.sequences if s.state is not State.WAITING]
         if len(active) < 2:
             return False
         self._scheduler.pause(active[-1])
+        self._before.append(self._scheduler.limits.rows)
         self._scheduler.limits = replace(self._scheduler.limits, rows=len(active) - 1)
         return True
 
     def undo(self) -> None:
-        limits = self._scheduler.limits
-        self._scheduler.limits = replace(limits, rows=limits.rows + 1)
+        self._scheduler.limits = replace(self._scheduler.limits, rows=self._before.pop())
 
 
 def _sliced(plan: StepPlan) -> bool:

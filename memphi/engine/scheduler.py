@@ -15,6 +15,7 @@ from memphi.engine.admission import Admit, Room, admit, computed_at_most, stretc
 from memphi.engine.reservations import Reservations
 from memphi.engine.sequence import Sequence as Running
 from memphi.engine.sequence import State
+from memphi.engine.stats import Stats
 from memphi.engine.step import EncodeSlice, PlannedRow, StepPlan, StepResult
 from memphi.request import FinishReason, Media, MediaKind, Prompt
 
@@ -65,6 +66,7 @@ class Scheduler:
         self.media = media
         self.naming = naming
         self.paged = paged
+        self.stats = Stats()
         self._embedding_bytes = embedding_bytes
         self._sequences: dict[int, Running] = {}  # Oldest first.
 
@@ -114,6 +116,7 @@ class Scheduler:
 
     def pause(self, sequence: Running) -> None:
         """Free all that a sequence holds; it waits for its turn and goes on where it was."""
+        self.stats.pauses += 1
         self._let_go(sequence)
         sequence.state = State.WAITING
 
@@ -244,6 +247,7 @@ class Scheduler:
         if known:
             self.reservations.share(sequence, known)
             sequence.computed = len(known) * self.reservations.pages.page_tokens
+            self.stats.shared_tokens += sequence.computed
 
     def _register_pages(self, sequence: Running, past: int) -> None:
         """Offer the pages that a row has filled to sequences that begin alike."""

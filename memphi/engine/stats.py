@@ -12,7 +12,7 @@ class Stats:
     prompt_tokens: int = 0
     """Computed, not found in the cache."""
     shared_tokens: int = 0
-    """Of prompts, found in the cache."""
+    """Found in the cache."""
     answer_tokens: int = 0
     encoded_units: int = 0
     ended: Counter[str] = field(default_factory=Counter)

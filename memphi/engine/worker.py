@@ -72,7 +72,8 @@ class Worker:
         """End all requests and the thread."""
         if self._thread.is_alive():
             self._inbox.put(_Close())
-            self._thread.join()
+            if self._thread is not threading.current_thread():  # An engine may be collected in its own thread.
+                self._thread.join()
 
     def _work(self) -> None:
         try:

@@ -75,6 +75,11 @@ def make_plan(config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dt
     return _Planner(config, device, engine, dtype_bytes).plan()
 
 
+def reserve_bytes(total_bytes: int) -> int:
+    """What a card's memory is left to the screen and others where no dial says otherwise."""
+    return max(total_bytes // RESERVE_SHARE, RESERVE_BYTES)
+
+
 class _Planner:
     """One plan in the making."""
 
@@ -138,9 +143,9 @@ class _Planner:
             return self.engine.memory_bytes, "as asked for"
         free_bytes = self.device.free_bytes
         if self.device.kind == "cuda":
-            reserve_bytes = max(self.device.total_bytes // RESERVE_SHARE, RESERVE_BYTES)
-            return max(free_bytes - reserve_bytes, 0), (
-                f"what is free, {size_text(free_bytes)}, less {size_text(reserve_bytes)} for the screen and others"
+            reserve = reserve_bytes(self.device.total_bytes)
+            return max(free_bytes - reserve, 0), (
+                f"what is free, {size_text(free_bytes)}, less {size_text(reserve)} for the screen and others"
             )
         return int(free_bytes * HOST_SHARE), f"at most {HOST_SHARE:.0%} of the {size_text(free_bytes)} that are free"
 
