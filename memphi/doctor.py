@@ -219,7 +219,7 @@ def check_attention(machine: Machine) -> Verdict:
         return "ok", f"{name}: torch's own kernels for the CPU"
     assert machine.card.capability is not None
     if machine.card.capability < FLASH_CAPABILITY:
-        return "warn", f"{name}, but the card is too old for flash attention", "use --attention eager"
+        return "warn", f"{name}, row by row: the card is too old for flash attention", "expect long prompts to be slow"
     if not torch.backends.cuda.is_flash_attention_available():
         return "warn", f"{name}, but this torch has no flash attention", "use --attention eager, or another build"
     return "ok", f"{name}, with flash attention: memory grows with the length, not with its square"

@@ -36,3 +36,7 @@ class DoesNotFitError(MemphiError):
     """Work that needs more memory or context than there is."""
 
     exit_code = 3
+
+
+class WorkerError(MemphiError):
+    """The engine has stopped, or an answer was lost in it."""

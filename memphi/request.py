@@ -19,7 +19,9 @@ Detail = Literal["low", "auto", "high"] | int
 """How finely an image is seen. auto and high: as the model's own processor does it, the global view and crops in up to
 full resolution; a number: at most so many crops; low: one crop, the smallest form that the model knows."""
 OnPressure = Literal["wait", "shrink-images", "one-by-one", "refuse"]
-"""What may be done to a request that does not fit the memory there is."""
+"""What is done for a request that does not fit the memory there is. wait: it waits for its turn, and is refused only if
+it can never fit. shrink-images: one that can never fit is run with fewer crops of its pictures. one-by-one: one that
+can never fit is run once for each of its pictures. refuse: it never waits to begin, it runs now or is refused."""
 Pixels = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
@@ -122,11 +124,12 @@ class Request:
         attachments: Sequence[Media] = (),
         system: str | None = None,
         sampling: SamplingParams | None = None,
+        on_pressure: OnPressure = "wait",
     ) -> "Request":
         """One question about some attachments, which stand before the text as in the model card."""
         user = Message("user", (*attachments, text))
         messages = (user,) if system is None else (Message("system", (system,)), user)
-        return cls(messages, sampling or SamplingParams())
+        return cls(messages, sampling or SamplingParams(), on_pressure)
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -250,6 +253,8 @@ class Delta:
     text: str
     ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    degraded: tuple[str, ...] = ()
+    """As in a Result; with the finish reason."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def ask(
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
+    on_pressure: options.OnPressure = "wait",
     system: options.System = None,
     max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
     temperature: options.Temperature = 0.0,
@@ -58,7 +59,7 @@ def ask(
     # Attachments are opened first: a wrong name should not have to wait for the model.
     media = options.with_detail(open_attachments(attach), detail)
     groups = [(item,) for item in media] if each else [media]
-    requests = [Request.ask(question, group, system, sampling) for group in groups]
+    requests = [Request.ask(question, group, system, sampling, on_pressure) for group in groups]
     engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
     answer = _answer_as_json if as_json else _answer_as_text
     if (failed := answer(engine, requests, each)) is not None:
@@ -105,6 +106,7 @@ def _document(request: "Request", result: "Result") -> dict[str, Any]:
     return {
         "answer": result.text,
         "finish_reason": result.finish_reason.value,
+        "degraded": list(result.degraded),
         "mode": footprint.mode.name.lower(),
         "attachments": [media.name for media in request.media],
         "tokens": {

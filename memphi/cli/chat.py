@@ -13,7 +13,7 @@ from memphi.errors import MediaError, MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
-    from memphi.request import Detail, Media, Message, SamplingParams
+    from memphi.request import Detail, Media, Message, OnPressure, SamplingParams
 
 COMMANDS = "/attach FILE adds a picture or recording to your next message, /new starts over, /quit ends"
 
@@ -30,6 +30,7 @@ def chat(
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
+    on_pressure: options.OnPressure = "wait",
     system: options.System = None,
     max_tokens: options.MaxTokens = options.DEFAULT_MAX_TOKENS,
     temperature: options.Temperature = 0.0,
@@ -49,7 +50,7 @@ def chat(
         raise typer.BadParameter("stdin (-) is where the conversation comes from; attach a file")
     media = open_attachments(attach)
     engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
-    Conversation(engine, system, sampling, media, detail).run()
+    Conversation(engine, system, sampling, media, detail, on_pressure).run()
 
 
 class Conversation:
@@ -62,12 +63,14 @@ class Conversation:
         sampling: "SamplingParams",
         attachments: "tuple[Media, ...]" = (),
         detail: "Detail" = "auto",
+        on_pressure: "OnPressure" = "wait",
     ) -> None:
         self.engine = engine
         self.system = system
         self.sampling = sampling
         self.attachments = options.with_detail(attachments, detail)
         self.detail = detail
+        self.on_pressure = on_pressure
         self.messages: tuple[Message, ...] = ()
         self._start_over()
 
@@ -103,7 +106,7 @@ class Conversation:
         from memphi.request import Message, Request
 
         messages = (*self.messages, Message("user", (*self.attachments, text)))
-        answer = stream_answer(self.engine, Request(messages, self.sampling))
+        answer = stream_answer(self.engine, Request(messages, self.sampling, self.on_pressure))
         self.messages = (*messages, Message("assistant", (answer,)))
         self.attachments = ()
 

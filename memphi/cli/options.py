@@ -108,6 +108,14 @@ Detail = Annotated[
         parser=parse_detail, metavar="DETAIL", help="How finely images are seen: low, auto, high, or the most crops."
     ),
 ]
+OnPressure = Annotated[
+    Literal["wait", "shrink-images", "one-by-one", "refuse"],
+    typer.Option(
+        "--on-pressure",
+        help="If memory is short: wait for it; if it never suffices, shrink pictures or answer one by one; or refuse "
+        "at once.",
+    ),
+]
 System = Annotated[str | None, typer.Option(help="A system prompt.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]

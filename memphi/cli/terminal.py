@@ -118,14 +118,21 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def stream_answer(engine: "Engine", request: "Request", opening: str = "") -> str:
-    """Write an answer to stdout as it comes, after the opening, and return it; nothing where it fails at once."""
+    """Write an answer to stdout as it comes, after the opening, and return it; nothing where it fails at once.
+
+    What memory pressure changed about the request is told on stderr, after the answer.
+    """
     pieces: list[str] = []
+    degraded: tuple[str, ...] = ()
     try:
         with failures_recorded():
             for delta in engine.stream(request):
                 print(delta.text if pieces else opening + delta.text, end="", flush=True)
                 pieces.append(delta.text)
+                degraded += delta.degraded
     finally:
         if pieces:
             print(flush=True)
+    for sentence in degraded:
+        tell(sentence)
     return "".join(pieces)

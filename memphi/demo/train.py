@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import ModelConfig
 from memphi.demo.lesson import NO_PATCH, Lesson
@@ -372,8 +373,16 @@ def write_demo(student: Student, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_document()), encoding="utf-8")
 
 
-def run(bank: Path, out: Path, settings: Settings, device: torch.device) -> None:
-    """One run: go on from `out` or begin, train, write the state, the demo checkpoint and the held-out scores there."""
+def load_start(student: Student, folder: Path) -> None:
+    """Take the model's weights from a demo checkpoint; the heads of the second losses begin anew."""
+    student.model.load_state_dict(load_model(folder, "cpu", torch.float32).state_dict())
+
+
+def run(bank: Path, out: Path, settings: Settings, device: torch.device, start: Path | None = None) -> None:
+    """One run: go on from `out` or begin, train, write the state, the demo checkpoint and the held-out scores there.
+
+    `start` is a demo checkpoint whose weights a beginning takes instead of random ones.
+    """
     resumed = (out / "progress.json").exists()
     progress = json.loads((out / "progress.json").read_text()) if resumed else {"steps": 0, "lessons": 0}
     supply = Supply(bank, settings.workers, progress["lessons"], settings.capacity, device)
@@ -384,6 +393,8 @@ def run(bank: Path, out: Path, settings: Settings, device: torch.device) -> None
             load_state(student, out)
         else:
             initialise(student, source.task_lesson("transcribe", "train", 64).features.float())
+            if start is not None:
+                load_start(student, start)
         student.to(device)
         watched = {task: lesson.to(device) for task, lesson in held_out_lessons(source, 64)}
         supply.wait_for(settings.first_lessons)
@@ -403,6 +414,7 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, required=True, help="the folder that memphi.demo.bank made")
     parser.add_argument("--out", type=Path, required=True, help="where training goes on from and writes to")
     parser.add_argument("--minutes", type=float, required=True, help="how long to train in this run")
+    parser.add_argument("--start", type=Path, help="a demo checkpoint to begin from, where --out holds nothing yet")
     parser.add_argument("--finish", action="store_true", help="the last run: let the learning rate fall to zero")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 3) - 3))
     parser.add_argument("--rate", type=float, default=Settings.learning_rate)
@@ -412,7 +424,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(arguments.minutes, arguments.finish, learning_rate=arguments.rate, workers=arguments.workers)
-    run(arguments.bank, arguments.out, settings, device)
+    run(arguments.bank, arguments.out, settings, device, arguments.start)
 
 
 if __name__ == "__main__":

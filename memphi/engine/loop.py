@@ -11,14 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
+from memphi.engine.admission import stretched
 from memphi.engine.elastic import Elastic
+from memphi.engine.messages import Event
 from memphi.engine.preparation import Preparation
+from memphi.engine.pressure import not_now
 from memphi.engine.recovery import Ladder, attempt, is_out_of_memory, too_little
 from memphi.engine.rungs import make_rungs
 from memphi.engine.runner import Runner
 from memphi.engine.scheduler import Scheduler
 from memphi.engine.sequence import Sequence as Running
+from memphi.engine.sequence import State
 from memphi.engine.step import StepPlan
+from memphi.errors import DoesNotFitError
 from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.request import Delta, FinishReason, Prompt, Result
 from memphi.sampling.stop import StopStrings
@@ -27,16 +32,6 @@ ANSWERING_ADVICE = (
     "send fewer or smaller attachments, one at a time (--each), ask for a shorter answer (--max-tokens), or choose "
     "another device"
 )
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step brought to one request: a piece of its answer, its end, or the error that ended it."""
-
-    id: int
-    delta: Delta | None = None
-    result: Result | None = None
-    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -68,11 +63,19 @@ class _Answer:
             text += self.stops.flush()
         self.text += text
         self.first_token_seconds = self.first_token_seconds or self.seconds
-        if not text and sequence.finish_reason is None:
-            return Delta("", ())
+        return self._piece(text) if text or sequence.finish_reason else Delta("", ())
+
+    def cut(self) -> Delta:
+        """The last piece of an answer that is ended from outside; text that is held back is never shown."""
+        self.sequence.finish_reason = FinishReason.CANCELLED
+        return self._piece("")
+
+    def _piece(self, text: str) -> Delta:
+        """Text, and the ids up to it."""
+        sequence = self.sequence
         shown = tuple(sequence.answer[self.shown_ids :])
         self.shown_ids += len(shown)
-        return Delta(text, shown, sequence.finish_reason)
+        return Delta(text, shown, sequence.finish_reason, sequence.degraded if sequence.finish_reason else ())
 
     @property
     def seconds(self) -> float:
@@ -106,26 +109,31 @@ class Loop:
         """Whether any request has not ended."""
         return bool(self._answers)
 
-    def add(self, sequence: Running, started: float) -> None:
-        """Take a sequence that arrived at `started` (time.perf_counter) and fits alone."""
+    def add(self, sequence: Running, started: float) -> list[Event]:
+        """Take a sequence that arrived at `started` (time.perf_counter) and fits alone.
+
+        One that may not wait, and would have to, is refused: the event tells why.
+        """
         stops = StopStrings(sequence.sampling.stop)
         self._answers[sequence.id] = _Answer(sequence, TextStream(self._tokenizer), stops, started)
+        self.stats.open += 1
         self.scheduler.add(sequence)
+        if sequence.request.on_pressure != "refuse":
+            return []
+        self._admit()
+        return [self._fail(sequence, self._not_now(sequence))] if sequence.state is State.WAITING else []
 
     def cancel(self, number: int) -> list[Event]:
         """End a request now, wherever it stands, and free what it holds; nothing where it has ended already."""
         answer = self._answers.get(number)
         if answer is None:
             return []
-        answer.sequence.finish_reason = FinishReason.CANCELLED
-        return [Event(number, result=self._end(answer))]
+        return [Event(number, delta=answer.cut()), Event(number, result=self._end(answer))]
 
     def step(self) -> list[Event]:
         """One round: let in and prepare whom there is room for, then do one step on the device."""
         self._elastic.follow(self.has_work)
-        admitted = self.scheduler.admit()
-        for sequence in admitted:
-            self._preparation.add(sequence)
+        admitted = self._admit()
         ready = self._preparation.advance()
         events = [event for pair in ready for event in self._begin(*pair)]
         plan = self.scheduler.plan_step()
@@ -139,6 +147,19 @@ class Loop:
         events = [event for number in list(self._answers) for event in self.cancel(number)]
         self._preparation.close()
         return events
+
+    def _admit(self) -> list[Running]:
+        admitted = self.scheduler.admit()
+        for sequence in admitted:
+            self._preparation.add(sequence)
+        return admitted
+
+    def _not_now(self, sequence: Running) -> DoesNotFitError:
+        """Why a sequence would have to wait."""
+        reservations, others = self.scheduler.reservations, self.scheduler.sequences[:-1]
+        waiting = sum(other.state is State.WAITING for other in others)
+        free = reservations.available_pages * reservations.pages.page_tokens if self.scheduler.paged else None
+        return not_now(stretched(sequence), free, len(others) - waiting, self.scheduler.limits.rows, waiting)
 
     def _begin(self, sequence: Running, prepared: Future[Prompt]) -> list[Event]:
         error = prepared.exception()
@@ -181,6 +202,7 @@ class Loop:
     def _fail(self, sequence: Running, error: Exception) -> Event:
         del self._answers[sequence.id]
         self.scheduler.fail(sequence, error)
+        self.stats.open -= 1
         self.stats.ended["failed"] += 1
         return Event(sequence.id, error=error)
 
@@ -190,6 +212,7 @@ class Loop:
         assert sequence.finish_reason is not None
         del self._answers[sequence.id]
         self.scheduler.finish(sequence, sequence.finish_reason)
+        self.stats.open -= 1
         self.stats.ended[sequence.finish_reason.value] += 1
         return Result(
             text=answer.text,

@@ -38,7 +38,7 @@ class Rung(Protocol):
 
     name: str
     repeats: bool
-    """Whether it may be taken again and again, each time for a little more."""
+    """Whether it may be taken again and again, each time for a little more; then it is also undone as often."""
 
     def take(self, plan: StepPlan) -> bool:
         """Need less for what this plan was to do; False where there is nothing to gain."""
@@ -68,7 +68,8 @@ class Ladder:
             if not took or not rung.repeats:
                 self._next += 1
             if took:
-                self._taken.append(rung)
+                if rung.repeats:  # The others leave nothing to undo.
+                    self._taken.append(rung)
                 self._counts[rung.name] += 1
                 logging.getLogger(__name__).warning("out of memory: %s", rung.name)
                 return True

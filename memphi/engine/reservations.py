@@ -56,14 +56,11 @@ class Reservations:
         self.budget.move(PROMISED, HELD, newly_used * self._page_bytes)
         self.budget.release(PROMISED, (len(keys) - newly_used) * self._page_bytes)
 
-    def give_back(self, sequence: Running) -> bool:
-        """Release the pages that a sequence holds and promise it as many; False where sharers keep too many of them.
-
-        Then it holds nothing, and nothing is promised.
-        """
+    def give_back(self, sequence: Running) -> None:
+        """Release the pages that a sequence holds and promise it as many; fewer where sharers keep too many of them."""
         reserved = sequence.reserved_pages
         self.release(sequence)
-        return self.reserve(sequence, reserved)
+        self.reserve(sequence, min(reserved, self.available_pages))
 
     def release(self, sequence: Running) -> None:
         """Release all that a sequence holds and was promised."""

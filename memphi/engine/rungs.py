@@ -31,7 +31,10 @@ def make_rungs(scheduler: Scheduler, pool: PagePool | None, device: torch.device
 
 
 class ReturnCachedBlocks:
-    """Give the allocator's free blocks back to the device, where they can join."""
+    """Give the allocator's free blocks back to the device, where they can join; then once more, on any device.
+
+    Others may have given memory back meanwhile, and Python's garbage is collected: one failure alone ends nothing.
+    """
 
     name = "return cached blocks"
     repeats = False
@@ -40,9 +43,8 @@ class ReturnCachedBlocks:
         self._device = device
 
     def take(self, plan: StepPlan) -> bool:
-        if self._device.type != "cuda":
-            return False
-        torch.cuda.empty_cache()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         return True
 
     def undo(self) -> None:

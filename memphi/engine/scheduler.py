@@ -86,7 +86,7 @@ class Scheduler:
         admitted = []
         active = sum(s.state is not State.WAITING for s in self._sequences.values())
         for sequence in self._in(State.WAITING):
-            if active == self.limits.rows or not self._reserve_first(sequence):
+            if active >= self.limits.rows or not self._reserve_first(sequence):
                 break  # Nobody passes one that waits: it would wait for ever.
             sequence.state = State.PREPARING
             admitted.append(sequence)
@@ -195,13 +195,14 @@ class Scheduler:
             yield self._row(sequence, 1)
         room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
         prefilling = [s for s in running if s.pending > 1]
-        for sequence, tokens in _divide(prefilling, min(room, self.limits.step_tokens - len(decoding))):
+        # One token at least: however many decode, the oldest prompt waits for none of them.
+        for sequence, tokens in _divide(prefilling, max(min(room, self.limits.step_tokens - len(decoding)), 1)):
             yield self._row(sequence, tokens)
 
     def _plan_whole_rows(self, running: Sequence[Running]) -> Iterator[PlannedRow]:
-        """Rows computed from their beginning, as many as a step holds; the one computed longest ago comes first."""
+        """Rows computed from their beginning, as many as a step holds: the oldest, then those with the least answer."""
         room = self.limits.step_tokens
-        for sequence in sorted(running, key=lambda s: (len(s.answer), s.id)):
+        for sequence in [*running[:1], *sorted(running[1:], key=lambda s: (len(s.answer), s.id))]:
             if len(sequence.ids) <= room:
                 room -= len(sequence.ids)
                 yield PlannedRow(sequence, 0, len(sequence.ids))
@@ -227,8 +228,8 @@ class Scheduler:
     def _cross(self, sequence: Running) -> None:
         """Go over to the long rope factors: what the pages hold is void, so the sequence is computed anew."""
         sequence.long, sequence.computed, sequence.keys = True, 0, []
-        if self.paged and not self.reservations.give_back(sequence):
-            self.pause(sequence)
+        if self.paged:
+            self.reservations.give_back(sequence)
 
     def _finish_reason(self, sequence: Running) -> FinishReason | None:
         if sequence.ids[-1] in self.config.stop_token_ids and not sequence.sampling.ignore_eos:
@@ -332,7 +333,7 @@ def _marks(sequence: Running) -> list[MediaMark]:
 
 def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running, int]]:
     """Share a step's prompt tokens: half for the oldest at least, the rest for the shortest, which end soon."""
-    if not prefilling or room <= 0:
+    if not prefilling:
         return
     oldest, *others = prefilling
     others.sort(key=lambda s: (s.pending, s.id))

@@ -15,6 +15,8 @@ class Stats:
     """Found in the cache."""
     answer_tokens: int = 0
     encoded_units: int = 0
+    open: int = 0
+    """Requests that have not ended."""
     ended: Counter[str] = field(default_factory=Counter)
     """Requests by how they ended."""
     pauses: int = 0

@@ -1,138 +1,112 @@
-"""One loop behind an inbox, in a thread of its own: callers of any threads and of asyncio share one engine.
+"""One loop behind an inbox: callers of any threads and of asyncio share one engine.
 
-Who submits a request gets a mailbox, into which the thread puts what each step brought.
+`work` steps a loop as the messages in its inbox say. Here it runs in a thread of the caller's process; `engine.child`
+runs the same in a process of its own.
 """
 
 import queue
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from memphi.engine.loop import Event, Loop
-from memphi.engine.sequence import Sequence
-from memphi.errors import MemphiError
+from memphi.config import LanguageConfig
+from memphi.engine.loop import Loop
+from memphi.engine.messages import Cancellation, Close, Event, Mailbox, Mailboxes, Submission, Wake
+from memphi.engine.pressure import Bounds, too_large
+from memphi.engine.sequence import Sequence as Running
+from memphi.errors import WorkerError
 
 LONGEST_WAIT_SECONDS = 1.0
 """How long a loop that can do nothing waits before it looks again at the memory there is."""
 
-Mailbox = Callable[[Event], None]
+Inbox = queue.SimpleQueue[object]
 
 
-@dataclass(frozen=True)
-class _Submission:
-    sequence: Sequence
-    mailbox: Mailbox
-    started: float
-
-
-@dataclass(frozen=True)
-class _Cancellation:
-    id: int
-
-
-class _Wake:
-    """A prompt has become ready."""
-
-
-class _Close:
-    """No more work: end."""
-
-
-class WorkerError(MemphiError):
-    """The engine has stopped; what it was doing is lost."""
-
-
-class Worker:
+class ThreadWorker:
     """The thread that steps a loop whenever there is work."""
 
-    def __init__(self, loop: Loop, inbox: "queue.SimpleQueue[object]") -> None:
+    def __init__(self, loop: Loop, inbox: Inbox, bounds: Bounds) -> None:
+        self.bounds = bounds
         self._loop = loop
         self._inbox = inbox
-        self._mailboxes: dict[int, Mailbox] = {}
-        self._failure: Exception | None = None
-        self._closed = False
-        self._gate = threading.Lock()  # Nothing enters the inbox once its end has been read.
-        self._ended = False
+        self._mailboxes = Mailboxes()
         self._thread = threading.Thread(target=self._work, name="memphi-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, sequence: Sequence, mailbox: Mailbox) -> None:
-        """Hand a sequence over; its events go to the mailbox, from the worker's thread."""
-        with self._gate:
-            if self._ended:
-                raise self._stopped()
-            self._inbox.put(_Submission(sequence, mailbox, time.perf_counter()))
+    def submit(self, submission: Submission, mailbox: Mailbox) -> None:
+        """Hand a request over; its events go to the mailbox, from the worker's thread. Raises WorkerError."""
+        self._mailboxes.add(submission.id, mailbox)
+        self._inbox.put(submission)
 
     def cancel(self, number: int) -> None:
         """End a request; its mailbox gets the result so far."""
-        self._inbox.put(_Cancellation(number))
+        self._inbox.put(Cancellation(number))
 
     def close(self) -> None:
         """End all requests and the thread."""
         if self._thread.is_alive():
-            self._inbox.put(_Close())
+            self._inbox.put(Close())
             if self._thread is not threading.current_thread():  # An engine may be collected in its own thread.
                 self._thread.join()
 
     def _work(self) -> None:
+        failure: Exception | None = None
         try:
-            while not self._closed:
-                self._read_inbox()
-                self._deliver(self._loop.step())
+            work(self._loop, self._inbox, self.bounds, self._mailboxes.deliver)
         except Exception as error:
-            self._failure = error
-        finally:
-            self._end()
+            failure = error
+        self._mailboxes.shut(stopped(failure, "; load the model again"))
 
-    def _read_inbox(self) -> None:
-        """Take all messages; waits for one where the loop can do nothing else."""
-        waits = self._loop.stalled
+
+def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[Event]], None]) -> None:
+    """Step a loop whenever there is work, until a Close has been read; deliver gets what each round brought."""
+    closed = False
+    while not closed:
+        messages = _take(inbox, waits=loop.stalled)
+        closed = any(isinstance(message, Close) for message in messages)
+        events = [event for message in messages for event in _obey(message, loop, bounds)]
+        events += loop.close() if closed else loop.step()
+        if events:
+            deliver(events)
+
+
+def _take(inbox: Inbox, waits: bool) -> list[object]:
+    """All messages that are there; waits a while for one where the loop can do nothing else."""
+    messages: list[object] = []
+    try:
+        messages.append(inbox.get(waits, LONGEST_WAIT_SECONDS))
         while True:
-            try:
-                message = self._inbox.get(waits, LONGEST_WAIT_SECONDS)
-            except queue.Empty:
-                return
-            waits = False
-            self._obey(message)
-
-    def _obey(self, message: object) -> None:
-        if isinstance(message, _Submission):
-            self._mailboxes[message.sequence.id] = message.mailbox
-            self._loop.add(message.sequence, message.started)
-        elif isinstance(message, _Cancellation):
-            self._deliver(self._loop.cancel(message.id))
-        elif isinstance(message, _Close):
-            self._closed = True
-
-    def _deliver(self, events: list[Event]) -> None:
-        for event in events:
-            mailbox = self._mailboxes[event.id]
-            if event.delta is None:
-                del self._mailboxes[event.id]
-            mailbox(event)
-
-    def _end(self) -> None:
-        """Answer everybody who still waits: nobody is left hanging."""
-        with self._gate:
-            self._ended = True
-        if self._failure is None:
-            self._deliver(self._loop.close())
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, _Submission):
-                self._mailboxes[message.sequence.id] = message.mailbox
-        for number, mailbox in self._mailboxes.items():
-            mailbox(Event(number, error=self._stopped()))
-        self._mailboxes.clear()
-
-    def _stopped(self) -> WorkerError:
-        cause = f" after {type(self._failure).__name__}: {self._failure}" if self._failure else ""
-        error = WorkerError(f"the engine has stopped{cause}; load the model again")
-        error.__cause__ = self._failure
-        return error
+            messages.append(inbox.get_nowait())
+    except queue.Empty:
+        return messages
 
 
-def wake(inbox: "queue.SimpleQueue[object]") -> Callable[[], None]:
-    """What tells a worker that a prompt has become ready."""
-    return lambda: inbox.put(_Wake())
+def _obey(message: object, loop: Loop, bounds: Bounds) -> list[Event]:
+    if isinstance(message, Cancellation):
+        return loop.cancel(message.id)
+    if not isinstance(message, Submission):
+        return []
+    part = message.part
+    if bounds.refuse(part.footprint, part.request.sampling) is not None:  # Who accepted it may have known other bounds.
+        return [Event(message.id, error=too_large(part, bounds))]
+    return loop.add(_sequence(message, loop.runner.model.config.language, bounds), message.started)
+
+
+def _sequence(submission: Submission, config: LanguageConfig, bounds: Bounds) -> Running:
+    """The sequence of a request that fits."""
+    part = submission.part
+    wanted, room = part.request.sampling.max_tokens, bounds.answer_tokens(part.footprint)
+    max_tokens = room if wanted is None else min(wanted, room)
+    return Running(submission.id, part.request, part.footprint, config, max_tokens, degraded=part.degraded)
+
+
+def wake(inbox: Inbox) -> Callable[[], None]:
+    """What tells a loop that a prompt has become ready."""
+    return lambda: inbox.put(Wake())
+
+
+def stopped(failure: Exception | None, advice: str = "") -> WorkerError:
+    """The error of who asks a loop that has ended."""
+    cause = f" after {type(failure).__name__}: {failure}" if failure else ""
+    error = WorkerError(f"the engine has stopped{cause}{advice}")
+    error.__cause__ = failure
+    return error

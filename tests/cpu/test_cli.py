@@ -80,7 +80,7 @@ def start(folder, *arguments, **pipes):
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from memphi.cli import main; main()"
     )
-    options = ("--model", folder, "--device", "cpu", "--dtype", "fp32", "--ignore-eos", "--max-tokens", 90_000)
+    options = ("--model", folder, "--device", "cpu", "--dtype", "fp32", "--ignore-eos", "--max-tokens", 30_000)
     command = [sys.executable, "-c", script, "ask", "Go on.", *map(str, options), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **pipes)
 
@@ -217,10 +217,10 @@ def test_too_little_memory_is_one_sentence(run, monkeypatch, picture):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(Phi4MM, "encode_images", fail)
+    monkeypatch.setattr(Phi4MM, "encode_crops", fail)
     code, out, err = run("ask", "x", "-a", picture)
     assert (code, out) == (3, "")
-    assert err.startswith("memphi: this machine has too little memory for this request's attachments; send fewer")
+    assert err.startswith("memphi: this machine has too little memory for this request; send fewer")
     assert err.count("\n") == 1
     monkeypatch.setattr(module, "load_model", fail)
     code, out, err = run("ask", "x")

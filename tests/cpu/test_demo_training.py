@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,3 +318,13 @@ def test_workers_make_the_lessons_that_their_numbers_say(source, tmp_path):
         supply.close()
     # A written bank's recordings are coded, so only what was asked is the same to the bit.
     assert drawn.ids.tolist() in [source.training_lesson(number).ids.tolist() for number in (4, 5)]
+
+
+def test_training_can_begin_from_a_checkpoint(tmp_path):
+    shipped = Path("memphi/demo/checkpoint")
+    student = train.Student(demo_config())
+    train.load_start(student, shipped)
+    train.write_demo(student, tmp_path / "again")
+    again = memphi.load(str(tmp_path / "again"), "cpu").model.state_dict()
+    for name, tensor in memphi.load("demo", "cpu").model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,14 +9,12 @@ from memphi.checkpoint.loader import load_model
 from memphi.config import EngineConfig
 from memphi.engine.engine import Engine
 from memphi.errors import DoesNotFitError, RequestError
-from memphi.inputs.media import audio_media, image_media
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.rows import Row
 from memphi.request import FinishReason, InputMode, Message, Request, SamplingParams
 from tests.checkpoints import tiny_checkpoint, tiny_config
-
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+from tests.scenes import GREEDY, mixed_requests, picture
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +34,6 @@ def engine(folder, **settings):
 @pytest.fixture(scope="module")
 def plain(folder):
     return engine(folder)
-
-
-def picture(seed, width=150, height=100):
-    return image_media(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8), f"picture {seed}")
-
-
-def clip(seed, seconds=0.7):
-    return audio_media(np.random.default_rng(seed).normal(0, 0.1, int(16000 * seconds)), 16000, f"clip {seed}")
-
-
-def mixed_requests(sampling=GREEDY):
-    return [
-        Request.ask("What is the sum of one and two?", sampling=sampling),
-        Request.ask("Describe this.", [picture(1)], sampling=sampling),
-        Request.ask("Write it down.", [clip(1)], system="Be brief.", sampling=sampling),
-        Request.ask("", [picture(2, 120, 240), clip(2, 0.3)], sampling=sampling),
-        Request.ask("Compare.", [picture(3), picture(4, 60, 60)], sampling=sampling),
-    ]
 
 
 def test_modes_are_chosen_by_content():

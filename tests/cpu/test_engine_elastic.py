@@ -8,6 +8,8 @@ import pytest
 from memphi.config import EngineConfig
 from memphi.engine.engine import make_loop
 from memphi.engine.loop import run_all
+from memphi.engine.messages import Submission
+from memphi.engine.worker import _sequence
 from memphi.memory.planner import reserve_bytes
 from tests.cpu.test_engine import engine, folder, mixed_requests  # noqa: F401
 
@@ -16,7 +18,9 @@ GIB = 1 << 30
 
 def accepted(source, loop, requests):
     for request in requests:
-        loop.add(source._accept(request), time.perf_counter())
+        for part in source._accept(request):
+            submission = Submission(next(source._ids), part)
+            loop.add(_sequence(submission, source.model.config.language, source._worker.bounds), submission.started)
 
 
 def answers(events):

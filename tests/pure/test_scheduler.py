@@ -1,76 +1,637 @@
-"""Steps are decided in integers: every id is computed once, in order, within the step's share."""
+"""Whatever comes, goes, fails or shrinks meanwhile: every request gets the answer that it would get alone, and nobody
+waits for ever."""
 
+import random
 import subprocess
 import sys
+from dataclasses import replace
 
-from hypothesis import given
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from memphi.config import LanguageConfig
-from memphi.engine.scheduler import commit, plan_step
-from memphi.engine.sequence import Sequence
-from memphi.request import FinishReason, Footprint, InputMode, Prompt, SamplingParams
+from memphi.engine import admission
+from memphi.engine.scheduler import StepLimits
+from memphi.engine.sequence import State
+from memphi.engine.step import StepPlan
+from memphi.request import FinishReason
+from tests.pure.engine_simulation import (
+    CLIPS,
+    DOCUMENTS,
+    IMAGES,
+    LIMITS,
+    MEDIA,
+    PAGE_TOKENS,
+    Case,
+    World,
+    answer_alone,
+    image_footprint,
+    make_config,
+    make_scheduler,
+    text,
+)
 
-
-def language(short_tokens=4096, max_tokens=131072):
-    return LanguageConfig(10, 8, 8, 1, 2, 1, 1e-5, 1e4, 4, (1.0,) * 2, (2.0,) * 2, short_tokens, max_tokens)
-
-
-def sequence(number, tokens, config=None, **sampling):
-    prompt = Prompt((7,) * tokens, (), (), (), Footprint(InputMode.TEXT, tokens, (), ()))
-    return Sequence(number, prompt, SamplingParams(**sampling), config or language())
-
-
-def finish(sequences, step_tokens, stop_ids=(), token=7):
-    """Run the loop with a model that always says `token`; returns the ids computed per sequence, in order."""
-    computed = {s.id: [] for s in sequences}
-    for _ in range(10_000):
-        running = [s for s in sequences if s.finish_reason is None]
-        if not running:
-            return computed
-        plan = plan_step(running, step_tokens)
-        assert 0 < sum(row.tokens for row in plan.rows) <= step_tokens
-        for row in plan.rows:
-            computed[row.sequence.id] += range(row.past, row.past + row.tokens)
-        commit(plan, {row.sequence.id: token for row in plan.rows if row.samples}, stop_ids)
-    raise AssertionError("the loop does not end")
+RUNGS = ("media", "pages", "slice", "chunk", "pause")
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=8), st.integers(1, 40))
-def test_every_sequence_ends_and_computes_each_id_once(sizes, step_tokens):
-    sequences = [sequence(i, tokens, max_tokens=new) for i, (tokens, new) in enumerate(sizes)]
-    computed = finish(sequences, step_tokens)
-    for (tokens, new), s in zip(sizes, sequences, strict=True):
-        assert len(s.answer) == new
-        assert computed[s.id] == list(range(tokens + new - 1))
+@pytest.fixture(autouse=True, scope="module")
+def short_stretch():
+    """Stretches of answer as small as the pools here, so that growth is refused often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admission, "STRETCH_TOKENS", 12)
+        yield
 
 
-def test_running_answers_go_before_long_prompts():
-    answering, prompt = sequence(1, 5), sequence(0, 100)
-    answering.computed = 4
-    plan = plan_step([prompt, answering], 10)
-    assert [(row.sequence.id, row.tokens) for row in plan.rows] == [(1, 1), (0, 9)]
+def world(**settings):
+    return World(make_scheduler(**settings))
 
 
-def test_crossing_into_the_long_regime_starts_over_once():
-    s = sequence(0, 6, language(short_tokens=8), max_tokens=5)
-    computed = finish([s], 100)
-    # At 9 tokens the cache is void: all of them are computed again.
-    assert computed[0] == [*range(6), 6, 7, *range(9), 9]
-    assert s.long
+# --- anything at any time -------------------------------------------------------------------------------------------
+
+media_lists = st.lists(st.sampled_from(MEDIA), max_size=3).map(tuple)
+lengths = st.integers(0, 24) | st.integers(0, 70)
+
+
+@st.composite
+def cases(draw):
+    family = DOCUMENTS[draw(st.integers(0, 1))]
+    return Case(
+        tuple(family[: draw(lengths)]),
+        draw(st.just(()) | media_lists),
+        tuple(family[: draw(st.integers(1, 24))]),
+        draw(st.none() | st.integers(1, 40)),
+        draw(st.booleans()),
+    )
+
+
+def follow(case, answer, tokens):
+    """The conversation goes on: prompt and answer, and more text."""
+    more = (*case.after, *answer, *DOCUMENTS[2][:tokens])
+    return replace(case, after=more)
+
+
+limits = st.builds(StepLimits, st.integers(1, 6), *[st.integers(1, n) for n in (60, 20, 5, 5)]).map(
+    lambda some: replace(some, shared_step_tokens=min(some.shared_step_tokens, some.step_tokens))
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Every operation in any order; `World` asserts what must hold after each and, at the end, the answers."""
+
+    @initialize(
+        pages=st.integers(8, 40),
+        limits=limits,
+        media_bytes=st.sampled_from([0, 30, 1000]),
+        paged=st.sampled_from([True, True, True, False]),
+        short_tokens=st.sampled_from([30, 32, 100]),
+    )
+    def start(self, pages, limits, media_bytes, paged, short_tokens):
+        if not paged:
+            limits = replace(limits, step_tokens=120)
+        self.world = world(
+            config=make_config(short_tokens), pages=pages, limits=limits, media_bytes=media_bytes, paged=paged
+        )
+
+    def pick(self, data):
+        return data.draw(st.sampled_from(self.world.scheduler.sequences))
+
+    @rule(case=cases())
+    def arrive(self, case):
+        self.world.arrive(case)
+
+    @precondition(lambda self: self.world.cases)
+    @rule(data=st.data(), tokens=st.integers(1, 9))
+    def arrive_again(self, data, tokens):
+        number = data.draw(st.sampled_from(sorted(self.world.cases)))
+        case, answer = self.world.cases[number], self.world.results.get(number, ((), None))[0]
+        self.world.arrive(follow(case, answer, tokens) if answer else case)
+
+    @rule(count=st.integers(1, 8), prepare=st.booleans())
+    def step(self, count, prepare):
+        for _ in range(count):
+            self.world.step(prepare)
+
+    @rule(fault=st.sampled_from(["before", "after"]), rung=st.sampled_from(RUNGS))
+    def lose_a_step(self, fault, rung):
+        if self.world.step(fault=fault):
+            self.world.lower(rung)
+
+    @rule()
+    def climb(self):
+        self.world.climb()
+
+    @precondition(lambda self: self.world.preparing)
+    @rule(data=st.data())
+    def prepared(self, data):
+        self.world.prepared(data.draw(st.integers(0, len(self.world.preparing) - 1)))
+
+    @precondition(lambda self: self.world.scheduler.sequences)
+    @rule(data=st.data(), fails=st.booleans())
+    def end(self, data, fails):
+        sequence = self.pick(data)
+        self.world.fail(sequence) if fails else self.world.cancel(sequence)
+
+    @precondition(lambda self: self.world.scheduler.paged)
+    @rule(pages=st.integers(0, 50))
+    def resize(self, pages):
+        self.world.resize(pages)
+
+    @invariant()
+    def all_is_well(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
+
+
+def some_case(chance):
+    family = chance.choice(DOCUMENTS[:2])
+    media = tuple(chance.choices(MEDIA, k=chance.choice((0, 0, 1, 1, 2, 3))))
+    tokens = chance.choice((0, 5, 16, 16, 32, 33, 60))
+    most = chance.choice((None, None, 1, 4, 40, 60))
+    return Case(tuple(family[:tokens]), media, tuple(family[: chance.randint(1, 20)]), most, chance.random() < 0.6)
+
+
+def act(world, chance):
+    """One operation, the likely ones often."""
+    scheduler, draw = world.scheduler, chance.random()
+    if draw < 0.15 and len(scheduler.sequences) < 12:
+        done = [n for n, (_, reason) in world.results.items() if reason is FinishReason.LENGTH]
+        some = chance.choice(done) if done and chance.random() < 0.3 else None
+        case = some_case(chance) if some is None else follow(world.cases[some], world.results[some][0], 3)
+        world.arrive(case)
+    elif draw < 0.18 and scheduler.sequences:
+        chance.choice((world.cancel, world.cancel, world.fail))(chance.choice(scheduler.sequences))
+    elif draw < 0.24:
+        if world.step(fault=chance.choice(("before", "after"))):
+            world.lower(chance.choice(RUNGS))
+    elif draw < 0.25 and scheduler.paged:
+        world.resize(chance.randint(0, world.capacity + 10))
+    elif draw < 0.30:
+        world.climb()
+        world.resize(world.capacity)
+    elif draw < 0.40 and world.preparing:
+        world.prepared(chance.randrange(len(world.preparing)))
+    else:
+        world.step(prepare=chance.random() < 0.7)
+
+
+def some_world(chance, paged):
+    tokens = chance.choice((3, 12, 40, 120)) if paged else 120
+    limits = StepLimits(chance.choice((3, 6, 9)), tokens, min(tokens, chance.choice((2, 8))), 3, 2)
+    config = make_config(short_tokens=chance.choice((30, 32)))
+    return world(config=config, pages=chance.choice((40, 64, 96)), limits=limits, media_bytes=40, paged=paged)
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["pages", "no pages"])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_day(seed, paged):
+    chance = random.Random(seed)
+    day = some_world(chance, paged)
+    for _ in range(700):
+        act(day, chance)
+    day.drain()
+    assert len(day.results) > 20
+
+
+# --- nobody waits for ever ------------------------------------------------------------------------------------------
+
+
+def test_two_that_do_not_fit_together_both_end():
+    """Each grows to 30 pages in a pool of 45: the newer one is paused, never the older one, and not again and again."""
+    both = world(config=make_config(short_tokens=400, max_tokens=500), pages=45)
+    for family in (0, 1):
+        both.arrive(text(20, family, max_tokens=101, ignore_eos=True))
+    both.drain()
+    assert set(both.pauses) == {1}
+    # As the older one goes on, each stretch of its growth may cost the newer one its place once.
+    assert both.pauses[1] <= 100 // 12 + 1
+    assert [reason for _, reason in both.results.values()] == [FinishReason.LENGTH] * 2
+    assert both.device.computed_tokens < 3 * 2 * 120
+
+
+def test_a_crossing_sequence_does_not_wait_for_newer_ones():
+    """What it shares stays with the sharers when it starts over, and the pool is full: the newest makes room."""
+    some = world(config=make_config(short_tokens=60))
+    older = some.arrive(text(56, max_tokens=30, ignore_eos=True))
+    some.step()
+    for _ in range(2):
+        some.arrive(text(50, max_tokens=9, ignore_eos=True))
+    while len(older.ids) < 60:
+        some.step()
+    some.resize(some.scheduler.reservations.claimed_pages)
+    some.step()
+    assert older.long
+    some.step()
+    assert some.pauses.keys() == {1, 2}
+    assert older.computed > 0
+    some.drain()
+
+
+def test_a_long_prompt_does_not_hold_up_answers():
+    some = world(config=make_config(400, 500), pages=200)
+    answering = some.arrive(text(10, max_tokens=40, ignore_eos=True))
+    some.step()
+    long = some.arrive(text(200, 1, max_tokens=1))
+    while long.id not in some.results:
+        before, computed = len(answering.answer), long.computed
+        some.step()
+        assert len(answering.answer) == before + 1
+        assert long.computed - computed <= LIMITS.shared_step_tokens
+    assert answering.id not in some.results
+
+
+def test_a_short_prompt_passes_a_long_one_that_is_being_computed():
+    some = world(config=make_config(400, 500), pages=200)
+    long = some.arrive(text(200, max_tokens=9, ignore_eos=True))
+    some.step()
+    short = some.arrive(text(20, 1, max_tokens=9, ignore_eos=True))
+    some.step()
+    assert some.first_tokens.keys() == {short.id}
+    assert long.pending > 60
+    some.drain()
+
+
+def test_half_a_step_is_the_oldest_prompt_s_and_the_rest_goes_to_the_shortest_first():
+    some = world(config=make_config(400, 500), pages=200)
+    for tokens in (200, 60, 20):
+        some.arrive(text(tokens, max_tokens=9))
+    assert [(row.sequence.id, row.tokens) for row in some.step().rows] == [(0, 32), (2, 20), (1, 12)]
+    # The short one answers now, so that less of a prompt is computed.
+    assert [(row.sequence.id, row.tokens) for row in some.step().rows] == [(2, 1), (0, 8), (1, 8)]
+    some.drain()
+
+
+def test_a_lone_prompt_has_the_whole_step():
+    some = world(config=make_config(400, 500), pages=200)
+    some.arrive(text(100, max_tokens=1))
+    some.arrive(text(5, 1, max_tokens=1))
+    assert [row.tokens for row in some.step().rows] == [59, 5]
+    assert [row.tokens for row in some.step().rows] == [41]
+
+
+def test_one_grows_page_by_page_before_another_is_paused_for_it():
+    """There is no room for a stretch of 3 pages, but for the one that the next token needs."""
+    some = world(pages=19, limits=replace(LIMITS, shared_step_tokens=1))
+    growing = some.arrive(text(20, max_tokens=40, ignore_eos=True))
+    some.step()
+    other = some.arrive(text(40, 1, max_tokens=1))
+    for _ in range(13):
+        some.step()
+    assert (len(growing.ids), growing.reserved_pages) == (34, 9)
+    assert (other.state, some.pauses) == (State.RUNNING, {})
+    some.drain()
+    assert some.pauses == {1: 1}
+
+
+def test_many_short_prompts_do_not_hold_up_a_long_one():
+    some = world(config=make_config(400, 500), pages=200)
+    long = some.arrive(text(200, max_tokens=2))
+    while long.id not in some.first_tokens:
+        for _ in range(4):
+            some.arrive(text(60, 1, max_tokens=1))
+        before = long.computed
+        some.step()
+        assert long.computed - before >= min(LIMITS.shared_step_tokens // 2, 200 - before)
+
+
+def test_many_that_answer_do_not_hold_up_a_prompt():
+    """More rows decode than a step has tokens: the prompt advances all the same."""
+    some = world(config=make_config(400, 500), pages=200, limits=replace(LIMITS, step_tokens=8, shared_step_tokens=8))
+    for _ in range(7):
+        some.arrive(text(4, max_tokens=90, ignore_eos=True))
+    for _ in range(9):
+        some.step()
+    some.scheduler.limits = replace(LIMITS, step_tokens=4, shared_step_tokens=4)
+    prompt = some.arrive(text(20, 1, max_tokens=1))
+    for _ in range(20):
+        some.step()
+    assert prompt.id in some.results
+
+
+def test_without_pages_the_oldest_does_not_wait_for_newer_ones():
+    some = world(paged=False, limits=replace(LIMITS, step_tokens=64))
+    oldest = some.arrive(text(30, max_tokens=30, ignore_eos=True))
+    while oldest.id not in some.results:
+        some.arrive(text(20, 1, max_tokens=2))
+        some.arrive(text(20, 2, max_tokens=2))
+        before = len(oldest.answer)
+        some.step()
+        assert len(oldest.answer) == before + 1
+
+
+def test_nobody_passes_one_that_waits():
+    some = world(pages=20)
+    some.arrive(text(40, max_tokens=20))
+    some.step()
+    large, small = some.arrive(text(60, 1, max_tokens=1)), some.arrive(text(1, 2, max_tokens=1))
+    some.step()
+    assert (large.state, small.state) == (State.WAITING, State.WAITING)
+    while large.state is State.WAITING:
+        assert small.state is State.WAITING
+        some.step()
+    assert small.state is not State.WAITING
+    some.drain()
+
+
+def test_no_more_run_than_there_are_rows():
+    some = world(limits=replace(LIMITS, rows=3))
+    sequences = [some.arrive(text(5, max_tokens=9, ignore_eos=True)) for _ in range(5)]
+    some.step()
+    assert [s.state is State.WAITING for s in sequences] == [False] * 3 + [True] * 2
+    some.scheduler.limits = replace(LIMITS, rows=2)
+    some.cancel(sequences[0])
+    some.step()
+    assert [s.state is State.WAITING for s in sequences[1:]] == [False] * 2 + [True] * 2
+
+
+def test_rows_that_became_fewer_let_nobody_in():
+    some = world()
+    for _ in range(3):
+        some.arrive(text(5, max_tokens=9, ignore_eos=True))
+    some.step()
+    some.scheduler.limits = replace(LIMITS, rows=2)
+    waiting = some.arrive(text(5))
+    some.step()
+    assert waiting.state is State.WAITING
+
+
+# --- pausing and starting over --------------------------------------------------------------------------------------
+
+
+def test_a_paused_sequence_goes_on_where_it_was():
+    some = world(config=make_config(400, 500))
+    sequence = some.arrive(Case(text(30).before, (IMAGES[0], CLIPS[1]), (7, 8, 9), 20, True))
+    for _ in range(8):
+        some.step()
+    answer, computed = sequence.answer, some.device.computed_tokens
+    assert answer
+    some.scheduler.pause(sequence)
+    some.check()
+    assert (sequence.state, sequence.reserved_pages, sequence.prompt) == (State.WAITING, 0, None)
+    units = some.device.encoded_units
+    some.step()
+    assert sequence.answer[: len(answer)] == answer
+    # Its pages and embeddings were idle: next to nothing is done again.
+    assert some.device.computed_tokens - computed <= PAGE_TOKENS
+    assert some.device.encoded_units == units
+    some.drain()
+
+
+def test_a_prompt_that_comes_late_is_taken_by_who_waits_for_one():
+    some = world()
+    sequence = some.arrive(text(9, max_tokens=3))
+    some.step(prepare=False)
+    some.scheduler.pause(sequence)
+    some.prepared(0)  # Paused meanwhile.
+    assert sequence.state is State.WAITING
+    some.step(prepare=False)
+    some.preparing *= 2
+    some.prepared(1)
+    assert sequence.state is State.RUNNING
+    some.cancel(sequence)
+    some.prepared(0)  # Ended meanwhile.
+    assert sequence.state is State.ENDED
+    some.drain()
+
+
+@pytest.mark.parametrize("tokens", [31, 32, 33, 40])
+def test_crossing_into_the_long_regime_starts_over_once(tokens):
+    some = world(config=make_config(short_tokens=32))
+    media = tuple(IMAGES[:1])
+    before = tuple(DOCUMENTS[0][: tokens - 5 - image_footprint(media[0]).tokens])
+    sequence = some.arrive(Case(before, media, (5,) * 5, 12, True))
+    some.drain()
+    whole = tokens + 12 - 1
+    assert some.device.computed_tokens == whole + (32 if tokens <= 32 else 0)
+    assert some.device.encoded_units == image_footprint(media[0]).crops
+    assert sequence.long
+
+
+def test_a_smaller_pool_pauses_the_newest_and_a_larger_one_lets_it_on():
+    some = world(pages=60)
+    sequences = [some.arrive(text(30, family, max_tokens=30, ignore_eos=True)) for family in range(3)]
+    some.step()
+    some.resize(20)
+    assert [s.state is State.WAITING for s in sequences] == [False, True, True]
+    some.step()
+    some.resize(60)
+    some.step()
+    assert [s.state for s in sequences] == [State.RUNNING] * 3
+    some.drain()
 
 
 def test_a_stop_id_ends_an_answer_unless_ignored():
-    stopped, ignoring = sequence(0, 3, max_tokens=4), sequence(1, 3, max_tokens=4, ignore_eos=True)
-    finish([stopped, ignoring], 100, stop_ids=(7,))
-    assert (stopped.finish_reason, len(stopped.answer)) == (FinishReason.STOP, 1)
-    assert (ignoring.finish_reason, len(ignoring.answer)) == (FinishReason.LENGTH, 4)
+    config = make_config()
+    stopping = next(
+        case
+        for case in (text(n, family) for n in range(2, 40) for family in range(3))
+        if answer_alone(case, 40, config).reason is FinishReason.STOP
+    )
+    some = world(config=config)
+    stopped, ignoring = some.arrive(stopping), some.arrive(replace(stopping, max_tokens=60, ignore_eos=True))
+    some.drain()
+    assert some.results[stopped.id][1] is FinishReason.STOP
+    assert some.results[ignoring.id][1] is FinishReason.LENGTH
+    assert some.results[ignoring.id][0][: len(stopped.answer)] == stopped.answer
 
 
-def test_the_context_bounds_an_answer_without_a_limit():
-    s = sequence(0, 6, language(max_tokens=10))
-    finish([s], 100)
-    assert len(s.ids) == 10
+def test_every_id_but_the_last_is_computed_once():
+    some = world(config=make_config(400, 500), limits=replace(LIMITS, step_tokens=7))
+    for family in range(3):
+        some.arrive(text(30, family, max_tokens=20, ignore_eos=True))
+    some.drain()
+    assert some.device.computed_tokens == 3 * (30 + 20 - 1)
+
+
+def test_a_failed_request_holds_nothing_and_the_others_go_on():
+    some = world()
+    failing, other = some.arrive(text(30, max_tokens=5)), some.arrive(text(30, max_tokens=5))
+    some.step()
+    some.fail(failing)
+    assert isinstance(failing.error, ValueError)
+    assert (failing.state, failing.pages, failing.reserved_pages) == (State.ENDED, [], 0)
+    some.drain()
+    assert some.results[other.id][1] is not None
+
+
+def test_nothing_to_do_is_no_plan():
+    assert not world().step()
+    assert not StepPlan(())
+
+
+# --- shared by content ----------------------------------------------------------------------------------------------
+
+
+def after_one(case, **settings):
+    """A world in which this request has just been answered."""
+    some = world(**settings)
+    some.arrive(case)
+    some.drain()
+    return some
+
+
+def computed_by(some, case):
+    """How many tokens a request costs: those of its prompt that are not found, and its answer's."""
+    before = some.device.computed_tokens
+    some.arrive(case)
+    some.drain()
+    return some.device.computed_tokens - before
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 30])
+def test_a_known_beginning_is_not_computed_again_but_for_one_token(tokens):
+    case = text(tokens, max_tokens=1)
+    known = (tokens - 1) // PAGE_TOKENS * PAGE_TOKENS
+    assert computed_by(after_one(case), case) == tokens - known
+
+
+def test_a_conversation_goes_on_from_the_pages_of_its_answer():
+    case = text(10, max_tokens=20, ignore_eos=True)
+    some = after_one(case)
+    longer = follow(case, some.results[0][0], 3)
+    # 29 tokens were computed, which fill 7 pages; the 33 of the new prompt are short of the regime's border.
+    assert computed_by(some, replace(longer, max_tokens=1)) == 33 - 28
+
+
+def test_a_beginning_in_use_is_shared_and_survives_its_first_user():
+    some = world(config=make_config(400, 500))
+    first = some.arrive(text(30, max_tokens=50, ignore_eos=True))
+    some.step()
+    second = some.arrive(text(30, max_tokens=50, ignore_eos=True))
+    some.step()
+    assert second.pages[:7] == first.pages[:7]
+    assert not set(first.pages[7:]) & set(second.pages[7:])
+    held = some.scheduler.reservations.pages.used_pages
+    assert held == len(set(first.pages) | set(second.pages))
+    some.cancel(first)
+    some.drain()
+
+
+IMAGE = Case(text(9).before, (IMAGES[2],), text(9, 1).before, 1)
+CLIP = Case(text(9).before, (CLIPS[1],), text(9, 1).before, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (replace(IMAGE, media=(IMAGES[0],)), replace(IMAGE, media=(IMAGES[5],))),
+        (replace(IMAGE, media=(IMAGES[2],)), replace(IMAGE, media=(IMAGES[3],))),
+        (replace(IMAGE, media=(IMAGES[1],)), replace(IMAGE, media=(IMAGES[4],))),
+        (text(30, max_tokens=1), replace(IMAGE, before=text(30).before)),
+        (text(30, max_tokens=1), replace(CLIP, before=text(30).before)),
+        (replace(CLIP, before=text(30).before), replace(IMAGE, before=text(30).before)),
+        (text(30, max_tokens=1), text(50, max_tokens=1)),
+    ],
+    ids=["digest", "detail", "low detail", "vision adapter", "speech adapter", "two adapters", "regime"],
+)
+def test_what_differs_shares_no_page(one, other):
+    """What is equal before an attachment is shared only under the same adapter and in the same regime."""
+    equal = 8 if one.media and one.footprint.mode is other.footprint.mode else 0
+    assert computed_by(after_one(one), other) == other.footprint.prompt_tokens - equal
+
+
+@pytest.mark.parametrize("one_media", [IMAGES[:1], CLIPS[:1]], ids=["vision", "speech"])
+def test_another_mode_shares_a_page_only_under_the_same_adapter(one_media):
+    before = text(9).before
+    one = Case(before, (*one_media,), before, 1)
+    both = Case(before, (IMAGES[0], CLIPS[0]), before, 1)
+    tokens = both.footprint.prompt_tokens
+    assert computed_by(after_one(one, config=make_config(100)), both) == tokens
+
+
+@pytest.mark.parametrize("name", ["revision", "cache_format", "scheme", "preprocessing"])
+def test_weights_and_formats_share_nothing_with_others(name):
+    """As if a pool and its embeddings were kept while the model is exchanged."""
+    case = replace(IMAGE, before=text(30).before)
+    some = after_one(case)
+    other = make_scheduler(naming=replace(some.scheduler.naming, **{name: "other"}))
+    other.reservations, other.media = some.scheduler.reservations, some.scheduler.media
+    computed, units = some.device.computed_tokens, some.device.encoded_units
+    again = World(other, some.device)
+    again.arrive(case)
+    again.drain()
+    pages, embeddings = name in ("revision", "cache_format"), name in ("scheme", "preprocessing")
+    assert some.device.encoded_units - units == (case.footprint.crops if embeddings else 0)
+    found = (case.footprint.prompt_tokens - 1) // PAGE_TOKENS * PAGE_TOKENS
+    # Other embeddings are other content: only the text before them is known.
+    found = 0 if pages else 28 if embeddings else found
+    assert some.device.computed_tokens - computed == case.footprint.prompt_tokens - found
+
+
+def test_equal_images_are_encoded_once():
+    """In two requests of different modes at once, twice in one, and again when both have ended."""
+    some = world(config=make_config(400, 500), limits=replace(LIMITS, crops=2))
+    image, clip = IMAGES[2], CLIPS[0]
+    some.arrive(Case((5,), (image,), (6,), 9))
+    some.arrive(Case((5, 7), (image, clip, image), (6,), 9))
+    some.drain()
+    some.arrive(Case((8,), (image,), (6,), 1))
+    some.drain()
+    assert some.device.encoded_units == image_footprint(image).crops + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((IMAGES[0],), (IMAGES[5],)),
+        ((IMAGES[2],), (IMAGES[3],)),
+        ((CLIPS[0],), (CLIPS[1],)),
+        ((CLIPS[1],), (CLIPS[1], IMAGES[1])),
+    ],
+    ids=["digest", "detail", "clip", "head"],
+)
+def test_what_differs_is_encoded_by_itself(one, other):
+    alone = [after_one(Case((5,), media, (6,), 1)).device.encoded_units for media in (one, other)]
+    some = world()
+    for media in (one, other):
+        some.arrive(Case((5,), media, (6,), 1))
+    some.drain()
+    assert some.device.encoded_units == sum(alone)
+
+
+def test_who_shares_an_encoding_goes_on_with_it_when_the_other_ends():
+    some = world(limits=replace(LIMITS, crops=2))
+    first, second = (some.arrive(Case((5, n), (IMAGES[2],), (6,), 3)) for n in (1, 2))
+    some.step()
+    assert some.device.encoded_units == 2
+    some.cancel(first)
+    some.drain()
+    assert some.device.encoded_units == 5
+    assert some.results[second.id][0]
+
+
+def test_a_step_encodes_for_several_sequences_within_its_units():
+    some = world(limits=replace(LIMITS, crops=4, windows=2))
+    for number, media in enumerate([(IMAGES[0], CLIPS[2]), (IMAGES[5],), (IMAGES[1], CLIPS[0])]):
+        some.arrive(Case((5, number), media, (6,), 1))
+    plan = some.step()
+    assert [(p.sequence.id, p.kind, p.first, p.units) for p in plan.slices] == [
+        (0, "image", 0, 3),
+        (0, "audio", 0, 2),
+        (1, "image", 0, 1),
+    ]
+    some.drain()
+
+
+def test_answers_are_the_same_without_pages():
+    chance = random.Random(0)
+    asked = [some_case(chance) for _ in range(30)]
+    answers = []
+    for paged in (True, False):
+        some = world(pages=60, paged=paged, limits=replace(LIMITS, step_tokens=120))
+        for case in asked:
+            some.arrive(case)
+        some.drain()
+        answers.append(some.results)
+    assert answers[0] == answers[1]
 
 
 def test_deciding_imports_no_torch():

@@ -23,7 +23,7 @@ class SdpaAttention:
         return out.transpose(1, 2)
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-        if query.device.type != "cuda" or query.dtype == torch.float32:
+        if not _has_flash(query):
             rows = zip(*(part[None].split(packing.lengths, dim=1) for part in (query, key, value)), strict=True)
             return torch.cat([self.causal(*row)[0] for row in rows])
         group, longest = query.shape[1] // key.shape[1], max(packing.lengths)
@@ -68,9 +68,16 @@ class SdpaAttention:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's flash kernels take such queries: 16 bits, on an NVIDIA card since Ampere."""
+    if query.device.type != "cuda" or query.dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:
     """The causal mask of a chunk over its past; torch's own mask type keeps the flash kernels on CUDA."""
-    if query.device.type == "cuda":
+    if _has_flash(query):
         return causal_lower_right(query.shape[-2], key.shape[-2])
     past = key.shape[-2] - query.shape[-2]
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(past)

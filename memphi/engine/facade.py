@@ -1,0 +1,166 @@
+"""What callers see of an engine, wherever its loop runs: measure, generate, stream, submit, close.
+
+Prices and refuses requests, hands them to a worker and turns what comes back into answers; callers of any threads and
+of asyncio share one. Imports no torch.
+"""
+
+import asyncio
+import queue
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import aclosing, closing, suppress
+from itertools import count
+from typing import Protocol, overload
+
+from memphi.config import ModelConfig
+from memphi.engine.messages import Event, Mailbox, Submission
+from memphi.engine.pressure import Bounds, Listing, Part, endless, relieve
+from memphi.inputs.prompt import measure
+from memphi.inputs.tokenizer import Tokenizer
+from memphi.request import Delta, Footprint, Request, Result
+
+
+class Worker(Protocol):
+    """Whoever steps the loop: a thread, or a process."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What one request may take."""
+        ...
+
+    def submit(self, submission: Submission, mailbox: Mailbox) -> None:
+        """Hand a request over, without waiting; its events go to the mailbox, from another thread."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """End a request; its mailbox gets the result so far."""
+        ...
+
+    def close(self) -> None:
+        """End all requests and the worker."""
+        ...
+
+
+class Facade:
+    """Answers requests of any input modes, many at once."""
+
+    def __init__(self, worker: Worker, model_config: ModelConfig, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._model_config = model_config
+        self._worker = worker
+        self._ids = count()
+        weakref.finalize(self, worker.close)
+
+    def measure(self, request: Request) -> Footprint:
+        """What a request costs in tokens, crops and seconds, from headers alone."""
+        return measure(request, self._model_config, self.tokenizer)
+
+    @overload
+    def generate(self, requests: Request) -> Result: ...
+    @overload
+    def generate(self, requests: Sequence[Request]) -> list[Result]: ...
+    def generate(self, requests: Request | Sequence[Request]) -> Result | list[Result]:
+        """Answer one request, or several of any modes at once; each result equals the same request's alone.
+
+        Raises RequestError or MediaError for bad input and DoesNotFitError for what can never fit, before anything is
+        computed where headers tell, and WorkerError where the engine has stopped; an error of one request ends the
+        others of the same call. Where a request's on_pressure let it be changed, its result says how (`degraded`).
+        """
+        if isinstance(requests, Request):
+            return self.generate([requests])[0]
+        accepted = [self._accept(request) for request in requests]
+        results = iter(self._collect([part for parts in accepted for part in parts]))
+        return [_listing(parts).result([next(results) for _ in parts]) for parts in accepted]
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Answer one request piece by piece; the last piece has the finish reason. Closing the iterator ends it."""
+        return self._listed_pieces(self._accept(request))
+
+    async def submit(self, request: Request) -> AsyncIterator[Delta]:
+        """The same for asyncio: `async for delta in engine.submit(request)`; leaving the loop ends the request."""
+        parts = await asyncio.to_thread(self._accept, request)
+        listing = _listing(parts)
+        for part in parts:
+            async with aclosing(self._posted_pieces(part)) as pieces:
+                async for delta in pieces:
+                    yield listing.add(delta)
+
+    def close(self) -> None:
+        """End all requests and the engine's thread or process; a model in this process stays as long as it is used."""
+        self._worker.close()
+
+    def _accept(self, request: Request) -> tuple[Part, ...]:
+        """What is to be run for a request: it alone, or its shares; raises DoesNotFitError where it can never fit."""
+        may_change = request.on_pressure in ("shrink-images", "one-by-one")
+        config = endless(self._model_config) if may_change else self._model_config
+        return relieve(request, lambda each: measure(each, config, self.tokenizer), self._worker.bounds, config.vision)
+
+    def _hand_over(self, part: Part, mailbox: Mailbox) -> int:
+        """Submit what was accepted; returns its number."""
+        number = next(self._ids)
+        self._worker.submit(Submission(number, part), mailbox)
+        return number
+
+    def _collect(self, parts: Sequence[Part]) -> list[Result]:
+        """Run parts to their ends; results in their order."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        results: dict[int, Result] = {}
+        open_ids: set[int] = set()
+        try:
+            for part in parts:
+                open_ids.add(self._hand_over(part, events.put))
+            while open_ids:
+                event = events.get()
+                if event.error is not None:
+                    open_ids.discard(event.id)
+                    raise event.error
+                if event.result is not None:
+                    open_ids.discard(event.id)
+                    results[event.id] = event.result
+        finally:
+            for number in open_ids:
+                self._worker.cancel(number)
+        return [results[number] for number in sorted(results)]
+
+    def _listed_pieces(self, parts: Sequence[Part]) -> Iterator[Delta]:
+        """The answers of all parts, one after another."""
+        listing = _listing(parts)
+        for part in parts:
+            with closing(self._pieces(part)) as pieces:
+                yield from map(listing.add, pieces)
+
+    def _pieces(self, part: Part) -> Generator[Delta, None, None]:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        number = self._hand_over(part, events.put)
+        event: Event | None = None
+        try:
+            while (event := events.get()).delta is not None:
+                yield event.delta
+            if event.error is not None:
+                raise event.error
+        finally:
+            if event is None or event.delta is not None:
+                self._worker.cancel(number)
+
+    async def _posted_pieces(self, part: Part) -> AsyncGenerator[Delta, None]:
+        mailbox: asyncio.Queue[Event] = asyncio.Queue()
+        caller = asyncio.get_running_loop()
+
+        def post(event: Event) -> None:
+            with suppress(RuntimeError):  # The caller's loop is closed: nobody listens any more.
+                caller.call_soon_threadsafe(mailbox.put_nowait, event)
+
+        number = self._hand_over(part, post)
+        event: Event | None = None
+        try:
+            while (event := await mailbox.get()).delta is not None:
+                yield event.delta
+            if event.error is not None:
+                raise event.error
+        finally:
+            if event is None or event.delta is not None:
+                self._worker.cancel(number)
+
+
+def _listing(parts: Sequence[Part]) -> Listing:
+    return Listing([part.request for part in parts])
