@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,8 @@ SETTINGS = {  # Those of one process stand together.
     "split128": Setting("`--allocator split128`", allocator="split128"),
     "expandable": Setting("`--allocator expandable`", allocator="expandable"),
 }
+STARTED, LOADED = attrgetter("allocator", "blocking"), attrgetter("dtype", "attention")
+"""What makes another process necessary, and what another model."""
 EVERY = [(name, work) for name, setting in SETTINGS.items() for work in setting.works]
 
 
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     earlier = json.loads(options.out.read_text("utf-8"))["measured"] if options.commit and options.out.exists() else []
     records = [record for record in earlier if record["commit"] == options.commit]
     wanted = [task for task in EVERY if task[0] in options.only and task not in _tasks(records)]
-    for _, tasks in groupby(wanted, lambda task: (SETTINGS[task[0]].allocator, SETTINGS[task[0]].blocking)):
+    for _, tasks in groupby(wanted, lambda task: STARTED(SETTINGS[task[0]])):
         if (seconds := deadline - time.monotonic()) > 0:
             records += _run_child(list(tasks), seconds, options)
             missing = [f"{name}: {WORKS[work].says}" for name, work in EVERY if (name, work) not in _tasks(records)]
@@ -161,26 +165,23 @@ def work_through(tasks: Sequence[tuple[str, ...]], options: argparse.Namespace, 
     meter = find_meter(options.device)
     base_bytes = meter.used_bytes() if meter else 0
     facts = device_facts(find_device(options.device))  # before anything is loaded
-    for (dtype, attention), alike in groupby(tasks, lambda task: _model_of(SETTINGS[task[0]])):
+    for (dtype, attention), alike in groupby(tasks, lambda task: LOADED(SETTINGS[task[0]])):
         tidy()
         loading = Loading(options.model, options.device, dtype, attention, EngineConfig(), "default")
         bench = Bench(load_parts(loading), facts, meter, base_bytes)
         bench.run(Setting("a warm-up"), Work("", tokens=3), WORK_SECONDS)
         for name, work in alike:
-            left = deadline - time.monotonic()
-            asked = _smaller(WORKS[work]) if options.small else WORKS[work]
-            record = bench.run(SETTINGS[name], asked, min(left, WORK_SECONDS)) if left > 0 else {"cut": True}
+            if (left := deadline - time.monotonic()) <= 0:
+                return
+            asked = replace(WORKS[work], tokens=3, images=1) if options.small else WORKS[work]
+            try:
+                record = bench.run(SETTINGS[name], asked, min(left, WORK_SECONDS))
+            except Exception:  # What one setting breaks leaves the others to be measured.
+                traceback.print_exc()
+                continue
             if left >= WORK_SECONDS or not record["cut"]:  # Cut for want of time: not reached.
                 print(json.dumps({"setting": name, "work": work, **record}), flush=True)
         del bench
-
-
-def _model_of(setting: Setting) -> tuple[Any, Any]:
-    return setting.dtype, setting.attention
-
-
-def _smaller(work: Work) -> Work:
-    return replace(work, tokens=-(-work.tokens // 16), images=min(work.images, 2))
 
 
 def tidy() -> None:
