@@ -40,17 +40,17 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """A device as the planner sees it: what is free counts what CUDA itself takes in this process."""
+    """A device as the planner sees it: what is free counts what CUDA and torch's allocator hold in this process."""
     if device.type != "cuda":
         return this_machine()
     properties = torch.cuda.get_device_properties(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    context_bytes = costs.context("cuda", properties.name).bytes
+    own_bytes = costs.context("cuda", properties.name).bytes + torch.cuda.memory_reserved(device)
     return DeviceFacts(
         "cuda",
         properties.name,
         total_bytes,
-        min(free_bytes + context_bytes, total_bytes),
+        min(free_bytes + own_bytes, total_bytes),
         (properties.major, properties.minor),
     )
 
