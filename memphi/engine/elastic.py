@@ -12,7 +12,6 @@ import torch
 from memphi.cache.pool import PagePool
 from memphi.engine.gauge import Gauge
 from memphi.engine.scheduler import Scheduler
-from memphi.engine.sequence import State
 from memphi.memory.planner import reserve_bytes
 
 LOOK_SECONDS = 0.25
@@ -73,7 +72,7 @@ class Elastic:
     def _resize(self, capacity_pages: int) -> None:
         """Set the pool's size; the oldest request keeps what it has, so that something always goes on."""
         before = self._scheduler.reservations.pages.capacity
-        active = [s for s in self._scheduler.sequences if s.state is not State.WAITING]
+        active = self._scheduler.active
         least = active[0].reserved_pages if active else 1
         self._scheduler.resize(max(capacity_pages, least))
         after = self._scheduler.reservations.pages.capacity

@@ -5,7 +5,7 @@ request reaches another.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -228,7 +228,7 @@ class Loop:
     def _count(self, plan: StepPlan) -> None:
         self.stats.steps += 1
         self.stats.encoded_units += sum(piece.units for piece in plan.slices)
-        self.stats.prompt_tokens += sum(row.tokens for row in plan.rows if not row.sequence.answer)
+        self.stats.prompt_tokens += sum(row.tokens for row in plan.rows if not row.sequence.answer_tokens)
         self.stats.answer_tokens += sum(row.samples for row in plan.rows)
 
 
@@ -236,13 +236,3 @@ def _sequences(plan: StepPlan) -> list[Running]:
     """Whom a step serves, oldest first."""
     served = [row.sequence for row in plan.rows] + [piece.sequence for piece in plan.slices]
     return sorted(set(served), key=lambda sequence: sequence.id)
-
-
-def run_all(loop: Loop) -> Sequence[Event]:
-    """Step until every request has ended; for tests and single-threaded use."""
-    events: list[Event] = []
-    while loop.has_work:
-        events += loop.step()
-        if loop.stalled and loop.has_work:
-            time.sleep(0.0005)
-    return events

@@ -37,10 +37,6 @@ class Preparation:
         if sequence not in self._waiting and all(begun is not sequence for begun, _ in self._begun):
             self._waiting.append(sequence)
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._waiting or self._begun)
-
     def advance(self) -> list[tuple[Sequence, Future[Prompt]]]:
         """Begin what the host has room for; returns what has become ready since."""
         ready = [pair for pair in self._begun if pair[1].done()]

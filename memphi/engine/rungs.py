@@ -8,7 +8,6 @@ import torch
 from memphi.cache.pool import PagePool
 from memphi.engine.recovery import Rung
 from memphi.engine.scheduler import Scheduler, StepLimits
-from memphi.engine.sequence import State
 from memphi.engine.step import StepPlan
 
 LEAST_CHUNK_TOKENS = 16
@@ -138,7 +137,7 @@ class PauseNewest:
         self._before: list[int] = []
 
     def take(self, plan: StepPlan) -> bool:
-        active = [s for s in self._scheduler.sequences if s.state is not State.WAITING]
+        active = self._scheduler.active
         if len(active) < 2:
             return False
         self._scheduler.pause(active[-1])

@@ -11,7 +11,7 @@ from typing import Any
 from memphi.cache.media import MediaCache, MediaKey
 from memphi.cache.pages import MediaMark, page_key, page_keys, root_key
 from memphi.config import ModelConfig
-from memphi.engine.admission import Admit, Room, admit, computed_at_most, stretched
+from memphi.engine.admission import Admit, Room, admit, stretched
 from memphi.engine.reservations import Reservations
 from memphi.engine.sequence import Sequence as Running
 from memphi.engine.sequence import State
@@ -78,13 +78,13 @@ class Scheduler:
         return list(self._sequences.values())
 
     def add(self, sequence: Running) -> None:
-        """Take a sequence that fits alone; its id must be higher than any before it."""
+        """Take a sequence that fits alone; it is newer than all that came before, whatever its id."""
         self._sequences[sequence.id] = sequence
 
     def admit(self) -> list[Running]:
         """Let waiting sequences in, in order of arrival, as far as there is room; they are to be prepared now."""
         admitted = []
-        active = sum(s.state is not State.WAITING for s in self._sequences.values())
+        active = len(self.active)
         for sequence in self._in(State.WAITING):
             if active >= self.limits.rows or not self._reserve_first(sequence):
                 break  # Nobody passes one that waits: it would wait for ever.
@@ -120,15 +120,15 @@ class Scheduler:
         self._let_go(sequence)
         sequence.state = State.WAITING
 
-    def newest_active(self) -> Running | None:
-        """The one to be paused where memory is short."""
-        active = [s for s in self._sequences.values() if s.state is not State.WAITING]
-        return active[-1] if active else None
+    @property
+    def active(self) -> list[Running]:
+        """All that were let in, oldest first: where memory is short the last one is paused."""
+        return [sequence for sequence in self._sequences.values() if sequence.state is not State.WAITING]
 
     def resize(self, pages: int) -> None:
         """Set the size of the pool, pausing the newest sequences while more of it is claimed."""
-        while self.reservations.claimed_pages > pages and (newest := self.newest_active()) is not None:
-            self.pause(newest)
+        while self.reservations.claimed_pages > pages and (active := self.active):
+            self.pause(active[-1])
         self.reservations.resize(pages)
 
     def check(self) -> None:
@@ -168,16 +168,14 @@ class Scheduler:
         """Promise every running sequence the pages that its next tokens need, oldest first."""
         for sequence in self._in(State.RUNNING):
             while sequence.state is State.RUNNING and not self._grow(sequence):
-                newest = self.newest_active()
-                assert newest is not None
-                self.pause(newest)
+                self.pause(self.active[-1])
 
     def _grow(self, sequence: Running) -> bool:
         reservations = self.reservations
-        if reservations.pages_for(len(sequence.ids)) <= sequence.reserved_pages:
-            return True
-        stretch = reservations.pages_for(min(stretched(sequence), computed_at_most(sequence)))
         least = reservations.pages_for(len(sequence.ids))
+        if least <= sequence.reserved_pages:
+            return True
+        stretch = reservations.pages_for(stretched(sequence))
         return reservations.reserve(sequence, stretch) or reservations.reserve(sequence, least)
 
     # --- rows -------------------------------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ class Scheduler:
     def _plan_whole_rows(self, running: Sequence[Running]) -> Iterator[PlannedRow]:
         """Rows computed from their beginning, as many as a step holds: the oldest, then those with the least answer."""
         room = self.limits.step_tokens
-        for sequence in [*running[:1], *sorted(running[1:], key=lambda s: (len(s.answer), s.id))]:
+        for sequence in [*running[:1], *sorted(running[1:], key=lambda s: (s.answer_tokens, s.id))]:
             if len(sequence.ids) <= room:
                 room -= len(sequence.ids)
                 yield PlannedRow(sequence, 0, len(sequence.ids))
@@ -234,7 +232,7 @@ class Scheduler:
     def _finish_reason(self, sequence: Running) -> FinishReason | None:
         if sequence.ids[-1] in self.config.stop_token_ids and not sequence.sampling.ignore_eos:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(sequence.answer) >= sequence.max_tokens else None
+        return FinishReason.LENGTH if sequence.answer_tokens >= sequence.max_tokens else None
 
     # --- pages by content -------------------------------------------------------------------------------------------
 

@@ -70,5 +70,10 @@ class Sequence:
         return len(self.ids) or self.footprint.prompt_tokens
 
     @property
+    def answer_tokens(self) -> int:
+        """How long the answer is so far."""
+        return max(len(self.ids) - self.footprint.prompt_tokens, 0)
+
+    @property
     def answer(self) -> list[int]:
         return self.ids[self.footprint.prompt_tokens :]

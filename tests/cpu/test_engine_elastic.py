@@ -7,7 +7,6 @@ import pytest
 
 from memphi.config import EngineConfig
 from memphi.engine.engine import make_loop
-from memphi.engine.loop import run_all
 from memphi.engine.messages import Submission
 from memphi.engine.worker import _sequence
 from memphi.memory.planner import reserve_bytes
@@ -21,6 +20,15 @@ def accepted(source, loop, requests):
         for part in source._accept(request):
             submission = Submission(next(source._ids), part)
             loop.add(_sequence(submission, source.model.config.language, source._worker.bounds), submission.started)
+
+
+def run_all(loop):
+    """Step until every request has ended."""
+    events = []
+    while loop.has_work:
+        events += loop.step()
+        time.sleep(0.0005 if loop.stalled else 0)
+    return events
 
 
 def answers(events):

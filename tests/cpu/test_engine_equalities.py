@@ -22,35 +22,9 @@ from tests.scenes import (
     lively_model,
     mixed_requests,
     picture,
-    tiny_tokenizer,
 )
 
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def stage(model, tokenizer):
-    """Make a loop with room for all; pages and pins as given."""
-
-    def make(pages=128, rows=8, **settings):
-        return Stage(model, tokenizer, pages, rows=rows, **settings)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def expected(model, tokenizer):
-    return [result.ids for result in alone(model, tokenizer, mixed_requests())]
 
 
 def compute_plainly(model, tokenizer, request):
@@ -243,7 +217,7 @@ def test_a_pause_at_any_step_changes_nothing(stage, expected, every):
         if not paused.loop.has_work:
             break
         paused.step()
-        newest = paused.scheduler.newest_active()
+        newest = next(reversed(paused.scheduler.active), None)
         oldest = paused.scheduler.sequences[:1]
         if paused.steps % every == 0 and newest is not None and [newest] != oldest:
             paused.scheduler.pause(newest)

@@ -9,22 +9,12 @@ from memphi.engine.engine import Engine
 from memphi.engine.sequence import State
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.request import FinishReason, Message, Request
-from tests.scenes import GREEDY, Stage, clip, lively_model, picture, plan_of, tiny_tokenizer
+from tests.scenes import GREEDY, Stage, clip, picture, plan_of
 
 PAGES = 17
 """Room for 272 tokens. The large picture has 6 crops and 125 tokens; 75 in 4 crops, 49 in 2 and 36 in 1."""
 LARGE, SMALL = picture(1, 330, 220), picture(2, 100, 110)
 QUESTION = "How many?"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

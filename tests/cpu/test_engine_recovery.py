@@ -15,34 +15,11 @@ from memphi.errors import DoesNotFitError
 from memphi.model.phi4mm import Phi4MM
 from memphi.request import Request
 from tests.faults import KINDS, Faults, From, failing
-from tests.scenes import GREEDY, Stage, alone, clip, lively_model, mixed_requests, picture, tiny_tokenizer
+from tests.scenes import GREEDY, alone, clip, mixed_requests, picture
 
 CPU = torch.device("cpu")
 TOO_LITTLE = r"this machine has too little memory for this request.*; send fewer or smaller attachments.*--each"
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def stage(model, tokenizer):
-    def make(pages=128, rows=8, **settings):
-        return Stage(model, tokenizer, pages, rows=rows, **settings)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def expected(model, tokenizer):
-    return [result.ids for result in alone(model, tokenizer, mixed_requests())]
 
 
 @pytest.fixture(autouse=True)
@@ -344,7 +321,8 @@ def test_what_is_being_prepared_is_not_begun_again():
     preparation.close()
     assert len(prepared) == 1
     assert len(preparation.advance()) == 1
-    assert not preparation.busy
+    assert not preparation._waiting
+    assert not preparation._begun
 
 
 @pytest.mark.parametrize("at", ["encode_crops", "encode_windows", "forward"])

@@ -19,25 +19,10 @@ from memphi.engine.pressure import Part
 from memphi.errors import DoesNotFitError, WorkerError
 from memphi.request import FinishReason, Request
 from tests.faults import KINDS, failing
-from tests.scenes import GREEDY, alone, lively_model, mixed_requests, plan_of, tiny_tokenizer
+from tests.scenes import GREEDY, mixed_requests, plan_of
 
 PATIENCE_SECONDS = 30
 ENDLESS = Request.ask("Go on.", sampling=replace(GREEDY, max_tokens=8000))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def expected(model, tokenizer):
-    return [result.ids for result in alone(model, tokenizer, mixed_requests())]
 
 
 @pytest.fixture
