@@ -84,6 +84,7 @@ def test_a_pool_that_shrinks_and_grows_changes_no_answer(source):
         time.sleep(0.0005 if loop.stalled else 0)
     assert answers(events) == expected
     assert min(sizes) < capacity
+    elastic.make_way(total, total)
     assert pages.capacity == capacity
 
 
