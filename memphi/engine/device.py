@@ -7,6 +7,7 @@ import torch
 from memphi.errors import DeviceError
 from memphi.memory import costs
 from memphi.memory.devices import DeviceFacts, this_machine
+from memphi.memory.learned import key_of, recall
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 
@@ -52,6 +53,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         total_bytes,
         min(free_bytes + own_bytes, total_bytes),
         (properties.major, properties.minor),
+        recall(key_of(properties.name)),
     )
 
 

@@ -89,7 +89,8 @@ def make_loop(
         on_ready,
     )
     known = torch.from_numpy(tokenizer.known_ids(language.vocab_size))
-    gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes)
+    learned = device_facts(model.device).learned
+    gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
     runner = Runner(model, pool, ~known.to(model.device), gauge)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None

@@ -13,15 +13,19 @@ import torch
 
 from memphi.cache.pool import PagePool
 from memphi.engine.device import cap_allocator
+from memphi.memory.learned import Learned, keep
 from memphi.memory.monitor import Monitor
 
 
 class Gauge:
     """The meter of one engine's device."""
 
-    def __init__(self, device: torch.device, pool: PagePool | None, allowed_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, pool: PagePool | None, allowed_bytes: int, learned: Learned | None = None
+    ) -> None:
         """allowed_bytes is what pool and allocator may take together: the dial less CUDA's own context."""
         self.monitor = Monitor()
+        self._learned = learned or Learned()
         self._device = device
         self._pool = pool
         self._allowed_bytes = allowed_bytes
@@ -38,10 +42,19 @@ class Gauge:
         yield
         stays_bytes = max(before_bytes, torch.cuda.memory_allocated(self._device))
         observed_bytes = torch.cuda.max_memory_allocated(self._device) - stays_bytes
-        warning = self.monitor.note(kind, predicted_bytes, observed_bytes)
-        if warning:
-            logging.getLogger(__name__).info(warning)
+        self._note(kind, predicted_bytes, observed_bytes)
         self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_reserved(self._device) + self._pool_bytes)
+
+    def _note(self, kind: str, predicted_bytes: int, observed_bytes: int) -> None:
+        """Hold a prediction against the truth: warn once of a kind that is badly predicted, and learn from it."""
+        known = kind in self.monitor.records()
+        verdict = self.monitor.note(kind, self._learned.price(kind, predicted_bytes), observed_bytes)
+        if verdict:
+            logging.getLogger(__name__).log(logging.INFO if known else logging.WARNING, verdict)
+        wiser = self._learned.seen(kind, predicted_bytes, observed_bytes)
+        if wiser is not self._learned:
+            self._learned = wiser
+            keep(wiser)
 
     def make_room(self, pages: int) -> None:
         """Before so many pages are mapped: the allocator gives back what it does not use, if the dial needs it."""

@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from memphi.errors import DeviceError
 from memphi.memory.costs import GIB, MIB
+from memphi.memory.learned import Learned, key_of, recall
 
 DeviceKind = Literal["cuda", "cpu", "mps"]
 
@@ -30,6 +31,7 @@ class DeviceFacts:
     """Free while memphi holds nothing: whoever already has a CUDA context adds it."""
     capability: tuple[int, int] | None = None
     """Of an NVIDIA card."""
+    learned: Learned = field(default_factory=Learned)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _read_card(line: str) -> DeviceFacts:
     """One line of nvidia-smi's: name, MiB in all, MiB free, capability; ValueError for anything else."""
     name, total, free, capability = (part.strip() for part in line.strip().partition("\n")[0].rsplit(",", 3))
     major, minor = capability.split(".")
-    return DeviceFacts("cuda", name, int(total) * MIB, int(free) * MIB, (int(major), int(minor)))
+    return DeviceFacts("cuda", name, int(total) * MIB, int(free) * MIB, (int(major), int(minor)), recall(key_of(name)))
 
 
 def this_machine() -> DeviceFacts:

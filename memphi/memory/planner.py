@@ -28,6 +28,9 @@ MOST_PAGES = 1 << 18
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
+ENCODER_PASSES = ("vision pass", "audio pass")
+DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
+"""The kinds of steps of which predictions are held against what is observed; a decoder step's scores are in each."""
 HOST_SHARE = 0.8
 HOST_POOL_TOKENS = 32768
 HOST_LARGEST = {"step_tokens": 2048, "rows": 64, "crops": 8}
@@ -225,9 +228,19 @@ class _Planner:
         ]
         if self.engine.kv_cache:
             kinds.insert(3, costs.decode_step(self.config, rows, keys, size))
+        kinds = [self._as_learned(cost) for cost in kinds]
         peak = max(kinds, key=lambda cost: cost.bytes)
         largest = Cost("largest step", peak.bytes, f"the {peak.name}; steps come one after the other")
         return (*kinds, largest, costs.allocator_rounding(self.device.kind, peak.bytes))
+
+    def _as_learned(self, cost: Cost) -> Cost:
+        """A step's cost, corrected by what was seen on this device."""
+        kinds = (cost.name,) if cost.name in ENCODER_PASSES else DECODER_STEPS
+        corrected = max(self.device.learned.price(kind, cost.bytes) for kind in kinds)
+        if corrected == cost.bytes:
+            return cost
+        excess = size_text(corrected - cost.bytes)
+        return Cost(cost.name, corrected, f"{cost.formula}, and {excess} that it took beyond this on this device")
 
     # --- what a step does ----------------------------------------------------------------------------------------
 
