@@ -1,0 +1,495 @@
+"""How long each of the decoder's kernels takes, beside the time that the bytes it moves would take.
+
+Every kernel is compared with its definition first. Then it runs under a CUDA graph, launch after launch, over copies of
+its tensors that together do not fit in the card's cache. Attention is tried under several tilings; the small kernels of
+a layer also as a chain, launched dependently and not.
+Usage: python -m benchmarks.kernels --out FILE. Without a GPU, TRITON_INTERPRET=1 tries all of it at small sizes.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.document import write_document
+from memphi import official
+from memphi.config import LanguageConfig, ModelConfig
+from memphi.model.kernels import division, gate, launch, norm, paged, rotary
+from memphi.model.kernels.division import Division, Tiling
+
+Launch = Callable[[], None]
+
+PAGE_TOKENS = 16
+REPLAYS, LAUNCHES = 15, 64
+"""How often a graph is timed, and how many launches it has at least."""
+MOST_COPIES = 64
+LARGEST_ERROR = 0.02
+"""What rounding to 16 bits explains, relative to what the definition finds."""
+TILINGS = {
+    "32x5": Tiling(4, 64, 32, 5, 4, 128, early=False),
+    "32x7": Tiling(4, 64, 32, 7, 4, 128, early=False),
+    "32x5, 2 warps": Tiling(4, 64, 32, 5, 2, None, early=False),
+    "32x5, 1 warp": Tiling(4, 64, 32, 5, 1, None, early=False),
+    "32x5, 8 programs": Tiling(8, 64, 32, 5, 4, 128, early=False),
+    "64x5": Tiling(4, 64, 64, 5, 4, None, early=False),
+    "32x5, early": Tiling(4, 64, 32, 5, 4, None, early=True),
+    "32x5, early, small units": Tiling(4, 32, 32, 5, 4, None, early=True),
+    "64x3, early": Tiling(4, 64, 64, 3, 4, None, early=True),
+    "64x5, early": Tiling(4, 64, 64, 5, 4, None, early=True),
+    "64x5, early, 2 programs": Tiling(2, 64, 64, 5, 4, None, early=True),
+    "128x3, early": Tiling(4, 128, 128, 3, 8, None, early=True),
+}
+"""By keys at once and stages; four programs a multiprocessor and four warps where nothing is said."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the official sizes, or ones that the interpreter gets through."""
+
+    config: LanguageConfig
+    rows: tuple[int, ...]
+    """Of the kernels that know no past."""
+    lengths: Mapping[str, tuple[int, ...]]
+    """Rows of attention by name, each with as many tokens."""
+    drafts: Mapping[str, tuple[int, ...]]
+    """The same with eight new tokens each."""
+    chain: tuple[int, ...]
+    tilings: Mapping[str, Tiling]
+    """Of attention over pages, beside the one that is chosen."""
+    copied_bytes: int
+    """What the copies of a kernel's tensors take together at least: more than any card's cache."""
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one size: a launch for each copy of its tensors, of the kernel as of other ways to do it."""
+
+    kernel: str
+    size: str
+    n_bytes: int
+    error: float
+    """How far the kernel is from its definition, relative to what that says."""
+    launches: Mapping[str, Sequence[Launch]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
+    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    parser.add_argument("--only", help="kernels to measure, by name, separated by commas")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if obstacle := launch.why_not_available(device):
+        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
+    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    bandwidth = measure_bandwidth(device, sizes)
+    print(f"copying: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    figures = [
+        measure_case(case, bandwidth, device)
+        for name, cases in CASES.items()
+        if not options.only or name in options.only.split(",")
+        for case in cases(sizes, device)
+    ]
+    write_document(options.out, device, options.commit, {"bytes_per_second": round(bandwidth), "figures": figures})
+    return 0 if all(figure["relative_error"] < LARGEST_ERROR for figure in figures) else 1
+
+
+def official_sizes() -> Sizes:
+    one_long = (100_000, *[512] * 63)
+    uneven = tuple(64 + 18 * i for i in range(64))
+    return Sizes(
+        config=ModelConfig.from_folder(official.folder()).language,
+        rows=(1, 8, 64, 256, 8192),
+        lengths={
+            **{f"1 x {n}": (n,) for n in (512, 762, 8192, 100_000)},
+            **{f"{rows} x {n}": (n,) * rows for rows, n in ((2, 640), (4, 640), (8, 1024), (16, 640))},
+            **{f"{rows} x {n}": (n,) * rows for rows, n in ((64, 576), (64, 640), (256, 576), (256, 640))},
+            "64 uneven": uneven,
+            "1 long, 63 short": one_long,
+        },
+        drafts={"1 x 2048": (2048,), "16 x 1024": (1024,) * 16},
+        chain=(1, 8, 64),
+        tilings=TILINGS,
+        copied_bytes=256 * 2**20,
+        dtype=torch.bfloat16,
+    )
+
+
+def small_sizes() -> Sizes:
+    from tests.checkpoints import tiny_config
+
+    import_module("tests.kernels.interpreter")
+    return Sizes(
+        config=tiny_config(hidden_size=96).language,
+        rows=(1, 3),
+        lengths={"1 x 20": (20,), "2 uneven": (5, 40)},
+        drafts={"1 x 20": (20,)},
+        chain=(1,),
+        tilings={"32x5, early": TILINGS["32x5, early"]},
+        copied_bytes=2,
+        dtype=torch.float32,
+    )
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+def measure_bandwidth(device: torch.device, sizes: Sizes) -> float:
+    """Bytes a second of a large copy, those read and those written."""
+    source = torch.ones(4 * sizes.copied_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure([partial(target.copy_, source)], device)
+
+
+def measure_case(case: Case, bandwidth: float, device: torch.device) -> dict[str, Any]:
+    seconds = {name: measure(launches, device) for name, launches in case.launches.items()}
+    limit = case.n_bytes / bandwidth
+    print(f"{case.kernel:16} {case.size:18} error {case.error:.1e}, limit {limit * 1e6:7.2f} us", flush=True)
+    for name, taken in seconds.items():
+        print(f"    {name:28} {taken * 1e6:8.2f} us  {case.n_bytes / taken / 1e12:5.2f} TB/s", flush=True)
+    return {
+        "kernel": case.kernel,
+        "size": case.size,
+        "bytes": case.n_bytes,
+        "relative_error": case.error,
+        "limit_microseconds": round(limit * 1e6, 3),
+        "microseconds": {name: round(taken * 1e6, 3) for name, taken in seconds.items()},
+    }
+
+
+def measure(launches: Sequence[Launch], device: torch.device) -> float:
+    """Seconds of one launch: the median over replays of a graph of many, one after the other."""
+    rounds = -(-LAUNCHES // len(launches)) if device.type == "cuda" else 1
+    started = time.perf_counter()
+    run_all(launches)
+    if device.type != "cuda":
+        return (time.perf_counter() - started) / len(launches)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            run_all(launches)
+    times = []
+    for _ in range(3 + REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times[3:]) / (rounds * len(launches))
+
+
+def run_all(launches: Sequence[Launch]) -> None:
+    for run in launches:
+        run()
+
+
+@contextmanager
+def independently() -> Iterator[None]:
+    """Launches in here are not dependent, whatever the card."""
+    with patch.object(launch, "capability", lambda device: (8, 0)):
+        launch.launch_options.cache_clear()
+        yield
+    launch.launch_options.cache_clear()
+
+
+def copies_of(n_bytes: int, sizes: Sizes) -> range:
+    return range(min(MOST_COPIES, max(2, -(-sizes.copied_bytes // n_bytes))))
+
+
+def error_of(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative distance; NaN where one of them has any."""
+    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True)]
+    return float(torch.stack([(f - e).norm() / e.norm().clamp(min=1e-30) for f, e in pairs]).max())
+
+
+# --- kernels that know no past ---------------------------------------------------------------------------------------
+
+
+def norm_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    width, eps = sizes.config.hidden_size, sizes.config.norm_eps
+    for rows in sizes.rows:
+        make = partial(torch.randn, device=device, dtype=sizes.dtype)
+        n_bytes = (4 * rows + 1) * width * sizes.dtype.itemsize
+        sets = [(make(rows, width), make(rows, width), make(width)) for _ in copies_of(n_bytes, sizes)]
+        found, expected = torch.empty_like(sets[0][0]), torch.empty_like(sets[0][0])
+        x, delta, weight = sets[0]
+        norm.plain_add_norm(x.clone(), delta, weight, eps, expected)
+        norm.add_norm(x.clone(), delta, weight, eps, found)
+        error = error_of([found], [expected])
+
+        def launches(run: Callable[..., None], sets: list[Any] = sets, out: Tensor = found) -> list[Launch]:
+            # What is added is nothing, or the sums would grow from replay to replay.
+            return [partial(run, x, delta.zero_(), weight, eps, out) for x, delta, weight in sets]
+
+        yield Case(
+            "add_norm",
+            f"{rows} rows",
+            n_bytes,
+            error,
+            {
+                "plain": launches(norm.plain_add_norm),
+                **{
+                    f"{warps} warps": launches(partial(with_constant, norm, "WARPS", warps, norm.add_norm))
+                    for warps in (4, 8, 16)
+                },
+            },
+        )
+
+
+def with_constant(module: Any, name: str, value: int, run: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
+    """Run a kernel as if a constant of its module had another value."""
+    with patch.object(module, name, value):
+        run(*arguments)
+
+
+def gate_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    width = sizes.config.intermediate_size
+    for rows in sizes.rows:
+        n_bytes = 3 * rows * width * sizes.dtype.itemsize
+        sets = [torch.randn(rows, 2 * width, device=device, dtype=sizes.dtype) for _ in copies_of(n_bytes, sizes)]
+        found, expected = (torch.empty(rows, width, device=device, dtype=sizes.dtype) for _ in range(2))
+        gate.plain_gate(sets[0], expected)
+        gate.gate(sets[0], found)
+        yield Case(
+            "gate",
+            f"{rows} rows",
+            n_bytes,
+            error_of([found], [expected]),
+            {
+                "plain": [partial(gate.plain_gate, wide, found) for wide in sets],
+                **{
+                    f"{block} a program": [
+                        partial(with_constant, gate, "BLOCK", block, gate.gate, wide, found) for wide in sets
+                    ]
+                    for block in (512, 1024, 2048)
+                },
+            },
+        )
+
+
+def rotary_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    config, itemsize = sizes.config, sizes.dtype.itemsize
+    frequencies = rotary.rotary_frequencies(config, device)
+    for rows in sizes.rows:
+        positions = torch.randint(0, config.max_tokens, (rows,), device=device)
+        long = positions > config.short_tokens
+        expected, found = (table_of(rows, sizes, device) for _ in range(2))
+        turn = (positions, long, frequencies, config.rope_scale)
+        rotary.plain_tabulate(*turn, *expected)
+        rotary.tabulate(*turn, *found)
+        yield Case(
+            "tabulate",
+            f"{rows} rows",
+            4 * rows * config.rotary_dim * itemsize,
+            error_of(found, expected),
+            {
+                "plain": [partial(rotary.plain_tabulate, *turn, *found)],
+                "kernel": [partial(rotary.tabulate, *turn, *found)],
+            },
+        )
+        yield keeping_case(rows, found, sizes, device)
+
+
+def keeping_case(rows: int, table: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Case:
+    """Tokens of one row over pages out of order, as in prefill."""
+    config = sizes.config
+    pages = -(-rows // PAGE_TOKENS)
+    n_bytes = 2 * rows * qkv_width(config) * sizes.dtype.itemsize
+    copies = copies_of(n_bytes, sizes)
+    pool, order = make_pool(pages, len(copies), sizes, device), torch.randperm(pages, device=device)
+    tokens = torch.arange(rows, device=device)
+    places = (order[tokens // PAGE_TOKENS], tokens % PAGE_TOKENS)
+    sets = [torch.randn(rows, qkv_width(config), device=device, dtype=sizes.dtype) for _ in copies]
+    found, expected = (torch.empty(rows, config.heads, config.head_dim, device=device, dtype=sizes.dtype) for _ in "12")
+    rotary.plain_rotate_and_keep(sets[0], *table, expected, *layer_of(pool, 0), *places)
+    kept = pool[:, 0].clone()
+    rotary.rotate_and_keep(sets[0], *table, found, *layer_of(pool, 0), *places)
+    error = error_of([found, pool[:, 0]], [expected, kept])
+    run = rotary.rotate_and_keep
+    return Case(
+        "rotate_and_keep",
+        f"{rows} rows",
+        n_bytes,
+        error,
+        {
+            "kernel": [partial(run, qkv, *table, found, *layer_of(pool, i), *places) for i, qkv in enumerate(sets)],
+        },
+    )
+
+
+def table_of(rows: int, sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.rand(rows, 1, sizes.config.rotary_dim, device=device, dtype=sizes.dtype) for _ in range(2))
+    return cos, sin
+
+
+def qkv_width(config: LanguageConfig) -> int:
+    return (config.heads + 2 * config.kv_heads) * config.head_dim
+
+
+def make_pool(pages: int, layers: int, sizes: Sizes, device: torch.device) -> Tensor:
+    shape = (pages, layers, 2, PAGE_TOKENS, sizes.config.kv_heads, sizes.config.head_dim)
+    return torch.empty(shape, device=device, dtype=sizes.dtype).normal_()
+
+
+def layer_of(pool: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    return pool[:, layer, 0], pool[:, layer, 1]
+
+
+# --- attention over pages --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Rows over a pool, each layer of which is a copy."""
+
+    lengths: tuple[int, ...]
+    new_tokens: int
+    pool: Tensor
+    table: Tensor  # [rows, most pages] int32
+    qkv: Tensor
+    rotary: tuple[Tensor, Tensor]
+    out: Tensor
+    n_bytes: int
+
+    def divide(self, sizes: Sizes, tiling: Tiling, *, fresh: bool) -> Division:
+        device = self.pool.device
+        made = division.make_division(sizes.config, len(self.lengths), self.new_tokens, tiling, device, fresh=fresh)
+        made.lengths.copy_(torch.tensor(self.lengths))
+        division.divide(made)
+        return made
+
+    def launches(self, made: Division) -> list[Launch]:
+        """One launch for each layer."""
+        layers = [layer_of(self.pool, i) for i in range(self.pool.shape[1])]
+        if made.unread:
+            run = partial(paged.attend_new, self.qkv, *self.rotary)
+        else:
+            run = partial(paged.attend, self.out.clone())
+        return [partial(run, *layer, self.table, made, self.out) for layer in layers]
+
+
+def make_scene(lengths: tuple[int, ...], new_tokens: int, sizes: Sizes, device: torch.device) -> Scene:
+    config = sizes.config
+    counts = [-(-length // PAGE_TOKENS) for length in lengths]
+    n_bytes = sum(lengths) * 2 * config.kv_heads * config.head_dim * sizes.dtype.itemsize
+    numbers = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
+    table = torch.nn.utils.rnn.pad_sequence(list(numbers), batch_first=True).to(device)
+    tokens = len(lengths) * new_tokens
+    qkv = torch.randn(tokens, qkv_width(config), device=device, dtype=sizes.dtype)
+    out = torch.randn(tokens, config.heads, config.head_dim, device=device, dtype=sizes.dtype)
+    pool = make_pool(sum(counts), len(copies_of(n_bytes, sizes)), sizes, device)
+    return Scene(lengths, new_tokens, pool, table, qkv, table_of(tokens, sizes, device), out, n_bytes)
+
+
+def attention_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    for name, lengths in sizes.lengths.items():
+        yield fresh_case(name, make_scene(lengths, 1, sizes, device), sizes.tilings, sizes)
+        yield kept_case(name, make_scene(lengths, 1, sizes, device), sizes)
+    for name, lengths in sizes.drafts.items():
+        tilings = {name: replace(tiling, registers=None) for name, tiling in sizes.tilings.items()}
+        yield fresh_case(f"{name}, 8 new", make_scene(lengths, 8, sizes, device), tilings, sizes)
+
+
+def fresh_case(name: str, scene: Scene, tilings: Mapping[str, Tiling], sizes: Sizes) -> Case:
+    usual = choose(scene, sizes, fresh=True)
+    made = scene.divide(sizes, usual, fresh=True)
+    expected, pool = torch.empty_like(scene.out), scene.pool[:, :1].clone()
+    paged.plain_attend_new(scene.qkv, *scene.rotary, *layer_of(pool, 0), scene.table, made, expected)
+    scene.launches(made)[0]()
+    error = error_of([scene.out, scene.pool[:, 0]], [expected, pool[:, 0]])
+    divided = {"as chosen": usual, **tilings}
+    return Case(
+        "attend_new",
+        name,
+        scene.n_bytes,
+        error,
+        {name: scene.launches(scene.divide(sizes, tiling, fresh=True)) for name, tiling in divided.items()},
+    )
+
+
+def kept_case(name: str, scene: Scene, sizes: Sizes) -> Case:
+    made = scene.divide(sizes, choose(scene, sizes, fresh=False), fresh=False)
+    expected, query = torch.empty_like(scene.out), scene.out.clone()
+    paged.plain_attend(query, *layer_of(scene.pool, 0), scene.table, made, expected)
+    paged.attend(query, *layer_of(scene.pool, 0), scene.table, made, scene.out)
+    return Case("attend", name, scene.n_bytes, error_of([scene.out], [expected]), {"as chosen": scene.launches(made)})
+
+
+def choose(scene: Scene, sizes: Sizes, *, fresh: bool) -> Tiling:
+    device = scene.pool.device
+    return division.choose_tiling(len(scene.lengths), scene.new_tokens, sizes.dtype, device, fresh=fresh)
+
+
+def divide_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    for name, lengths in sizes.lengths.items():
+        scene = make_scene(tuple(min(length, 600) for length in lengths), 1, sizes, device)
+        made = scene.divide(sizes, choose(scene, sizes, fresh=True), fresh=True)
+        found = made.units.clone()
+        division.plain_divide(made)
+        differing = float((found[:, 0] != made.units[:, 0]).sum())
+        yield Case("divide", name, made.units.nbytes, differing, {"kernel": [partial(division.divide, made)]})
+
+
+# --- a layer's small kernels, one after the other --------------------------------------------------------------------
+
+
+def chain_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Norm, attention, norm and gate of one layer after another, without the products between them."""
+    for rows in sizes.chain:
+        length = 640 if device.type == "cuda" else 20
+        scene = make_scene((length,) * rows, 1, sizes, device)
+        usual = choose(scene, sizes, fresh=True)
+        tilings = {"as chosen": usual, "early": TILINGS["64x5, early"], "not early": TILINGS["32x5"]}
+        chains = {
+            name: chain_of(scene, scene.divide(sizes, tiling, fresh=True), sizes) for name, tiling in tilings.items()
+        }
+        chains["not dependent"] = [partial(run_independently, run) for run in chains["as chosen"]]
+        yield Case("chain", f"{rows} x {length}", scene.n_bytes, 0.0, chains)
+
+
+def chain_of(scene: Scene, made: Division, sizes: Sizes) -> list[Launch]:
+    config, rows, dtype, device = sizes.config, len(scene.lengths), sizes.dtype, scene.pool.device
+    x, hidden = torch.randn(2, rows, config.hidden_size, device=device, dtype=dtype)
+    weight, nothing = torch.ones(config.hidden_size, device=device, dtype=dtype), torch.zeros_like(x)
+    wide = torch.randn(rows, 2 * config.intermediate_size, device=device, dtype=dtype)
+    narrow = torch.empty(rows, config.intermediate_size, device=device, dtype=dtype)
+
+    def layer(attend: Launch) -> None:
+        norm.add_norm(x, nothing, weight, config.norm_eps, hidden)
+        attend()
+        norm.add_norm(x, nothing, weight, config.norm_eps, hidden)
+        gate.gate(wide, narrow)
+
+    return [partial(layer, attend) for attend in scene.launches(made)]
+
+
+def run_independently(run: Launch) -> None:
+    with independently():
+        run()
+
+
+CASES: Mapping[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
+    "norm": norm_cases,
+    "gate": gate_cases,
+    "rotary": rotary_cases,
+    "divide": divide_cases,
+    "attention": attention_cases,
+    "chain": chain_cases,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Whether and how kernels are launched on a device. Everything that imports Triton gets it here.
+
+Under TRITON_INTERPRET=1, which has to be set before this is imported, kernels run on the CPU in Triton's interpreter.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
+tl: Any = importlib.import_module("triton.language") if triton else None
+
+if TYPE_CHECKING:
+    Tile: TypeAlias = Any
+    constexpr: TypeAlias = Any
+else:
+    Tile, constexpr = (tl.tensor, tl.constexpr) if triton else (Any, Any)
+"""How a kernel's parameters are annotated: a pointer, number or block of numbers; what is known when it is compiled.
+Triton reads the annotations' text, so files with kernels have `from __future__ import annotations`."""
+
+OLDEST_CAPABILITY = (7, 5)
+TENSOR_CAPABILITY = (8, 0)
+"""Since when Triton multiplies blocks of 16 bits on tensor cores."""
+DEPENDENT_CAPABILITY = (9, 0)
+"""Since when a kernel may start while the one before it still runs (programmatic dependent launch)."""
+
+
+def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401
+    """Triton's form of a kernel, compiled at its first launch; the function as it is where there is no Triton."""
+    return triton.jit(function) if triton else function
+
+
+def is_interpreted() -> bool:
+    return bool(triton and triton.knobs.runtime.interpret)
+
+
+def is_available(device: torch.device) -> bool:
+    return why_not_available(device) is None
+
+
+@functools.cache
+def why_not_available(device: torch.device) -> str | None:
+    """What keeps kernels from running on a device, in words; None: nothing does."""
+    if triton is None:
+        return "Triton is not installed"
+    if is_interpreted():
+        return None if device.type == "cpu" else "Triton's interpreter runs on the CPU alone"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"{device} is no CUDA device"
+    if capability(device) < OLDEST_CAPABILITY:
+        return "compute capability {}.{} is older than 7.5".format(*capability(device))
+    return _why_not_built()
+
+
+def _why_not_built() -> str | None:
+    """Triton compiles a small C module for every kernel that it launches; looks where it looks."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc"
+    scheme = sysconfig.get_default_scheme()
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    found = Path(paths["include"], "Python.h").exists() or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    return None if found else f"Triton needs Python's C headers in {paths['include']}: install python3-dev"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A device's compute capability; the interpreter stands for a card without dependent launch."""
+    return (8, 0) if is_interpreted() else torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keywords that every launch gets; a kernel has the parameter `dependent: constexpr`.
+
+    Where `dependent` holds, the kernel may have been started while the ones before it still ran. It begins with
+    `tl.extra.cuda.gdc_launch_dependents()`, which lets the next one start as soon as there is room. Before it reads
+    anything that the step computed, and before its first write, it has `tl.extra.cuda.gdc_wait()`, which returns when
+    everything launched earlier has ended. At least one program of every launch has to wait.
+    """
+    if capability(device) < DEPENDENT_CAPABILITY:
+        return {"dependent": False}
+    return {"dependent": True, "launch_pdl": True}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device works on side by side; a small number in the interpreter, so that few are tried."""
+    return 4 if is_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller: the only sizes that blocks have."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,72 @@
+"""The residual sum and the RMSNorm after it, in one pass over the rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+
+WARPS = 8
+
+
+def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    """x += delta, then out = RMSNorm(x); the definition.
+
+    x, delta and out [rows, size], each row contiguous; weight [size]. The root mean square is taken in fp32, and x over
+    it is rounded before the weight is applied (`RMSNorm`).
+    """
+    if delta is not None:
+        x += delta
+    wide = x.float()
+    out.copy_((wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    """As `plain_add_norm`, one program a row."""
+    rows, size = x.shape
+    _add_norm[(rows,)](
+        *(x, x if delta is None else delta, weight, out),
+        *(x.stride(0), x.stride(0) if delta is None else delta.stride(0), out.stride(0)),
+        eps,
+        size=size,
+        block=power_of_two(size),
+        adds=delta is not None,
+        num_warps=WARPS,
+        **launch_options(x.device),
+    )
+
+
+@jit
+def _add_norm(
+    x: Tile,
+    delta: Tile,
+    weight: Tile,
+    out: Tile,
+    x_stride: Tile,
+    delta_stride: Tile,
+    out_stride: Tile,
+    eps: Tile,
+    size: constexpr,
+    block: constexpr,
+    adds: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < size
+    weights = tl.load(weight + columns, inside, other=0).to(tl.float32)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    values = tl.load(x + row * x_stride + columns, inside, other=0)
+    dtype = values.dtype
+    wide = values.to(tl.float32)
+    if adds:
+        wide += tl.load(delta + row * delta_stride + columns, inside, other=0).to(tl.float32)
+        values = wide.to(dtype)
+        tl.store(x + row * x_stride + columns, values, inside)
+        wide = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    normed = (wide * scale).to(dtype).to(tl.float32) * weights
+    tl.store(out + row * out_stride + columns, normed.to(dtype), inside)

@@ -1,0 +1,399 @@
+"""Attention of a few new tokens a row over what the pool's pages keep of it.
+
+A program takes one unit of a row's keys (`division`) and one head of keys with the query heads that share it. What the
+units of a row found is put together by the program that ends last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memphi.model.attention.eager import EagerAttention
+from memphi.model.kernels.division import UNIT_FIELDS, Division
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.rotary import load_rotated, plain_rotate_and_keep
+
+LEAST_BLOCK = 16
+"""The smallest side of a matrix product on tensor cores."""
+LOG2_E = 1.4426950408889634
+
+
+def plain_attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, division: Division, out: Tensor) -> None:
+    """Each new token over the tokens of its row up to itself, all of them in pages; the definition.
+
+    query and out [rows * new tokens, heads, head_dim], each token contiguous; keys and values are a layer of the pool;
+    table [rows, most pages] int32 names the pages of each row. Places that a row does not fill are not read, nor are
+    pages of which it fills none. A row of no tokens gets zeros.
+    """
+    new = division.new_tokens
+    for i, length in enumerate(division.lengths.tolist()):
+        at = slice(i * new, (i + 1) * new)
+        if length == 0:
+            out[at] = 0
+            continue
+        pages = table[i, : -(-length // keys.shape[1])]
+        k, v = (kept[pages].flatten(0, 1)[None, :length] for kept in (keys, values))
+        out[at] = EagerAttention().causal(query[None, at], k, v)[0]
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, division: Division, out: Tensor) -> None:
+    """As `plain_attend`, over a division that `divide` made; scores, weights and sums are fp32.
+
+    Where it is launched dependently it reads the division and the table without waiting: between what wrote them and
+    this there has to be a launch that is not dependent.
+    """
+    _launch(query, None, keys, values, table, division, out)
+
+
+def plain_attend_new(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    division: Division,
+    out: Tensor,
+) -> None:
+    """`plain_rotate_and_keep`, then `plain_attend`: a layer's attention from one product to the next; the definition.
+
+    qkv [rows * new tokens, (heads + 2 * kv_heads) * head_dim]; cos and sin as `tabulate` makes them for these tokens.
+    """
+    new, page_tokens = division.new_tokens, keys.shape[1]
+    positions = division.lengths.long()[:, None] - new + torch.arange(new, device=qkv.device)  # [rows, new tokens]
+    places = positions.clamp(min=0)
+    pages = torch.where(positions < 0, -1, table.long().gather(1, places // page_tokens))
+    query = torch.empty_like(out)
+    token_places = (pages.flatten(), (places % page_tokens).flatten())
+    plain_rotate_and_keep(qkv, cos, sin, query, keys, values, *token_places)
+    plain_attend(query, keys, values, table, division, out)
+
+
+def attend_new(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    division: Division,
+    out: Tensor,
+) -> None:
+    """As `plain_attend_new`, in one launch; it reads the pages of earlier tokens without waiting too (`attend`)."""
+    _launch(qkv, (cos, sin), keys, values, table, division, out)
+
+
+def _launch(
+    query: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    division: Division,
+    out: Tensor,
+) -> None:
+    assert keys.stride() == values.stride()
+    assert keys.shape[1] == power_of_two(keys.shape[1])
+    assert division.unread == (division.new_tokens if rotary else 0)
+    units, kv_heads, queries, head_dim = division.sums.shape
+    tiling = division.tiling
+    cos, sin = rotary or (query, query)
+    _attend[(kv_heads, units)](
+        *(query, cos, sin, keys, values, table, division.units),
+        *(division.sums, division.weights, division.arrived, out),
+        *(query.stride(0), keys.stride(0), keys.stride(1), table.stride(0), out.stride(0)),
+        head_dim**-0.5 * LOG2_E,
+        new_tokens=division.new_tokens,
+        queries=queries,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        half=cos.shape[-1] // 2 if rotary else 0,
+        page_tokens=keys.shape[1],
+        query_block=max(LEAST_BLOCK, power_of_two(queries)),
+        token_block=tiling.tokens,
+        new_block=max(LEAST_BLOCK, power_of_two(division.new_tokens)),
+        dim_block=max(LEAST_BLOCK, power_of_two(head_dim)),
+        few_block=power_of_two(queries),
+        part_block=max(2, 32 // power_of_two(queries)),
+        fields=UNIT_FIELDS,
+        fresh=rotary is not None,
+        early=tiling.early and rotary is not None,  # Other new keys may not be there yet.
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        maxnreg=tiling.registers,
+        **launch_options(out.device),
+    )
+
+
+@jit
+def _place(
+    row_pages: Tile, tokens: Tile, inside: Tile, page_stride: Tile, place_stride: Tile, page_tokens: constexpr
+) -> Tile:
+    """Where tokens of a row lie in a layer of the pool."""
+    pages = tl.load(row_pages + tokens // page_tokens, inside, other=0).to(tl.int64)
+    return pages * page_stride + tokens % page_tokens * place_stride
+
+
+@jit
+def _load(source: Tile, places: Tile, inside: Tile, dims: Tile, head_dim: constexpr) -> Tile:
+    """Keys or values [places, dims]; zeros, for which nothing is read, where they are not inside."""
+    return tl.load(source + places[:, None] + dims[None, :], inside[:, None] & (dims < head_dim)[None, :], other=0)
+
+
+@jit
+def _load_turned(
+    qkv: Tile,
+    cos: Tile,
+    sin: Tile,
+    tokens: Tile,
+    heads: Tile,
+    exists: Tile,
+    dims: Tile,
+    stride: Tile,
+    head_dim: constexpr,
+    half: constexpr,
+) -> Tile:
+    """One head of each of some tokens of the qkv product [tokens, dims], turned."""
+    source = qkv + tokens[:, None] * stride + (heads * head_dim)[:, None] + dims[None, :]
+    turns = tokens[:, None] * (2 * half) + dims[None, :]
+    return load_rotated(source, exists, cos + turns, sin + turns, dims[None, :], half)
+
+
+@jit
+def _absorb(q: Tile, k: Tile, v: Tile, seen: Tile, scale: Tile, peaks: Tile, totals: Tile, sums: Tile) -> Tile:
+    """Softmax as it goes: the largest scores, the totals and sums of values relative to them, with k and v taken in."""
+    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    higher = tl.maximum(peaks, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(peaks - base)
+    added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return higher, totals * fade + tl.sum(weights, 1), sums * fade[:, None] + added
+
+
+@jit
+def _divided(sums: Tile, totals: Tile) -> Tile:
+    """Sums over their totals; zeros where nothing was seen."""
+    return sums / tl.where(totals == 0, 1.0, totals)[:, None]
+
+
+@jit
+def _keep(
+    pages: Tile,
+    new: Tile,
+    row_pages: Tile,
+    length: Tile,
+    dims: Tile,
+    page_stride: Tile,
+    place_stride: Tile,
+    new_tokens: constexpr,
+    head_dim: constexpr,
+    page_tokens: constexpr,
+) -> None:
+    """Write a row's new tokens [new, dims] to their pages, and zeros after them in a page that they begin."""
+    tokens, last = length - new_tokens + tl.arange(0, new.shape[0]), length - 1
+    places = _place(row_pages, tokens, tokens < length, page_stride, place_stride, page_tokens)
+    columns = (dims < head_dim)[None, :]
+    tl.store(pages + places[:, None] + dims[None, :], new, (tokens < length)[:, None] & columns)
+    if last // page_tokens * page_tokens >= length - new_tokens:
+        page, rest = tl.load(row_pages + last // page_tokens).to(tl.int64), tl.arange(0, page_tokens)
+        after = pages + page * page_stride + rest[:, None] * place_stride + dims[None, :]
+        zeros = tl.zeros([page_tokens, dims.shape[0]], new.dtype)
+        tl.store(after, zeros, (rest > last % page_tokens)[:, None] & columns)
+
+
+@jit
+def _combine(
+    part_sums: Tile,
+    part_weights: Tile,
+    first_line: Tile,
+    count: Tile,
+    asked: Tile,
+    dims: Tile,
+    kv_heads: constexpr,
+    queries: constexpr,
+    head_dim: constexpr,
+    block: constexpr,
+) -> Tile:
+    """What all units of a row found, for one head of keys: [asked, dims]."""
+    peaks = tl.full([asked.shape[0]], float("-inf"), tl.float32)
+    totals = tl.zeros([asked.shape[0]], tl.float32)
+    sums = tl.zeros([asked.shape[0], dims.shape[0]], tl.float32)
+    for start in range(0, count, block):
+        parts = start + tl.arange(0, block)
+        there = (parts < count)[:, None] & (asked < queries)[None, :]
+        lines = first_line + parts[:, None] * (kv_heads * queries) + asked[None, :]
+        cells = lines[:, :, None] * head_dim + dims[None, None, :]
+        within = there[:, :, None] & (dims < head_dim)[None, None, :]
+        # Others wrote these just now: a multiprocessor's own cache is passed over.
+        found = tl.load(part_sums + cells, within, other=0, cache_modifier=".cg")
+        found_peaks = tl.load(part_weights + lines * 2, there, other=float("-inf"), cache_modifier=".cg")
+        found_totals = tl.load(part_weights + lines * 2 + 1, there, other=0, cache_modifier=".cg")
+        higher = tl.maximum(peaks, tl.max(found_peaks, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, fade = tl.exp2(found_peaks - base[None, :]), tl.exp2(peaks - base)
+        sums = sums * fade[:, None] + tl.sum(found * weights[:, :, None], 0)
+        totals = totals * fade + tl.sum(found_totals * weights, 0)
+        peaks = higher
+    return _divided(sums, totals)
+
+
+@jit
+def _finish(
+    out: Tile,
+    part_sums: Tile,
+    part_weights: Tile,
+    arrived: Tile,
+    unit: Tile,
+    head: Tile,
+    first_unit: Tile,
+    count: Tile,
+    peaks: Tile,
+    totals: Tile,
+    sums: Tile,
+    dims: Tile,
+    out_stride: Tile,
+    new_tokens: constexpr,
+    queries: constexpr,
+    kv_heads: constexpr,
+    head_dim: constexpr,
+    few_block: constexpr,
+    part_block: constexpr,
+) -> None:
+    """Write what a row's only unit found; of several, leave it to be put together by the one that comes last.
+
+    out: where the row's first token goes; arrived: how many units of the row came, for this head of keys.
+    """
+    asked = tl.arange(0, sums.shape[0])
+    exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
+    if count == 1:
+        _write(out, _divided(sums, totals), asked, exists, head, dims, out_stride, queries // new_tokens, head_dim)
+    else:
+        part = (unit * kv_heads + head) * queries + asked
+        tl.store(part_sums + part[:, None] * head_dim + dims[None, :], sums, exists)
+        tl.store(part_weights + part * 2, peaks, asked < queries)
+        tl.store(part_weights + part * 2 + 1, totals, asked < queries)
+        tl.debug_barrier()  # A program's parts are written before it says so.
+        if tl.atomic_add(arrived, 1) == count - 1:
+            few, first = tl.arange(0, few_block), (first_unit * kv_heads + head) * queries
+            whole = _combine(part_sums, part_weights, first, count, few, dims, kv_heads, queries, head_dim, part_block)
+            there = (few < queries)[:, None] & (dims < head_dim)[None, :]
+            _write(out, whole, few, there, head, dims, out_stride, queries // new_tokens, head_dim)
+            tl.store(arrived, 0)
+
+
+@jit
+def _write(
+    out: Tile,
+    found: Tile,
+    asked: Tile,
+    exists: Tile,
+    head: Tile,
+    dims: Tile,
+    stride: Tile,
+    group: constexpr,
+    head_dim: constexpr,
+) -> None:
+    """Put what the queries of one head of keys found [asked, dims] where their tokens and heads lie."""
+    target = out + asked // group * stride + (head * group + asked % group) * head_dim
+    tl.store(target[:, None] + dims[None, :], found.to(out.dtype.element_ty), exists)
+
+
+@jit
+def _attend(
+    query: Tile,
+    cos: Tile,
+    sin: Tile,
+    keys: Tile,
+    values: Tile,
+    table: Tile,
+    units: Tile,
+    part_sums: Tile,
+    part_weights: Tile,
+    arrived: Tile,
+    out: Tile,
+    query_stride: Tile,
+    page_stride: Tile,
+    place_stride: Tile,
+    table_stride: Tile,
+    out_stride: Tile,
+    scale: Tile,
+    new_tokens: constexpr,
+    queries: constexpr,
+    kv_heads: constexpr,
+    head_dim: constexpr,
+    half: constexpr,
+    page_tokens: constexpr,
+    query_block: constexpr,
+    token_block: constexpr,
+    new_block: constexpr,
+    dim_block: constexpr,
+    few_block: constexpr,
+    part_block: constexpr,
+    fields: constexpr,
+    fresh: constexpr,
+    early: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    head, unit = tl.program_id(0), tl.program_id(1)
+    row = tl.load(units + unit * fields).to(tl.int64)
+    first, end = tl.load(units + unit * fields + 1), tl.load(units + unit * fields + 2)
+    first_unit, count = tl.load(units + unit * fields + 3), tl.load(units + unit * fields + 4)
+    length = tl.load(units + unit * fields + 5)
+    if row < 0:
+        return
+    dims, asked, steps = tl.arange(0, dim_block), tl.arange(0, query_block), tl.arange(0, token_block)
+    row_pages = table + row * table_stride
+    keys += head * head_dim
+    values += head * head_dim
+    if early:
+        places = _place(row_pages, first + steps, first + steps < end, page_stride, place_stride, page_tokens)
+        early_k = _load(keys, places, first + steps < end, dims, head_dim)
+        early_v = _load(values, places, first + steps < end, dims, head_dim)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+
+    group = queries // new_tokens
+    new = asked // group  # The new token that each query belongs to.
+    tokens, heads = row * new_tokens + new, head * group + asked % group
+    exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
+    if fresh:
+        q = _load_turned(query, cos, sin, tokens, heads, exists, dims, query_stride, head_dim, half)
+    else:
+        source = query + tokens * query_stride + heads * head_dim
+        q = tl.load(source[:, None] + dims[None, :], exists, other=0)
+    last = tl.minimum(length - new_tokens + new, end - 1)  # The last key that each query sees in this unit.
+
+    peaks = tl.full([query_block], float("-inf"), tl.float32)
+    totals, sums = tl.zeros([query_block], tl.float32), tl.zeros([query_block, dim_block], tl.float32)
+    if fresh:  # noqa: SIM102 (one is decided when the kernel is compiled)
+        if (unit == first_unit + count - 1) & (length > 0):
+            numbers = tl.arange(0, new_block)
+            lines, at = row * new_tokens + numbers, numbers * 0 + kv_heads * group + head
+            there = (numbers < new_tokens)[:, None] & (dims < head_dim)[None, :]
+            new_k = _load_turned(query, cos, sin, lines, at, there, dims, query_stride, head_dim, half)
+            new_v = _load(
+                query, lines * query_stride + (at + kv_heads) * head_dim, numbers < new_tokens, dims, head_dim
+            )
+            causal = (numbers < new_tokens)[None, :] & (numbers[None, :] <= new[:, None])
+            peaks, totals, sums = _absorb(q, new_k, new_v, causal, scale, peaks, totals, sums)
+            _keep(keys, new_k, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+            _keep(values, new_v, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+    if early:
+        seen = (first + steps)[None, :] <= last[:, None]
+        peaks, totals, sums = _absorb(q, early_k, early_v, seen, scale, peaks, totals, sums)
+        first += token_block
+    for start in range(first, end, token_block):
+        inside = start + steps < end
+        places = _place(row_pages, start + steps, inside, page_stride, place_stride, page_tokens)
+        k, v = _load(keys, places, inside, dims, head_dim), _load(values, places, inside, dims, head_dim)
+        seen = (start + steps)[None, :] <= last[:, None]
+        peaks, totals, sums = _absorb(q, k, v, seen, scale, peaks, totals, sums)
+    own, target = arrived + row * kv_heads + head, out + row * new_tokens * out_stride
+    # fmt: off
+    _finish(target, part_sums, part_weights, own, unit, head, first_unit, count, peaks, totals, sums, dims, out_stride,
+            new_tokens, queries, kv_heads, head_dim, few_block, part_block)
+    # fmt: on

@@ -1,0 +1,197 @@
+"""Rotary positions: the table of a step, and queries and keys turned by it as they leave the qkv product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memphi.config import LanguageConfig
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.rotary import rotate
+
+
+def rotary_frequencies(config: LanguageConfig, device: torch.device) -> Tensor:
+    """Radians per position under the short factors and under the long ones, as `rotary_table` has them.
+
+    Returns [2, rotary_dim / 2] fp32, made once: it copies from the host.
+    """
+    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
+    factors = torch.tensor((config.short_factor, config.long_factor), dtype=torch.float32, device=device)
+    return 1.0 / (factors * config.rope_theta**steps)
+
+
+def plain_tabulate(
+    positions: Tensor, long: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor
+) -> None:
+    """What `rotary_table` returns, into cos and sin [tokens, 1, rotary_dim]; the definition.
+
+    positions and long [tokens]; frequencies of `rotary_frequencies`; scale is the config's rope_scale.
+    """
+    angles = positions[:, None].float() * frequencies[long.long()]
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    cos.copy_(angles.cos() * scale)
+    sin.copy_(angles.sin() * scale)
+
+
+def tabulate(positions: Tensor, long: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> None:
+    """As `plain_tabulate`, one program a token, once a step and not dependently; cos and sin are contiguous."""
+    half = frequencies.shape[1]
+    _tabulate[(len(positions),)](
+        *(positions, long, frequencies, cos, sin, scale),
+        half=half,
+        block=power_of_two(half),
+        num_warps=1,
+    )
+
+
+def plain_rotate_and_keep(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+) -> None:
+    """Turn queries and keys, and put keys and values into their pages; the definition.
+
+    qkv [tokens, (heads + 2 * kv_heads) * head_dim], each token contiguous; cos and sin of `tabulate`; query [tokens,
+    heads, head_dim] is written; keys and values are a layer of the pool; token_pages and token_offsets [tokens] as in
+    `Paging`, the tokens of a row in order. A page that is begun here has zeros after the row's end (`Paging.write`). A
+    token whose page is negative, which fills up a batch, goes nowhere.
+    """
+    heads, kv_heads, head_dim = query.shape[1], keys.shape[2], keys.shape[3]
+    q, key, value = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+    query.copy_(rotate(q, cos, sin))
+    kept = token_pages >= 0
+    begun = token_pages[kept & (token_offsets == 0)]
+    for pages, new in ((keys, rotate(key, cos, sin)), (values, value)):
+        pages.index_fill_(0, begun.long(), 0)
+        pages[token_pages[kept].long(), token_offsets[kept].long()] = new[kept]
+
+
+def rotate_and_keep(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+) -> None:
+    """As `plain_rotate_and_keep`, one program for each token and as many of its heads as there are kv_heads."""
+    tokens, heads, head_dim = query.shape
+    page_tokens, kv_heads = keys.shape[1:3]
+    assert keys.stride() == values.stride()
+    _rotate_and_keep[(tokens, heads // kv_heads + 2)](
+        *(qkv, cos, sin, query, keys, values, token_pages, token_offsets),
+        *(qkv.stride(0), query.stride(0), keys.stride(0), keys.stride(1)),
+        group=heads // kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        half=cos.shape[-1] // 2,
+        page_tokens=page_tokens,
+        head_block=power_of_two(kv_heads),
+        dim_block=power_of_two(head_dim),
+        num_warps=2,
+        **launch_options(qkv.device),
+    )
+
+
+@jit
+def _tabulate(
+    positions: Tile,
+    long: Tile,
+    frequencies: Tile,
+    cos: Tile,
+    sin: Tile,
+    scale: Tile,
+    half: constexpr,
+    block: constexpr,
+) -> None:
+    token = tl.program_id(0)
+    pairs = tl.arange(0, block)
+    inside = pairs < half
+    regime = tl.load(long + token).to(tl.int32)
+    angles = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + regime * half + pairs, inside, other=0)
+    cosines = (tl.cos(angles) * scale).to(cos.dtype.element_ty)
+    sines = (tl.sin(angles) * scale).to(sin.dtype.element_ty)
+    first = token * 2 * half + pairs
+    tl.store(cos + first, cosines, inside)
+    tl.store(cos + first + half, cosines, inside)
+    tl.store(sin + first, sines, inside)
+    tl.store(sin + first + half, sines, inside)
+
+
+@jit
+def load_rotated(source: Tile, inside: Tile, cos: Tile, sin: Tile, dims: Tile, half: constexpr) -> Tile:
+    """Heads turned by their token's cosines and sines, every product rounded as in `rotate`.
+
+    source: pointers to the components of heads, `dims` within their head; cos and sin: pointers to the same components
+    of a token's table; inside: which of them exist.
+    """
+    turned = inside & (dims < 2 * half)
+    values = tl.load(source, inside, other=0)
+    partners = tl.load(source + tl.where(dims < half, half, -half), turned, other=0).to(tl.float32)
+    cosines = tl.where(turned, tl.load(cos, turned, other=0).to(tl.float32), 1.0)
+    sines = tl.load(sin, turned, other=0).to(tl.float32) * tl.where(dims < half, -1.0, 1.0)
+    straight = (values.to(tl.float32) * cosines).to(values.dtype).to(tl.float32)
+    across = (partners * sines).to(values.dtype).to(tl.float32)
+    return (straight + across).to(values.dtype)
+
+
+@jit
+def _rotate_and_keep(
+    qkv: Tile,
+    cos: Tile,
+    sin: Tile,
+    query: Tile,
+    keys: Tile,
+    values: Tile,
+    token_pages: Tile,
+    token_offsets: Tile,
+    qkv_stride: Tile,
+    query_stride: Tile,
+    page_stride: Tile,
+    place_stride: Tile,
+    group: constexpr,
+    kv_heads: constexpr,
+    head_dim: constexpr,
+    half: constexpr,
+    page_tokens: constexpr,
+    head_block: constexpr,
+    dim_block: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads, dims = tl.arange(0, head_block)[:, None], tl.arange(0, dim_block)[None, :]
+    inside = (heads < kv_heads) & (dims < head_dim)
+    within = heads * head_dim + dims
+    source = qkv + token * qkv_stride + part * kv_heads * head_dim + within
+    table = token * 2 * half + dims + heads * 0
+    if part < group:
+        turned = load_rotated(source, inside, cos + table, sin + table, dims, half)
+        tl.store(query + token * query_stride + part * kv_heads * head_dim + within, turned, inside)
+    else:
+        page = tl.load(token_pages + token).to(tl.int64)
+        offset = tl.load(token_offsets + token).to(tl.int32)
+        if page >= 0:
+            pages = keys if part == group else values
+            if part == group:
+                new = load_rotated(source, inside, cos + table, sin + table, dims, half)
+            else:
+                new = tl.load(source, inside, other=0)
+            first = pages + page * page_stride + within
+            tl.store(first + offset * place_stride, new, inside)
+            # The last token in a page that this launch began clears the places after it.
+            is_last = tl.load(token_pages + token + 1, token + 1 < tl.num_programs(0), other=-1) != page
+            begin = token - offset
+            is_begun = tl.load(token_pages + begin, begin >= 0, other=-1) == page
+            if is_last & is_begun:
+                for place in range(offset + 1, page_tokens):
+                    tl.store(first + place * place_stride, tl.zeros_like(new), inside)

@@ -1,0 +1,323 @@
+"""Products of a few rows with a matrix, which take as long as reading the matrix.
+
+Rows lie side by side in x, each contiguous; a matrix [out, in] may be a range of another's columns. Sums are fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memphi.model.kernels.launch import (
+    TENSOR_CAPABILITY,
+    Tile,
+    capability,
+    constexpr,
+    is_available,
+    jit,
+    launch_options,
+    power_of_two,
+    tl,
+)
+
+MOST_ROWS, MOST_NARROW_ROWS = 16, 64
+"""Beyond, torch's own products are as fast: of weights; of an adapter's A, which is read once for every few rows."""
+VECTOR_ROWS = 4
+"""Up to so many rows products are summed number by number, beyond on tensor cores."""
+NARROW_BLOCK = (2, 1024, 4)
+"""Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
+SUMS = 64
+"""Sums that a thread keeps at most."""
+BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (8, 1024, 8), (16384, 3): (4, 2048, 2), (3072, 8): (1, 4096, 8)}
+"""Outputs, inputs and warps of a program, by outputs and thousands of inputs: the best that were measured on an H100 at
+one row (2.89, 2.79, 3.11 and 3.07 TB/s)."""
+USUAL_BLOCK = (4, 1024, 4)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """An adapter's A in a step: what it makes of x, for which rows, and where that goes."""
+
+    a: Tensor  # [rank, in]
+    scale: float
+    uses: Tensor | None
+    """[rows] bool: the rows that use the adapter; None: all."""
+    t: Tensor  # [rows, rank]
+
+
+@functools.cache
+def most_rows(device: torch.device) -> int:
+    """The most rows that `multiply` is for; 0 where there are no kernels."""
+    if not is_available(device):
+        return 0
+    return MOST_ROWS if capability(device) >= TENSOR_CAPABILITY else VECTOR_ROWS
+
+
+@functools.cache
+def most_narrow_rows(device: torch.device) -> int:
+    """The same of `narrow`."""
+    return MOST_NARROW_ROWS if is_available(device) else 0
+
+
+def plain_multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x W^T, the definition: x [rows, in], weight [out, in], out [rows, out]."""
+    torch.mm(x, weight.t(), out=out)
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """As `plain_multiply`."""
+    rows, (n_out, n_in) = len(x), weight.shape
+    strides = (x.stride(0), weight.stride(0), out.stride(0))
+    if rows <= VECTOR_ROWS:
+        block_out, block_in, warps = choose_block(rows, n_out, n_in)
+        _multiply_vectors[(-(-n_out // block_out),)](
+            *(x, weight, out, *strides, n_out),
+            n_in=n_in,
+            rows=rows,
+            block_out=block_out,
+            block_in=block_in,
+            num_warps=warps,
+            **launch_options(x.device),
+        )
+        return
+    block_out = 32 if n_out >= 8192 else 16
+    _multiply_tiles[(-(-n_out // block_out),)](
+        *(x, weight, out, *strides, n_out, rows),
+        n_in=n_in,
+        block_rows=max(16, power_of_two(rows)),
+        block_out=block_out,
+        block_in=256 // x.itemsize,
+        num_warps=4,
+        num_stages=4,
+        **launch_options(x.device),
+    )
+
+
+def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
+    """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
+    block_out, block_in, warps = BLOCKS.get((n_out, n_in // 1024), USUAL_BLOCK)
+    block_in = min(block_in, power_of_two(n_in))
+    while rows > 1 and rows * block_out * block_in > SUMS * 32 * warps:
+        if warps < 8:
+            warps *= 2
+        elif block_out > 1:
+            block_out //= 2
+        else:
+            block_in //= 2
+    return block_out, block_in, warps
+
+
+def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
+    """t = scale * A x of every part, scaled before it is rounded, and zeros for rows without it; the definition.
+
+    x [rows, in].
+    """
+    for part in parts:
+        torch.addmm(part.t, x, part.a.t(), beta=0, alpha=part.scale, out=part.t)
+        if part.uses is not None:
+            part.t.masked_fill_(~part.uses[:, None], 0)
+
+
+def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
+    """As `plain_narrow`, of one part or of two whose As follow each other in memory.
+
+    Few rows at once, so that an A is not read for rows of which none uses it. Masks are read without waiting for what
+    was launched before, which must not have written them.
+    """
+    first, last = parts[0], parts[-1]
+    border, n_out = len(first.a), sum(len(part.a) for part in parts)
+    gap = last.t.storage_offset() - first.t.storage_offset() - border if last is not first else 0
+    assert last is first or last.a.data_ptr() == first.a.data_ptr() + first.a.nbytes, "As must follow each other"
+    rows = min(len(x), VECTOR_ROWS)
+    block_out, block_in, warps = NARROW_BLOCK
+    _narrow[(-(-n_out // block_out), -(-len(x) // rows))](
+        *(x, first.a, first.t, x if first.uses is None else first.uses, x if last.uses is None else last.uses),
+        *(x.stride(0), first.a.stride(0), first.t.stride(0), len(x), n_out, border, gap, first.scale, last.scale),
+        n_in=x.shape[1],
+        rows=rows,
+        first_masked=first.uses is not None,
+        last_masked=last.uses is not None,
+        block_out=block_out,
+        block_in=min(block_in, power_of_two(x.shape[1])),
+        num_warps=warps,
+        **launch_options(x.device),
+    )
+
+
+@jit
+def _multiply_vectors(
+    x: Tile,
+    weight: Tile,
+    out: Tile,
+    x_stride: Tile,
+    weight_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    n_in: constexpr,
+    rows: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    inside = outs < n_out
+    sums = _sum_vectors(
+        *(x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride),
+        *(weight + outs.to(tl.int64) * weight_stride, inside),
+        *(n_in, rows, block_out, block_in, dependent),
+    )
+    for row in tl.static_range(rows):
+        tl.store(out + row * out_stride + outs, sums[row].to(out.dtype.element_ty), inside)
+
+
+@jit
+def _sum_vectors(
+    x0: Tile,
+    x1: Tile,
+    x2: Tile,
+    x3: Tile,
+    weights: Tile,
+    inside: Tile,
+    n_in: constexpr,
+    rows: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    dependent: constexpr,
+) -> Tile:
+    """The products of up to four rows with a block of outputs; the first weights are read before x is there."""
+    columns = tl.arange(0, block_in)
+    w = _load_weights(weights, inside, columns, n_in)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    sums0 = tl.zeros([block_out, block_in], tl.float32)
+    sums1, sums2, sums3 = sums0, sums0, sums0
+    for start in tl.static_range(0, n_in, block_in):
+        if start > 0:
+            w = _load_weights(weights, inside, start + columns, n_in)
+        wide = w.to(tl.float32)
+        sums0 += wide * _load_x(x0, start + columns, n_in)
+        if rows > 1:
+            sums1 += wide * _load_x(x1, start + columns, n_in)
+        if rows > 2:
+            sums2 += wide * _load_x(x2, start + columns, n_in)
+        if rows > 3:
+            sums3 += wide * _load_x(x3, start + columns, n_in)
+    return tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1)
+
+
+@jit
+def _load_weights(weights: Tile, inside: Tile, columns: Tile, n_in: constexpr) -> Tile:
+    """Read once in a step, so the cache need not keep them."""
+    exists = inside[:, None] & (columns < n_in)[None, :]
+    return tl.load(weights[:, None] + columns[None, :], exists, other=0, eviction_policy="evict_first")
+
+
+@jit
+def _load_x(x: Tile, columns: Tile, n_in: constexpr) -> Tile:
+    return tl.load(x + columns, columns < n_in, other=0).to(tl.float32)[None, :]
+
+
+@jit
+def _multiply_tiles(
+    x: Tile,
+    weight: Tile,
+    out: Tile,
+    x_stride: Tile,
+    weight_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    rows: Tile,
+    n_in: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    numbers, columns = tl.arange(0, block_rows), tl.arange(0, block_in)
+    inside, exists = outs < n_out, numbers < rows
+    weights, x = weight + outs.to(tl.int64) * weight_stride, x + numbers[:, None] * x_stride
+    w = _load_weights(weights, inside, columns, n_in)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    values = tl.load(x + columns[None, :], exists[:, None] & (columns < n_in)[None, :], other=0)
+    sums = tl.dot(values, tl.trans(w), input_precision="ieee")  # [block_rows, block_out]
+    for start in range(block_in, n_in, block_in):
+        places = start + columns
+        w = _load_weights(weights, inside, places, n_in)
+        values = tl.load(x + places[None, :], exists[:, None] & (places < n_in)[None, :], other=0)
+        sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
+    to = out + numbers[:, None] * out_stride + outs[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), exists[:, None] & inside[None, :])
+
+
+@jit
+def _narrow(
+    x: Tile,
+    a: Tile,
+    t: Tile,
+    first_uses: Tile,
+    last_uses: Tile,
+    x_stride: Tile,
+    a_stride: Tile,
+    t_stride: Tile,
+    n_rows: Tile,
+    n_out: Tile,
+    border: Tile,
+    gap: Tile,
+    first_scale: Tile,
+    last_scale: Tile,
+    n_in: constexpr,
+    rows: constexpr,
+    first_masked: constexpr,
+    last_masked: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    inside, is_first = outs < n_out, outs < border
+    # Rows beyond the last repeat it, and are not stored.
+    row, end = tl.program_id(1) * rows, n_rows - 1
+    row0, row1, row2, row3 = row, tl.minimum(row + 1, end), tl.minimum(row + 2, end), tl.minimum(row + 3, end)
+    uses = (
+        _load_uses(first_uses, last_uses, row0, is_first, first_masked, last_masked),
+        _load_uses(first_uses, last_uses, row1, is_first, first_masked, last_masked),
+        _load_uses(first_uses, last_uses, row2, is_first, first_masked, last_masked),
+        _load_uses(first_uses, last_uses, row3, is_first, first_masked, last_masked),
+    )
+    zeros = tl.zeros([block_out], tl.float32)
+    sums = (zeros, zeros, zeros, zeros)
+    if tl.max(uses[0] | uses[1] | uses[2] | uses[3], 0) > 0:
+        sums = _sum_vectors(
+            *(x + row0 * x_stride, x + row1 * x_stride, x + row2 * x_stride, x + row3 * x_stride),
+            *(a + outs * a_stride, inside),
+            *(n_in, rows, block_out, block_in, dependent),
+        )
+    elif dependent:
+        tl.extra.cuda.gdc_wait()
+    scale = tl.where(is_first, first_scale, last_scale)
+    to = t + tl.where(is_first, outs, outs + gap)
+    for number in tl.static_range(rows):
+        values = tl.where(uses[number] > 0, sums[number] * scale, 0).to(t.dtype.element_ty)
+        tl.store(to + (row + number) * t_stride, values, inside & (row + number < n_rows))
+
+
+@jit
+def _load_uses(
+    first_uses: Tile, last_uses: Tile, row: Tile, is_first: Tile, first_masked: constexpr, last_masked: constexpr
+) -> Tile:
+    """Whether a row uses the adapter that each output belongs to: [block_out] int32."""
+    first = tl.load(first_uses + row).to(tl.int32) if first_masked else 1
+    last = tl.load(last_uses + row).to(tl.int32) if last_masked else 1
+    return tl.where(is_first, first, last)

@@ -1,0 +1,38 @@
+"""Numbers for the kernels' tests, and how near a kernel has to come to its definition."""
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+SEEDS = st.integers(0, 2**16)
+FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def normal(*shape, dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def strided(tensor, extra=8):
+    """The same numbers with a gap after each row, as where a step's tensors lie side by side."""
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + extra), float("nan")).to(tensor)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
+def unwritten(*shape, dtype, device):
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def assert_near(actual, expected, steps, scale=0.0):
+    """Every number within so many of its dtype's steps of what was expected, relative to it or to `scale`."""
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=steps * eps, atol=steps * eps * scale)
+
+
+def assert_rounded_alike(actual, expected, steps):
+    """Near everywhere and, in 16 bits, the same but for the few numbers that a rounding tipped the other way."""
+    assert_near(actual, expected, steps=steps, scale=1e-3)
+    if actual.dtype != torch.float32:
+        assert (actual != expected).sum() <= 1 + actual.numel() // 32

@@ -1,0 +1,98 @@
+"""Every kernel compiles for every card that memphi names, and fits it."""
+
+import pytest
+import torch
+
+from memphi import official
+from memphi.config import ModelConfig
+
+pytest.importorskip("triton")
+
+from memphi.model.kernels import division, gate, norm, paged, rotary
+from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
+
+CONFIG = ModelConfig.from_folder(official.folder()).language
+CPU = torch.device("cpu")
+PAGES, PAGE_TOKENS = 4, 16
+SLOW_STACK_BYTES = 512
+"""Where a thread's numbers may lie outside its registers at all: see `test_every_kernel_fits`."""
+
+
+def launch_simple(dtype, rows=4):
+    """All kernels but attention, at full size."""
+    x, weight = torch.empty(rows, CONFIG.hidden_size, dtype=dtype), torch.empty(CONFIG.hidden_size, dtype=dtype)
+    norm.add_norm(x, x, weight, 1e-5, x)
+    norm.add_norm(x, None, weight, 1e-5, x)
+    wide = torch.empty(rows, 2 * CONFIG.intermediate_size, dtype=dtype)
+    gate.gate(wide, wide[:, : CONFIG.intermediate_size])
+    numbers, long = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+    cos, sin = (torch.empty(rows, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
+    rotary.tabulate(numbers, long, rotary.rotary_frequencies(CONFIG, CPU), 1.2, cos, sin)
+    qkv, query = qkv_of(rows, dtype), query_of(rows, dtype)
+    rotary.rotate_and_keep(qkv, cos, sin, query, *layer(dtype), numbers, numbers)
+
+
+def launch_attention(dtype, rows, new_tokens=1, fresh=True):
+    tiling = division.choose_tiling(rows, new_tokens, dtype, CPU, fresh=fresh)
+    divided = division.make_division(CONFIG, rows, new_tokens, tiling, CPU, fresh=fresh)
+    division.divide(divided)
+    tokens = rows * new_tokens
+    table, out = torch.empty(rows, PAGES, dtype=torch.int32), query_of(tokens, dtype)
+    if fresh:
+        cos, sin = (torch.empty(tokens, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
+        paged.attend_new(qkv_of(tokens, dtype), cos, sin, *layer(dtype), table, divided, out)
+    else:
+        paged.attend(query_of(tokens, dtype), *layer(dtype), table, divided, out)
+
+
+def layer(dtype):
+    pool = torch.empty(PAGES, 2, 2, PAGE_TOKENS, CONFIG.kv_heads, CONFIG.head_dim, dtype=dtype)
+    return pool[:, 1, 0], pool[:, 1, 1]
+
+
+def qkv_of(tokens, dtype):
+    return torch.empty(tokens, (CONFIG.heads + 2 * CONFIG.kv_heads) * CONFIG.head_dim, dtype=dtype)
+
+
+def query_of(tokens, dtype):
+    return torch.empty(tokens, CONFIG.heads, CONFIG.head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
+def test_every_kernel_fits(capability):
+    """Nothing spills on tensor cores; where blocks are multiplied number by number, on a 7.5, a little may.
+
+    What `tabulate` keeps there is for angles beyond 1e5, whose cosines need many digits of pi.
+    """
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    with compiled_for(capability) as compiled:
+        launch_simple(dtype)
+        launch_attention(dtype, rows=1)
+        launch_attention(dtype, rows=64)
+    assert {made.name for made in compiled} == {
+        *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_divide", "_attend")
+    }
+    for made in compiled:
+        assert_fits(made, capability, SLOW_STACK_BYTES if capability == (7, 5) else 0)
+        assert made.is_dependent == (capability >= (9, 0) and made.name not in ("_divide", "_tabulate"))
+
+
+def test_drafts_and_other_numbers_fit():
+    """Speculation's eight new tokens a row, and the formats that no card prefers: what they need is known."""
+    with compiled_for((9, 0)) as compiled:
+        launch_attention(torch.bfloat16, rows=64, new_tokens=8)
+        launch_attention(torch.float16, rows=1)
+        launch_attention(torch.bfloat16, rows=64, fresh=False)
+    for made in compiled:
+        assert_fits(made, (9, 0), 0)
+    with compiled_for((8, 6)) as compiled:
+        launch_simple(torch.float32)
+        launch_attention(torch.float32, rows=64)
+    for made in compiled:
+        assert_fits(made, (8, 6), 0)
+
+
+def assert_fits(made, capability, stack_bytes):
+    assert made.shared_bytes <= SHARED_BYTES[capability], made
+    assert made.registers * made.threads <= REGISTERS, made
+    assert made.stack_bytes <= (64 if made.name == "_tabulate" else stack_bytes), made

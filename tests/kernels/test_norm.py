@@ -1,0 +1,32 @@
+"""The residual sum and the norm after it equal their definition."""
+
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from memphi.model.kernels.norm import add_norm, plain_add_norm
+from memphi.model.language import RMSNorm
+from tests.kernels.samples import DTYPES, FEW, SEEDS, assert_rounded_alike, normal, strided, unwritten
+
+
+@FEW
+@given(rows=st.integers(1, 9), size=st.integers(1, 700), dtype=DTYPES, adds=st.booleans(), seed=SEEDS)
+@example(rows=2, size=3072, dtype=torch.bfloat16, adds=True, seed=0)
+def test_add_norm_equals_its_definition(device, rows, size, dtype, adds, seed):
+    x, delta = (strided(normal(rows, size, dtype=dtype, device=device, seed=seed + i)) for i in (0, 1))
+    weight = normal(size, dtype=dtype, device=device, seed=seed + 2)
+    x_plain, expected = x.clone(), torch.empty_like(x)
+    out = strided(unwritten(rows, size, dtype=dtype, device=device))
+    plain_add_norm(x_plain, delta if adds else None, weight, 1e-5, expected)
+    add_norm(x, delta if adds else None, weight, 1e-5, out)
+    assert torch.equal(x, x_plain)
+    assert_rounded_alike(out, expected, steps=4 if dtype == torch.float32 else 2)  # Sums in another order.
+
+
+def test_the_definition_is_the_models(device):
+    norm = RMSNorm(72, 1e-5).to(device, torch.bfloat16)
+    norm.weight.data = normal(72, dtype=torch.bfloat16, device=device, seed=0)
+    x, delta = (normal(5, 72, dtype=torch.bfloat16, device=device, seed=i) for i in (1, 2))
+    expected, out = norm(x + delta), torch.empty_like(x)
+    plain_add_norm(x, delta, norm.weight.data, 1e-5, out)
+    assert torch.equal(out, expected)

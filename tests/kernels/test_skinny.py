@@ -1,0 +1,139 @@
+"""Products of a few rows against their definitions: every row count, ranges of columns, sizes that fill no block."""
+
+import pytest
+import torch
+
+from memphi.model.kernels import skinny
+from memphi.model.kernels.launch import is_interpreted
+from memphi.model.kernels.skinny import Narrow
+from memphi.model.rows import Row
+from tests.checkpoints import tiny_model
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of the largest number: sums are in another order, and rounded once (2**-11 of a number in fp16, 2**-8 in bf16)."""
+
+
+def numbers(*shape, device, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_close(got, expected, products=1):
+    """products: how many of them follow each other."""
+    assert got.isfinite().all()
+    assert (got - expected).abs().max() <= products * TOLERANCE[got.dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (37, 1100), (70, 300)])
+def test_a_product_of_a_range_of_columns(device, rows, n_out, n_in, dtype):
+    if is_interpreted() and dtype is torch.bfloat16 and rows > skinny.VECTOR_ROWS:
+        pytest.skip("the interpreter's matrix product takes bf16 for integers")
+    wide = numbers(n_out, n_in + 48, device=device, dtype=dtype)
+    operand = numbers(rows, n_in + 48, device=device, dtype=dtype, seed=1)
+    x, weight = operand[:, 16 : n_in + 16], wide[:, 16 : n_in + 16]
+    out, expected = (torch.full((rows, n_out), torch.nan, device=device, dtype=dtype) for _ in range(2))
+    skinny.multiply(x, weight, out)
+    skinny.plain_multiply(x, weight, expected)
+    assert_close(out, expected)
+
+
+MASKS = {"all": None, "some": [True, False, False, True, True], "none": [False] * 5}
+
+
+def make_parts(operand, matrix, ranks, scales, masks):
+    """One part for each adapter that is in use: the first's t stands before x, the second's after it."""
+    n_in = matrix.shape[1]
+    places = [(0, slice(0, ranks[0])), (ranks[0], slice(ranks[0] + n_in, ranks[0] + n_in + ranks[1]))]
+    return [
+        Narrow(matrix[first : first + rank], scale, mask, operand[:, columns])
+        for (first, columns), rank, scale, mask in zip(places, ranks, scales, masks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11])
+@pytest.mark.parametrize("first", ["all", "some", "none", None])
+@pytest.mark.parametrize("second", ["all", "some", "none", None])
+def test_what_adapters_make_of_x(device, rows, first, second):
+    if first is second is None:
+        pytest.skip("no adapter")
+    ranks, n_in = (6, 9), 300
+    matrix = numbers(sum(ranks), n_in, device=device, dtype=torch.float32)
+    x = numbers(rows, n_in, device=device, dtype=torch.float32, seed=1)
+    results = []
+    for narrow in (skinny.narrow, skinny.plain_narrow):
+        operand = torch.full((rows, n_in + sum(ranks)), torch.nan, device=device)
+        operand[:, ranks[0] : ranks[0] + n_in] = x
+        masks = [
+            None if name is None or MASKS[name] is None else make_mask(name, rows, device) for name in (first, second)
+        ]
+        parts = make_parts(operand, matrix, ranks, (2.0, 1.5), masks)
+        used = [part for part, name in zip(parts, (first, second), strict=True) if name]
+        narrow(operand[:, ranks[0] : ranks[0] + n_in], used)
+        results.append(operand)
+    got, expected = results
+    assert torch.equal(got.isnan(), expected.isnan()), "what is not in use is not written"
+    assert_close(got.nan_to_num(), expected.nan_to_num())
+
+
+def make_mask(name, rows, device):
+    return torch.tensor((MASKS[name] * 3)[:rows], device=device)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_an_adapter_that_no_row_uses_is_not_read(device, rows):
+    """It is NaN, and so would be what is made of it."""
+    matrix = numbers(15, 64, device=device, dtype=torch.float32)
+    matrix[:6] = torch.nan
+    operand = torch.ones(rows, 79, device=device)
+    unused = torch.zeros(rows, dtype=torch.bool, device=device)
+    parts = make_parts(operand, matrix, (6, 9), (1.0, 1.0), (unused, None))
+    skinny.narrow(operand[:, 6:70], parts)
+    assert (operand[:, :6] == 0).all()
+    assert operand.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", range(1, skinny.VECTOR_ROWS + 1))
+@pytest.mark.parametrize(("n_out", "n_in"), [(5120, 3072), (3072, 3648), (16384, 3328), (3072, 8192), (7, 5)])
+def test_a_thread_keeps_few_sums(rows, n_out, n_in):
+    block_out, block_in, warps = skinny.choose_block(rows, n_out, n_in)
+    assert rows == 1 or rows * block_out * block_in <= skinny.SUMS * 32 * warps
+    assert block_out >= 1
+    assert warps <= 8
+
+
+STEPS = {
+    "text": [Row(3)],
+    "one vision row": [Row(1, adapter="vision")],
+    "all speech": [Row(4, adapter="speech"), Row(5, adapter="speech")],
+    "sorted": [Row(2), Row(3, adapter="speech"), Row(2, adapter="vision")],
+    "in turn": [Row(2, adapter="speech"), Row(2, adapter="vision"), Row(2, adapter="speech"), Row(5)],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@torch.inference_mode()
+def test_the_language_model_computes_the_same_by_kernels(device, name):
+    rows = STEPS[name]
+    ids = torch.arange(sum(row.tokens for row in rows), device=device)
+    plain, packed = tiny_model().to(device), tiny_model()
+    packed.keep_adapters(packed=True, merge=None)
+    packed.use_kernels(True)
+    assert len(ids) <= skinny.most_rows(device)
+    got = packed.to(device)(ids, rows, logits_at=range(len(ids)))
+    assert_close(got, plain(ids, rows, logits_at=range(len(ids))), products=9)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+@torch.inference_mode()
+def test_masks_of_a_step_reach_the_kernels(device, rows):
+    """What a captured step has: adapters that are in use, and masks of the rows that use them."""
+    plain = tiny_model().to(device).language.layers[0].mlp.down
+    packed = tiny_model()
+    packed.keep_adapters(packed=True, merge=None)
+    packed.use_kernels(True)
+    linear = packed.to(device).language.layers[0].mlp.down
+    x = numbers(rows, 72, device=device, dtype=torch.float32)
+    vision = torch.arange(rows, device=device) % 3 == 0
+    for used in ({"vision": vision}, {"speech": ~vision}, {"vision": vision, "speech": ~vision}, {"vision": None}):
+        assert_close(linear(x, used), plain(x, used))
