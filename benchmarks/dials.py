@@ -509,7 +509,7 @@ def work_dial(options: argparse.Namespace) -> None:
     builders = ThreadPoolExecutor(BUILDERS)
     requests = [builders.submit(make_request, i, options.seed, sizes) for i in range(options.requests)]
     try:
-        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes))
+        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
     except DoesNotFitError as refusal:
         _tell("no plan", sentence=str(refusal))
         return
@@ -701,7 +701,8 @@ def work_calibrate(options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(1) as preparing:
         prepared = preparing.submit(_prepare_media, options.model)
         _measure_context(options, meter)
-        engine, notes = _load(options, EngineConfig(memory_bytes=options.dial[0] if options.dial else None))
+        dial_bytes = options.dial[0] if options.dial else None
+        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
         engine.close()  # What runs from here on runs in this thread; the loop has nothing to do.
         steps = _Steps(engine, notes, prepared.result())
     for case in steps.cases():

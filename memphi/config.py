@@ -9,11 +9,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from memphi.errors import CheckpointError, RequestError
 
 DEFAULT_MODEL = "microsoft/Phi-4-multimodal-instruct"
+
+AdapterName = Literal["vision", "speech"]
+AdapterForm = Literal["plain", "packed", "merged"]
+"""How adapters are kept: as W, A and B; A and B beside W, for products over all of them; or one added into W."""
+
+KernelChoice = Literal["auto", "plain"]
 
 LARGEST_SIZE, LARGEST_NUMBER = 2**24, 1e12
 MOST_LAYERS, MOST_CROPS = 1000, 1000
@@ -175,7 +181,7 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one.
+    Raises RequestError for a number below one, and for an adapter or a choice of kernels that there is not.
     """
 
     memory_bytes: int | None = None
@@ -189,10 +195,21 @@ class EngineConfig:
     """Windows of 40 s of sound."""
     kv_cache: bool = True
     """False: every step computes its rows anew; the last resort."""
+    speculation: bool = True
+    """Guess the next tokens of an answer that repeats what it read, and compute them along; changes no answer."""
     idle_seconds: float = 60.0
     """After so long without a request, memory goes back to the device but for the weights."""
+    merge: AdapterName | None = None
+    """Add this adapter into the weights while they are loaded: requests of its mode alone are answered, at no cost."""
+
+    kernels: KernelChoice = "plain"
+    """auto: memphi's own kernels and CUDA graphs where the card has them (as yet untried on any); plain: torch's."""
 
     def __post_init__(self) -> None:
+        if self.kernels not in get_args(KernelChoice):
+            raise RequestError(f"kernels is {self.kernels!r}; it must be one of {', '.join(get_args(KernelChoice))}")
+        if self.merge is not None and self.merge not in get_args(AdapterName):
+            raise RequestError(f"merge is {self.merge!r}; it must be one of {', '.join(get_args(AdapterName))}")
         for name in ("memory_bytes", "rows", "step_tokens", "crops_per_pass", "windows_per_pass"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -38,5 +38,9 @@ class DoesNotFitError(MemphiError):
     exit_code = 3
 
 
+class BusyError(DoesNotFitError):
+    """Work that would fit later, from somebody who does not wait."""
+
+
 class WorkerError(MemphiError):
     """The engine has stopped, or an answer was lost in it."""

@@ -6,7 +6,7 @@ Knows shapes and names, decides nothing. Every floor shares it; imports no torch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from memphi.errors import RequestError
 
 MediaKind = Literal["image", "audio"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Detail = Literal["low", "auto", "high"] | int
 """How finely an image is seen. auto and high: as the model's own processor does it, the global view and crops in up to
 full resolution; a number: at most so many crops; low: one crop, the smallest form that the model knows."""
@@ -76,6 +76,26 @@ class Message:
     content: tuple[str | Media, ...]
     tools: str | None = None
     """For a system message: a JSON list of tools in the model's own format (spec 6.1)."""
+    tool_calls: str | None = None
+    """For an assistant's message: a JSON list of the calls that it ends with, each with its name and arguments."""
+
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+MOST_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: any JSON object, JSON of a schema, a regular expression, a Lark grammar."""
+
+    kind: GrammarKind
+    source: str = ""
+    """The schema as JSON, the expression or the grammar; empty for json_object."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(GrammarKind)
+        if self.kind not in kinds:
+            raise RequestError(f"the grammar's kind is {self.kind!r}; it must be one of {', '.join(kinds)}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,16 @@ class SamplingParams:
     top_k: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    """Of ids in the prompt or the answer: their scores are divided by it."""
+    presence_penalty: float = 0.0
+    """Taken from the scores of ids that occurred in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from the scores of ids in the answer as often as they occurred there."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the scores of these ids."""
+    top_logprobs: int | None = None
+    """Tell the log-probability of every token of the answer, and of so many likeliest ones at its place; None: none."""
+    grammar: Grammar | None = None
     seed: int = 0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
@@ -101,6 +131,13 @@ class SamplingParams:
             (self.top_k is None or self.top_k >= 1, "top_k must be at least 1"),
             (0.0 <= self.min_p <= 1.0, "min_p must lie between 0 and 1"),
             (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty must be above 0 and at most 100"),
+            (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty must lie between -2 and 2"),
+            (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty must lie between -2 and 2"),
+            (all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "logit_bias must lie between -100 and 100"),
+            (
+                self.top_logprobs is None or 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS,
+                f"top_logprobs must lie between 0 and {MOST_TOP_LOGPROBS}",
+            ),
             (0 <= self.seed < 2**64, "seed must lie between 0 and 2**64 - 1"),
             (all(self.stop), "stop strings must not be empty"),
         )
@@ -116,6 +153,8 @@ class Request:
     messages: tuple[Message, ...]
     sampling: SamplingParams = SamplingParams()
     on_pressure: OnPressure = "wait"
+    raw: bool = False
+    """The messages' text is the prompt as it stands, without roles and turns: the model goes on with it."""
 
     @classmethod
     def ask(
@@ -247,6 +286,16 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token of the answer was, and the likeliest ones at its place; before temperature and filters."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities, likeliest first."""
+
+
+@dataclass(frozen=True)
 class Delta:
     """What one step added to one answer: whole characters only."""
 
@@ -255,6 +304,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     degraded: tuple[str, ...] = ()
     """As in a Result; with the finish reason."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of the ids, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -272,3 +323,5 @@ class Result:
     """The most that the GPU's allocator held during the call; on a CPU, the process so far; None where none counts."""
     degraded: tuple[str, ...] = ()
     """What memory pressure changed about the request, one sentence each."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of the ids, where they were asked for."""

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class StoredTensor:
     start: int
     """First byte, counted from the start of the file."""
     end: int
+
+    def rows(self, first: int, last: int) -> "StoredTensor":
+        """A part of it along its first dimension."""
+        row_bytes = (self.end - self.start) // self.shape[0]
+        start = self.start + first * row_bytes
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, end=start + (last - first) * row_bytes)
 
 
 def list_tensors(folder: Path) -> tuple[StoredTensor, ...]:

@@ -5,7 +5,7 @@ official name of ours.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -185,6 +185,15 @@ def from_peft(name: str, adapter: str) -> str:
     """
     bare = re.sub(rf"\.(default|{adapter})\.weight$", ".weight", name.removeprefix("base_model.model."))
     return _translate(bare.removesuffix(".weight") + f".{adapter}.weight", _columns()[1])
+
+
+def adapted(names: Iterable[str], adapter: str) -> Iterator[tuple[str, str, str]]:
+    """Our names of every weight that an adapter adapts, of its A and of its B."""
+    end = f"adapters.{adapter}.a"
+    for name in names:
+        if name.endswith(end):
+            base = name.removesuffix(end)
+            yield f"{base}weight", name, f"{base}adapters.{adapter}.b"
 
 
 def _from_stored(name: str, column: tuple["_Rule", ...], vision_layers: int) -> str | None:

@@ -10,8 +10,10 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from memphi.checkpoint.names import adapted
 from memphi.checkpoint.reader import Progress
-from memphi.config import ModelConfig
+from memphi.config import AdapterName, ModelConfig
+from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
 from memphi.model.phi4mm import Phi4MM
 
@@ -26,25 +28,44 @@ def random_model(
     seed: int = 0,
     attention: Attention | None = None,
     progress: Progress | None = None,
+    packed: bool = False,
+    merge: AdapterName | None = None,
 ) -> Phi4MM:
     """A model with random weights, in eval mode and without gradients.
 
-    Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it. No weight
-    passes through the host.
+    Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it, nor on how
+    adapters are kept. No weight passes through the host. Device memory: the model, and where adapters are packed or
+    merged, for a while the largest of its tensors.
     """
     with torch.device("meta"):
-        model = Phi4MM(config, attention)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = Phi4MM(config, attention).to(dtype)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.keep_adapters(packed, merge)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     tensors = model.state_dict()
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
-        generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, name))
-        mean, deviation = _distribution(name, tensor)
-        tensor.normal_(mean, deviation, generator=generator)
+        _draw(tensor, seed, name)
         done += tensor.nbytes
         if progress:
             progress(done, total)
+    if merge:
+        for weight, *adapter in adapted(shapes, merge):
+            a, b = (_draw(tensors[weight].new_empty(shapes[name]), seed, name) for name in adapter)
+            _merge(tensors[weight], a, b, config.adapter(merge).scale)
     return model
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    merge_adapter(weight, a, scale, lambda first, last: (weight[first:last], b[first:last]))
+
+
+def _draw(tensor: Tensor, seed: int, name: str) -> Tensor:
+    """Fill a tensor, which is returned; a view gets what it would get by itself."""
+    generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, name))
+    whole = tensor if tensor.is_contiguous() else tensor.contiguous()
+    whole.normal_(*_distribution(name, tensor), generator=generator)
+    return tensor if whole is tensor else tensor.copy_(whole)
 
 
 def _tensor_seed(seed: int, name: str) -> int:

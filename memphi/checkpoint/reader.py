@@ -23,7 +23,7 @@ _PIECE_BYTES = 32 * 2**20
 
 
 def fill_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]], device: torch.device, progress: Progress | None) -> None:
-    """Fill each tensor from its file; the tensors lie on `device`, are contiguous and may have another float dtype.
+    """Fill each tensor from its file; the tensors lie on `device` and may be views and have another float dtype.
 
     Host memory: one buffer of 32 MiB (pinned, for a GPU), however large a tensor is, and up to 64 MiB more while a
     piece changes its dtype. Files are read, not mapped, so a file that shrinks under us is an error and not a dead
@@ -46,15 +46,24 @@ def fill_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]], device: torch.dev
 
 def _fill(file: FileIO, stored: StoredTensor, target: Tensor, buffer: Tensor) -> Iterator[int]:
     """Copy one tensor piece by piece; yields each piece's bytes."""
-    flat, item_bytes, first = target.view(-1), ITEM_BYTES[stored.kind], 0
+    item_bytes = ITEM_BYTES[stored.kind]
     file.seek(stored.start)
-    while first < flat.numel():
-        items = min(_PIECE_BYTES // item_bytes, flat.numel() - first)
-        piece = buffer[: items * item_bytes]
+    for block in blocks(target, _PIECE_BYTES // item_bytes):
+        piece = buffer[: block.numel() * item_bytes]
         _read_exactly(file, memoryview(piece.numpy()), stored)  # type: ignore[arg-type]  # numpy arrays are buffers
-        flat[first : first + items].copy_(piece.view(DTYPES[stored.kind]))
-        first += items
-        yield items * item_bytes
+        block.copy_(piece.view(DTYPES[stored.kind]).view(block.shape))
+        yield len(piece)
+
+
+def blocks(tensor: Tensor, most_numbers: int) -> Iterator[Tensor]:
+    """Views of a tensor, one after another, of so many numbers at most; of one with strides, rows or parts of a row."""
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(most_numbers)
+    elif rows := most_numbers // tensor[0].numel():
+        yield from tensor.split(rows)
+    else:
+        for row in tensor:
+            yield from blocks(row, most_numbers)
 
 
 def _read_exactly(file: FileIO, into: memoryview, stored: StoredTensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memphi.checkpoint.headers import INDEX_NAME
 from memphi.checkpoint.names import official_name
-from memphi.checkpoint.reader import DTYPES
+from memphi.checkpoint.reader import DTYPES, blocks
 from memphi.config import ModelConfig
 from memphi.errors import CheckpointError
 from memphi.model.phi4mm import Phi4MM
@@ -36,9 +36,11 @@ def write_checkpoint(
     Host memory: a piece of 32 MiB, whatever the size of a tensor or a shard. All of it is written under another name
     (`.<folder>.partial`) and renamed in the end, so that a kill or a full disk never leaves a folder that looks
     finished; what a killed run left is replaced by the next. Tensors that are never computed (the tower's last layer,
-    norm and head, spec 4.1) are not written. Raises CheckpointError if the folder exists and is not empty, or if
-    writing fails.
+    norm and head, spec 4.1) are not written. Raises CheckpointError if the folder exists and is not empty, if
+    writing fails, and for a model into whose weights an adapter is merged.
     """
+    if model.merged is not None:
+        raise CheckpointError(f"the {model.merged} adapter is merged into this model; load it anew to write it")
     tensors = {official_name(ours): tensor for ours, tensor in model.state_dict().items()}
     with _finished_folder(folder) as partial:
         _write_configs(model.config, model.dtype, partial)
@@ -140,8 +142,9 @@ def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    for piece in tensor.detach().contiguous().view(-1).split(_PIECE_BYTES // tensor.itemsize):
-        yield memoryview(piece.cpu().view(torch.uint8).numpy())
+    for block in blocks(tensor.detach(), _PIECE_BYTES // tensor.itemsize):
+        numbers = block.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        yield memoryview(numbers)  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -29,7 +29,9 @@ def ask(
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    speculation: options.Speculation = True,
     pin: options.Pins = [],  # noqa: B006
+    merge: options.Merge = None,
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -44,6 +46,8 @@ def ask(
     seed: options.Seed = 0,
     ignore_eos: options.IgnoreEos = False,
     stop: options.Stop = [],  # noqa: B006
+    schema: options.Schema = None,
+    regex: options.Regex = None,
 ) -> None:
     """Ask about pictures and recordings, or just ask. The answer alone goes to stdout."""
     from memphi.request import Request, SamplingParams
@@ -52,9 +56,18 @@ def ask(
         raise typer.BadParameter("give a question, an attachment (-a), or both")
     if each and not attach:
         raise typer.BadParameter("--each needs attachments (-a)")
-    config = options.engine_config(memory, kv_cache, pin)
+    config = options.engine_config(memory, kv_cache, pin, merge, speculation)
     sampling = SamplingParams(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, ignore_eos, tuple(stop)
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        grammar=options.answer_grammar(schema, regex),
+        seed=seed,
+        ignore_eos=ignore_eos,
+        stop=tuple(stop),
     )
     # Attachments are opened first: a wrong name should not have to wait for the model.
     media = options.with_detail(open_attachments(attach), detail)

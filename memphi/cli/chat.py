@@ -27,6 +27,7 @@ def chat(
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
+    merge: options.Merge = None,
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -44,8 +45,17 @@ def chat(
     """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
     from memphi.request import SamplingParams
 
-    config = options.engine_config(memory, kv_cache, pin)
-    sampling = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop=tuple(stop))
+    config = options.engine_config(memory, kv_cache, pin, merge)
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop),
+    )
     if "-" in attach:
         raise typer.BadParameter("stdin (-) is where the conversation comes from; attach a file")
     media = open_attachments(attach)

@@ -1,7 +1,9 @@
 """The options that several commands share."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,9 +11,9 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
-    from memphi.config import EngineConfig
+    from memphi.config import AdapterName, EngineConfig
     from memphi.request import Detail as DetailValue
-    from memphi.request import Media
+    from memphi.request import Grammar, Media
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -38,12 +40,18 @@ def parse_detail(text: str) -> "DetailValue":
     raise typer.BadParameter(f"{text!r} is no detail; write low, auto, high, or the most crops besides the global view")
 
 
-def engine_config(memory: int | None, kv_cache: str, pins: list[str]) -> "EngineConfig":
-    """The dial and what is pinned; raises typer.BadParameter for a pin that means nothing."""
+def engine_config(
+    memory: int | None,
+    kv_cache: str,
+    pins: list[str],
+    merge: "AdapterName | None" = None,
+    speculation: bool = True,
+) -> "EngineConfig":
+    """The dial, what is pinned and merged; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
 
     names = ("rows", "step_tokens", "crops_per_pass", "windows_per_pass")
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     for pin in pins:
         name, _, number = pin.partition("=")
         if name not in names or not (number.isascii() and number.isdigit() and int(number)):
@@ -51,7 +59,24 @@ def engine_config(memory: int | None, kv_cache: str, pins: list[str]) -> "Engine
                 f"{pin!r} pins nothing; write a number for one of {', '.join(names)}, as in rows=4"
             )
         values[name] = int(number)
-    return EngineConfig(memory_bytes=memory, kv_cache=kv_cache == "on", **values)
+    return EngineConfig(memory_bytes=memory, kv_cache=kv_cache == "on", merge=merge, speculation=speculation, **values)
+
+
+def answer_grammar(schema: Path | None, regex: str | None) -> "Grammar | None":
+    """What the answer is held to; raises typer.BadParameter for two wishes at once and a file that holds no schema."""
+    from memphi.request import Grammar
+
+    if schema is None:
+        return None if regex is None else Grammar("regex", regex)
+    if regex is not None:
+        raise typer.BadParameter("an answer is held to a --schema or to a --regex, not to both")
+    try:
+        source = schema.read_text(encoding="utf-8")
+        if not isinstance(json.loads(source), dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as wrong:
+        raise typer.BadParameter(f"{schema} holds no JSON schema: {wrong}") from None
+    return Grammar("json_schema", source)
 
 
 def with_detail(media: "tuple[Media, ...]", detail: "DetailValue") -> "tuple[Media, ...]":
@@ -94,12 +119,24 @@ KvCache = Annotated[
     Literal["on", "off"],
     typer.Option("--kv-cache", help="off: compute everything anew for every token; slow, and the last resort."),
 ]
+Speculation = Annotated[
+    bool,
+    typer.Option(
+        help="Guess tokens that repeat what was read or said, and check them many at once; no answer changes by it."
+    ),
+]
 Pins = Annotated[
     list[str],
     typer.Option(
         "--pin",
         metavar="NAME=NUMBER",
         help="Fix what would follow from the memory: rows, step_tokens, crops_per_pass or windows_per_pass.",
+    ),
+]
+Merge = Annotated[
+    Literal["vision", "speech"] | None,
+    typer.Option(
+        help="Add this adapter into the weights: it costs nothing, and only requests that use it are answered."
     ),
 ]
 Detail = Annotated[
@@ -126,4 +163,10 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens tha
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str], typer.Option(help="End the answer at this text. May be repeated.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens whatever the model says.")]
+Schema = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A file with a JSON schema; the answer is JSON that keeps to it.")
+]
+Regex = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The answer matches this regular expression as a whole.")
+]
 DEFAULT_MAX_TOKENS = 1024

@@ -35,6 +35,7 @@ def plan(
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
+    merge: options.Merge = None,
     gpu: Annotated[str | None, typer.Option(help="Plan for this card, as in `RTX 4060`; none need be here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,
@@ -58,13 +59,16 @@ def plan(
     config, facts, engine = (
         read_config(folder),
         _facts(device, gpu, memory),
-        options.engine_config(memory, kv_cache, pin),
+        options.engine_config(memory, kv_cache, pin, merge),
     )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
     verdict = None
     if request is not None:
+        from memphi.engine.pressure import check_mode
+
         verdict = _Verdict(request, config, Tokenizer.from_folder(folder), made, facts, engine, DTYPE_BYTES[dtype])
+        check_mode(verdict.footprint.mode, merge)
         document["request"] = verdict.document()
     print(json.dumps(document, ensure_ascii=False, indent=2) if as_json else _text(document))
     if verdict is not None and not verdict.fits:
@@ -345,6 +349,7 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "shared_step_tokens": "… beside answers",
         "crops_per_pass": "crops a pass",
         "windows_per_pass": "windows of sound a pass",
+        "adapters": "adapters",
     }
     return [(name, str(plan[field]), reasons[field]) for field, name in names.items()]
 

@@ -3,7 +3,7 @@
 import logging
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,8 +22,9 @@ from memphi.engine.facade import Facade
 from memphi.engine.gauge import Gauge
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Loading
-from memphi.engine.preparation import Preparation
+from memphi.engine.preparation import Preparation, prepare_sequence
 from memphi.engine.pressure import bounds_of
+from memphi.engine.prices import draft_step_tokens
 from memphi.engine.recovery import LOADING_ADVICE, told_plainly
 from memphi.engine.reservations import Reservations
 from memphi.engine.runner import Runner
@@ -31,7 +32,7 @@ from memphi.engine.scheduler import Naming, Scheduler, StepLimits
 from memphi.engine.settings import AllocatorName, use_allocator
 from memphi.engine.stats import Stats
 from memphi.engine.worker import ThreadWorker, wake
-from memphi.inputs.prompt import PREPROCESSING_VERSION, prepare
+from memphi.inputs.prompt import PREPROCESSING_VERSION
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.memory.budget import Budget
 from memphi.memory.costs import host_media
@@ -39,6 +40,7 @@ from memphi.memory.devices import this_machine
 from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
 from memphi.model.phi4mm import Phi4MM
+from memphi.sampling.grammar import Grammars
 
 HOST_MEDIA_SHARE = 4
 """Decoded attachments may take one part in so many of the host's free memory."""
@@ -50,10 +52,15 @@ class Engine(Facade):
     def __init__(
         self, model: Phi4MM, tokenizer: Tokenizer, config: EngineConfig | None = None, plan: MemoryPlan | None = None
     ) -> None:
-        """Without a plan one is made for the device that the model is on, as `load` does before it loads."""
+        """Without a plan one is made for the device that the model is on, as `load` does before it loads.
+
+        Whether an adapter is merged the model knows, whatever config says.
+        """
         self.model = model
-        self.config = config = config or EngineConfig()
-        self.plan = plan or make_plan(model.config, device_facts(model.device), config, model.dtype.itemsize)
+        self.config = config = replace(config or EngineConfig(), merge=model.merged)
+        self.plan = plan or make_plan(
+            model.config, device_facts(model.device), config, model.dtype.itemsize, model.adapter_form
+        )
         inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.loop = make_loop(model, tokenizer, self.plan, config, wake(inbox))
         worker = ThreadWorker(self.loop, inbox, bounds_of(self.plan, config, model.config))
@@ -75,15 +82,16 @@ def make_loop(
     embedding_bytes = language.hidden_size * model.dtype.itemsize
     scheduler = Scheduler(
         model.config,
-        StepLimits(plan.rows, plan.step_tokens, plan.shared_step_tokens, plan.crops_per_pass, plan.windows_per_pass),
+        step_limits(plan, config, model),
         _reservations(plan),
         MediaCache(plan.media_bytes),
         Naming("loaded", str(model.dtype), str(model.dtype), PREPROCESSING_VERSION),
         embedding_bytes,
         config.kv_cache,
     )
+    grammars = Grammars(tokenizer, model.config)
     preparation = Preparation(
-        lambda request: prepare(request, model.config, tokenizer),
+        lambda sequence: prepare_sequence(sequence, model.config, tokenizer, grammars),
         lambda sequence: host_media(sequence.footprint, model.config).bytes,
         this_machine().free_bytes // HOST_MEDIA_SHARE,
         on_ready,
@@ -97,6 +105,19 @@ def make_loop(
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
     elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory)
     return Loop(runner, scheduler, preparation, tokenizer, elastic)
+
+
+def step_limits(plan: MemoryPlan, config: EngineConfig, model: Phi4MM) -> StepLimits:
+    """What one step does at most under a plan."""
+    drafts = config.speculation and config.kv_cache
+    return StepLimits(
+        plan.rows,
+        plan.step_tokens,
+        plan.shared_step_tokens,
+        plan.crops_per_pass,
+        plan.windows_per_pass,
+        draft_step_tokens(plan, model.config, model.dtype.itemsize) if drafts else 0,
+    )
 
 
 def _reservations(plan: MemoryPlan) -> Reservations:
@@ -125,8 +146,8 @@ def load(
     """Load a model and return the engine that runs it.
 
     model is a folder, a hub name, `demo` or `random`; device `auto` is the GPU where there is one, else the CPU;
-    config holds the dial (memory_bytes) and pins; allocator sets torch's for CUDA, before CUDA starts; progress is
-    called with the bytes of weights done and in total.
+    config holds the dial (memory_bytes), pins and an adapter to merge; allocator sets torch's for CUDA, before CUDA
+    starts; progress is called with the bytes of weights done and in total.
     Raises CheckpointError, DeviceError, or DoesNotFitError where the dial or the device is too small.
     """
     parts = load_parts(Loading(model, device, dtype, attention, config or EngineConfig(), allocator), progress)
@@ -151,9 +172,11 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     backend = select_attention(loading.attention)
     plan = make_plan(read_config(location.folder), device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
+    packed, merge = plan.adapters == "packed", loading.config.merge
     with told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
-            network = random_model(read_config(location.folder), where, number, attention=backend, progress=progress)
+            config = read_config(location.folder)
+            network = random_model(config, where, number, 0, backend, progress, packed, merge)
         else:
-            network = load_model(location.folder, where, number, backend, progress)
+            network = load_model(location.folder, where, number, backend, progress, packed, merge)
         return Parts(network, Tokenizer.from_folder(location.folder), plan)

@@ -7,7 +7,7 @@ of asyncio share one. Imports no torch.
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing, suppress
 from itertools import count
 from typing import Protocol, overload
@@ -15,9 +15,11 @@ from typing import Protocol, overload
 from memphi.config import ModelConfig
 from memphi.engine.messages import Event, Mailbox, Submission
 from memphi.engine.pressure import Bounds, Listing, Part, endless, relieve
+from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.prompt import measure
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.request import Delta, Footprint, Request, Result
+from memphi.sampling.grammar import Grammars
 
 
 class Worker(Protocol):
@@ -48,12 +50,29 @@ class Facade:
         self.tokenizer = tokenizer
         self._model_config = model_config
         self._worker = worker
+        self._grammars = Grammars(tokenizer, model_config)
         self._ids = count()
         weakref.finalize(self, worker.close)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What one request may take."""
+        return self._worker.bounds
 
     def measure(self, request: Request) -> Footprint:
         """What a request costs in tokens, crops and seconds, from headers alone."""
         return measure(request, self._model_config, self.tokenizer)
+
+    def accept(self, request: Request, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[Part, ...]:
+        """What is to be run for a request, each with its footprint: it alone, or its shares; `submit` takes them.
+
+        Raises RequestError or MediaError for bad input and DoesNotFitError for what can never fit.
+        """
+        self._grammars.check(request.sampling)
+        may_change = request.on_pressure in ("shrink-images", "one-by-one")
+        config = endless(self._model_config) if may_change else self._model_config
+        vision, bounds = config.vision, self._worker.bounds
+        return relieve(request, lambda each: measure(each, config, self.tokenizer, limits), bounds, vision)
 
     @overload
     def generate(self, requests: Request) -> Result: ...
@@ -68,35 +87,39 @@ class Facade:
         """
         if isinstance(requests, Request):
             return self.generate([requests])[0]
-        accepted = [self._accept(request) for request in requests]
+        accepted = [self.accept(request) for request in requests]
         results = iter(self._collect([part for parts in accepted for part in parts]))
         return [_listing(parts).result([next(results) for _ in parts]) for parts in accepted]
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request piece by piece; the last piece has the finish reason. Closing the iterator ends it."""
-        return self._listed_pieces(self._accept(request))
+        return self._listed_pieces(self.accept(request))
 
-    async def submit(self, request: Request) -> AsyncIterator[Delta]:
-        """The same for asyncio: `async for delta in engine.submit(request)`; leaving the loop ends the request."""
-        parts = await asyncio.to_thread(self._accept, request)
+    async def submit(self, request: Request | tuple[Part, ...]) -> AsyncGenerator[Delta, None]:
+        """The same for asyncio: `async for delta in engine.submit(request)`; closing it ends the request.
+
+        Takes what was accepted too, and does not measure that again.
+        """
+        parts = request if isinstance(request, tuple) else await asyncio.to_thread(self.accept, request)
         listing = _listing(parts)
         for part in parts:
             async with aclosing(self._posted_pieces(part)) as pieces:
                 async for delta in pieces:
                     yield listing.add(delta)
 
+    def cancel(self, number: int) -> None:
+        """End a request; its mailbox gets the result so far."""
+        self._worker.cancel(number)
+
     def close(self) -> None:
         """End all requests and the engine's thread or process; a model in this process stays as long as it is used."""
         self._worker.close()
 
-    def _accept(self, request: Request) -> tuple[Part, ...]:
-        """What is to be run for a request: it alone, or its shares; raises DoesNotFitError where it can never fit."""
-        may_change = request.on_pressure in ("shrink-images", "one-by-one")
-        config = endless(self._model_config) if may_change else self._model_config
-        return relieve(request, lambda each: measure(each, config, self.tokenizer), self._worker.bounds, config.vision)
+    def hand_over(self, part: Part, mailbox: Mailbox) -> int:
+        """Submit what was accepted, without waiting; its events go to the mailbox, from another thread.
 
-    def _hand_over(self, part: Part, mailbox: Mailbox) -> int:
-        """Submit what was accepted; returns its number."""
+        Returns the number by which `cancel` knows it.
+        """
         number = next(self._ids)
         self._worker.submit(Submission(number, part), mailbox)
         return number
@@ -108,7 +131,7 @@ class Facade:
         open_ids: set[int] = set()
         try:
             for part in parts:
-                open_ids.add(self._hand_over(part, events.put))
+                open_ids.add(self.hand_over(part, events.put))
             while open_ids:
                 event = events.get()
                 if event.error is not None:
@@ -119,7 +142,7 @@ class Facade:
                     results[event.id] = event.result
         finally:
             for number in open_ids:
-                self._worker.cancel(number)
+                self.cancel(number)
         return [results[number] for number in sorted(results)]
 
     def _listed_pieces(self, parts: Sequence[Part]) -> Iterator[Delta]:
@@ -131,7 +154,7 @@ class Facade:
 
     def _pieces(self, part: Part) -> Generator[Delta, None, None]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        number = self._hand_over(part, events.put)
+        number = self.hand_over(part, events.put)
         event: Event | None = None
         try:
             while (event := events.get()).delta is not None:
@@ -140,7 +163,7 @@ class Facade:
                 raise event.error
         finally:
             if event is None or event.delta is not None:
-                self._worker.cancel(number)
+                self.cancel(number)
 
     async def _posted_pieces(self, part: Part) -> AsyncGenerator[Delta, None]:
         mailbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -150,7 +173,7 @@ class Facade:
             with suppress(RuntimeError):  # The caller's loop is closed: nobody listens any more.
                 caller.call_soon_threadsafe(mailbox.put_nowait, event)
 
-        number = self._hand_over(part, post)
+        number = self.hand_over(part, post)
         event: Event | None = None
         try:
             while (event := await mailbox.get()).delta is not None:
@@ -159,7 +182,7 @@ class Facade:
                 raise event.error
         finally:
             if event is None or event.delta is not None:
-                self._worker.cancel(number)
+                self.cancel(number)
 
 
 def _listing(parts: Sequence[Part]) -> Listing:

@@ -22,7 +22,7 @@ from memphi.engine.runner import Runner
 from memphi.engine.scheduler import Scheduler
 from memphi.engine.sequence import Sequence as Running
 from memphi.engine.sequence import State
-from memphi.engine.step import StepPlan
+from memphi.engine.step import StepPlan, StepResult
 from memphi.errors import DoesNotFitError
 from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.request import Delta, FinishReason, Prompt, Result
@@ -53,17 +53,25 @@ class _Answer:
         Ids whose text is held back come with the piece that shows it.
         """
         sequence = self.sequence
-        new = sequence.answer[self.fed_ids :]
-        self.fed_ids += len(new)
-        ended = sequence.finish_reason is not None
-        text = self.stops.feed("".join(self.stream.feed(i) for i in new) + (self.stream.flush() if ended else ""))
+        text = "".join(self._feed())
         if self.stops.stopped:
             sequence.finish_reason = FinishReason.STOP
-        elif ended:
+            sequence.cut_answer(self.fed_ids)
+        elif sequence.finish_reason is not None:
             text += self.stops.flush()
         self.text += text
         self.first_token_seconds = self.first_token_seconds or self.seconds
         return self._piece(text) if text or sequence.finish_reason else Delta("", ())
+
+    def _feed(self) -> Iterator[str]:
+        """What each of the newest ids shows, up to one that completes a stop string."""
+        answer, ended = self.sequence.answer, self.sequence.finish_reason is not None
+        for number in answer[self.fed_ids :]:
+            self.fed_ids += 1
+            rest = self.stream.flush() if ended and self.fed_ids == len(answer) else ""
+            yield self.stops.feed(self.stream.feed(number) + rest)
+            if self.stops.stopped:
+                return
 
     def cut(self) -> Delta:
         """The last piece of an answer that is ended from outside; text that is held back is never shown."""
@@ -74,8 +82,10 @@ class _Answer:
         """Text, and the ids up to it."""
         sequence = self.sequence
         shown = tuple(sequence.answer[self.shown_ids :])
+        logprobs = tuple(sequence.logprobs[self.shown_ids :])
         self.shown_ids += len(shown)
-        return Delta(text, shown, sequence.finish_reason, sequence.degraded if sequence.finish_reason else ())
+        degraded = sequence.degraded if sequence.finish_reason else ()
+        return Delta(text, shown, sequence.finish_reason, degraded, logprobs)
 
     @property
     def seconds(self) -> float:
@@ -103,6 +113,7 @@ class Loop:
         self._answers: dict[int, _Answer] = {}
         self.stalled = True
         """Whether only a prompt that becomes ready, or a caller, brings the loop on."""
+        self._note_state()
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +151,7 @@ class Loop:
         if plan:
             events += self._run(plan)
         self.stalled = not (admitted or ready or plan)
+        self._note_state()
         return events
 
     def close(self) -> list[Event]:
@@ -180,9 +192,10 @@ class Loop:
         if result is None:
             return self._recover(plan)
         self._ladder.note_success()
-        self._count(plan)
+        self._count(plan, result)
         advanced = self.scheduler.commit(plan, result)
-        return [event for sequence in advanced for event in self._advance(self._answers[sequence.id])]
+        events = [self._fail(self._answers[number].sequence, error) for number, error in result.failed.items()]
+        return events + [event for sequence in advanced for event in self._advance(self._answers[sequence.id])]
 
     def _recover(self, plan: StepPlan) -> list[Event]:
         """Go one rung down; where none is left, the newest request of the step cannot be answered."""
@@ -223,13 +236,20 @@ class Loop:
             first_token_seconds=answer.first_token_seconds,
             peak_memory_bytes=self.runner.gauge.peak_bytes(),
             degraded=sequence.degraded,
+            logprobs=tuple(sequence.logprobs),
         )
 
-    def _count(self, plan: StepPlan) -> None:
+    def _note_state(self) -> None:
+        self.stats.waiting = sum(s.state is State.WAITING for s in self.scheduler.sequences)
+        self.stats.accounts = self.scheduler.reservations.budget.accounts()
+        self.stats.mapped_bytes = self.runner.pool.mapped_bytes if self.runner.pool else 0
+
+    def _count(self, plan: StepPlan, result: StepResult) -> None:
         self.stats.steps += 1
         self.stats.encoded_units += sum(piece.units for piece in plan.slices)
-        self.stats.prompt_tokens += sum(row.tokens for row in plan.rows if not row.sequence.answer_tokens)
-        self.stats.answer_tokens += sum(row.samples for row in plan.rows)
+        prompts = [row for row in plan.rows if not row.sequence.answer_tokens]
+        self.stats.prompt_tokens += sum(row.tokens - len(row.drafts) for row in prompts)
+        self.stats.answer_tokens += sum(len(ids) for ids in result.sampled.values())
 
 
 def _sequences(plan: StepPlan) -> list[Running]:

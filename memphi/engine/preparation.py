@@ -4,11 +4,22 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from memphi.config import ModelConfig
 from memphi.engine.sequence import Sequence, State
-from memphi.request import Prompt, Request
+from memphi.inputs.prompt import prepare
+from memphi.inputs.tokenizer import Tokenizer
+from memphi.request import Prompt
+from memphi.sampling.grammar import Grammars
 
 THREADS = 2
 """Attachments decoded at once; decoding lets go of Python's lock."""
+
+
+def prepare_sequence(sequence: Sequence, config: ModelConfig, tokenizer: Tokenizer, grammars: Grammars) -> Prompt:
+    """Compile a sequence's grammar, unless it has been, and decode its attachments; raises what these raise."""
+    if sequence.sampling.grammar is not None and sequence.matcher is None:
+        sequence.matcher = grammars.matcher(sequence.sampling.grammar)
+    return prepare(sequence.request, config, tokenizer)
 
 
 class Preparation:
@@ -16,7 +27,7 @@ class Preparation:
 
     def __init__(
         self,
-        prepare: Callable[[Request], Prompt],
+        prepare: Callable[[Sequence], Prompt],
         price: Callable[[Sequence], int],
         host_bytes: int,
         on_ready: Callable[[], None],
@@ -58,6 +69,6 @@ class Preparation:
     def _begin(self, sequence: Sequence) -> None:
         if sequence.state is not State.PREPARING:
             return
-        future = self._threads.submit(self._prepare, sequence.request)
+        future = self._threads.submit(self._prepare, sequence)
         self._begun.append((sequence, future))
         future.add_done_callback(lambda _: self._on_ready())

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from memphi.config import EngineConfig, ModelConfig, VisionConfig
+from memphi.config import AdapterName, EngineConfig, ModelConfig, VisionConfig
 from memphi.engine.admission import Refuse, refuse
-from memphi.errors import DoesNotFitError, MediaError, RequestError
+from memphi.errors import BusyError, DoesNotFitError, MediaError, RequestError
 from memphi.inputs.image import footprint as image_footprint
 from memphi.memory.planner import MemoryPlan
 from memphi.request import (
@@ -20,6 +20,7 @@ from memphi.request import (
     FinishReason,
     Footprint,
     ImageFootprint,
+    InputMode,
     Media,
     Message,
     OnPressure,
@@ -46,6 +47,8 @@ class Bounds:
 
     tokens: int
     context_tokens: int
+    merged: AdapterName | None = None
+    """The adapter in the weights: requests that do not use it cannot be answered."""
 
     def refuse(self, footprint: Footprint, sampling: SamplingParams) -> Refuse | None:
         """Whether this can never fit."""
@@ -67,7 +70,7 @@ class Bounds:
 def bounds_of(plan: MemoryPlan, engine: EngineConfig, config: ModelConfig) -> Bounds:
     """The bounds under a plan; without a cache a whole sequence is one step."""
     tokens = plan.context_tokens if engine.kv_cache else min(plan.context_tokens, plan.step_tokens)
-    return Bounds(tokens, config.language.max_tokens)
+    return Bounds(tokens, config.language.max_tokens, engine.merge)
 
 
 def endless(config: ModelConfig) -> ModelConfig:
@@ -79,10 +82,11 @@ def relieve(request: Request, measure: Measure, bounds: Bounds, vision: VisionCo
     """What to run for a request, so that it fits: itself where it does.
 
     measure counts requests of any length where on_pressure lets them be changed. Raises DoesNotFitError where nothing
-    that it allows helps.
+    that it allows helps, and RequestError for a mode whose adapter is not the merged one.
     """
     _check_choice(request)
     whole = Part(request, measure(request))
+    check_mode(whole.footprint.mode, bounds.merged)
     if bounds.refuse(whole.footprint, request.sampling) is None:
         return (whole,)
     if request.on_pressure == "shrink-images":
@@ -99,6 +103,16 @@ def _check_choice(request: Request) -> None:
         raise RequestError(f"on_pressure is {request.on_pressure!r}; it must be one of {', '.join(choices)}")
 
 
+def check_mode(mode: InputMode, merged: AdapterName | None) -> None:
+    """Raise RequestError for a request that weights with this adapter would answer wrongly."""
+    if merged is not None and mode.adapter != merged:
+        answered = {"vision": "pictures", "speech": "recordings and no pictures"}[merged]
+        raise RequestError(
+            f"the {merged} adapter is merged into the weights, so only requests with {answered} are answered; "
+            "load the model without --merge for others"
+        )
+
+
 def too_large(part: Part, bounds: Bounds, what: str = "the request") -> DoesNotFitError:
     """The error of what never fits, with its numbers and what would work."""
     refused = bounds.refuse(part.footprint, part.request.sampling)
@@ -109,12 +123,12 @@ def too_large(part: Part, bounds: Bounds, what: str = "the request") -> DoesNotF
     )
 
 
-def not_now(needed_tokens: int, free_tokens: int | None, rows: int, most_rows: int, waiting: int) -> DoesNotFitError:
+def not_now(needed_tokens: int, free_tokens: int | None, rows: int, most_rows: int, waiting: int) -> BusyError:
     """The error of a request that would have to wait and may not; free_tokens None: where none are counted."""
     needs = f"with the first stretch of its answer it needs {needed_tokens} tokens of context"
     free = f"and {free_tokens} are free" if free_tokens is not None else "and nothing is kept between steps"
     others = f"{rows} of at most {most_rows} requests run and {waiting} wait before it"
-    return DoesNotFitError(
+    return BusyError(
         f"the request would have to wait: {needs} {free}, {others}; send it again later, or let it wait "
         "(--on-pressure wait)"
     )
@@ -225,7 +239,7 @@ def _keep_picture(request: Request, place: int) -> Request:
 def _says_something(message: Message) -> bool:
     """Whether a message may stand in a conversation, now that pictures have left it."""
     has_content = any(not isinstance(part, str) or part.strip() for part in message.content)
-    return has_content or message.role == "assistant" or message.tools is not None
+    return has_content or message.role in ("assistant", "tool") or message.tools is not None
 
 
 def picture_name(request: Request) -> str:
@@ -254,7 +268,7 @@ class Listing:
         self._reasons.append(reason)
         self._place += 1
         if self._place < len(self._openings):
-            return Delta(opening + delta.text, delta.ids)
+            return Delta(opening + delta.text, delta.ids, logprobs=delta.logprobs)
         return replace(delta, text=opening + delta.text, finish_reason=_whole_reason(self._reasons))
 
     def result(self, results: Sequence[Result]) -> Result:
@@ -271,6 +285,7 @@ class Listing:
             first_token_seconds=min(result.first_token_seconds for result in results),
             peak_memory_bytes=max(peaks, default=None),
             degraded=results[-1].degraded,
+            logprobs=tuple(entry for result in results for entry in result.logprobs),
         )
 
     def _open(self) -> str:

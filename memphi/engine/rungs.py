@@ -23,6 +23,7 @@ def make_rungs(scheduler: Scheduler, pool: PagePool | None, device: torch.device
         ReturnCachedBlocks(device),
         DropIdleMedia(scheduler),
         DropIdlePages(scheduler, pool),
+        Halve("make no drafts", scheduler, _drafts, _leave_drafts),
         Halve("halve the encoders' slice", scheduler, _sliced, _halve_slice),
         *chunk,
         PauseNewest(scheduler),
@@ -88,7 +89,7 @@ class DropIdlePages:
 
 
 class Halve:
-    """Do half as much in a step."""
+    """Do half as much in a step, or without what only makes it faster."""
 
     repeats = True
 
@@ -120,7 +121,7 @@ class Halve:
         # Only the numbers that this rung lowers go back: the other one may have moved meanwhile.
         changed = {
             name: getattr(before, name)
-            for name in ("step_tokens", "shared_step_tokens", "crops", "windows")
+            for name in ("step_tokens", "shared_step_tokens", "crops", "windows", "draft_tokens")
             if getattr(self._halve(before), name) != getattr(before, name)
         }
         self._scheduler.limits = replace(limits, **changed)
@@ -154,7 +155,15 @@ def _sliced(plan: StepPlan) -> bool:
 
 
 def _prefills(plan: StepPlan) -> bool:
-    return any(row.tokens > 1 for row in plan.rows)
+    return any(row.tokens > 1 + len(row.drafts) for row in plan.rows)
+
+
+def _drafts(plan: StepPlan) -> bool:
+    return any(row.drafts for row in plan.rows)
+
+
+def _leave_drafts(limits: StepLimits) -> StepLimits:
+    return replace(limits, draft_tokens=0)
 
 
 def _halve_slice(limits: StepLimits) -> StepLimits:

@@ -4,6 +4,8 @@ What a step does the scheduler has decided; doing the same step again changes no
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
@@ -13,9 +15,15 @@ from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
 from memphi.engine.prices import price_rows, price_slices
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
+from memphi.errors import RequestError
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
-from memphi.sampling.sampler import Draw, sample
+from memphi.request import SamplingParams
+from memphi.sampling.grammar import allows
+from memphi.sampling.sampler import Choice, Draw, sample
+
+UNREACHED = Draw(SamplingParams(), ())
+"""Stands for a place that no answer gets to."""
 
 
 class Runner:
@@ -35,9 +43,9 @@ class Runner:
         if not plan.rows:
             return StepResult({})
         self._map_pages(plan)
-        config, masked = self.model.config, self.model.device.type != "cuda"
-        with self.gauge.watching(*price_rows(plan, config, self.model.dtype.itemsize, masked)):
-            return self._compute(plan)
+        model, masked = self.model, self.model.device.type != "cuda"
+        with self.gauge.watching(*price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form)):
+            return self._compute(_by_adapter(plan))
 
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
@@ -58,26 +66,71 @@ class Runner:
             self.gauge.cap()
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        sampling = [i for i, row in enumerate(plan.rows) if row.samples]
-        logits = self._logits(plan, sampling)
-        sequences = [plan.rows[i].sequence for i in sampling]
-        if not sequences:
+        logits = self._logits(plan)
+        sampling = [row for row in plan.rows if row.samples]
+        if not sampling:
             return StepResult({})
-        chosen = sample(logits, [Draw(s.sampling, s.ids) for s in sequences], self.forbidden)
-        return StepResult({sequence.id: token for sequence, token in zip(sequences, chosen, strict=True)})
+        failed = dict[int, RequestError]()
+        draws = [_draws(row, failed) for row in sampling]  # Masks are made while the device computes.
+        filled = [own + [UNREACHED] * (row.scored - len(own)) for row, own in zip(sampling, draws, strict=True)]
+        choices = iter(sample(logits, [draw for own in filled for draw in own], self.forbidden))
+        kept = {
+            row.sequence.id: _kept(row.drafts, list(islice(choices, row.scored))[: len(own)])
+            for row, own in zip(sampling, draws, strict=True)
+        }
+        return StepResult(
+            {number: [choice.id for choice in some] for number, some in kept.items() if some},
+            {number: [choice.logprob for choice in some if choice.logprob] for number, some in kept.items()},
+            failed,
+        )
 
-    def _logits(self, plan: StepPlan, sampling: Sequence[int]) -> Tensor:
-        """Scores of the rows that choose an id: [len(sampling), vocab_size]."""
-        ids = [i for row in plan.rows for i in row.sequence.ids[row.past : row.past + row.tokens]]
+    def _logits(self, plan: StepPlan) -> Tensor:
+        """Scores at the places where rows choose an id: [places, vocab_size]."""
+        ids = [number for row in plan.rows for number in row.ids]
         ends = _ends(plan)
         logits: Tensor = self.model(
             torch.tensor(ids, device=self.model.device),
             [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows],
             _media(plan, ends),
             self.pool,
-            [ends[i] - 1 for i in sampling],
+            [place for row, end in zip(plan.rows, ends, strict=True) for place in range(end - row.scored, end)],
         )
         return logits
+
+
+def _by_adapter(plan: StepPlan) -> StepPlan:
+    """The same step with rows of one adapter side by side, so that many tokens take a product of its own columns."""
+    return replace(plan, rows=tuple(sorted(plan.rows, key=lambda row: row.sequence.adapter or "")))
+
+
+def _draws(row: PlannedRow, failed: dict[int, RequestError]) -> list[Draw]:
+    """What a row's choices depend on, each on the drafts before it, as far as the row's grammar goes along.
+
+    None, and the reason goes to `failed`, where the grammar leads no further at all.
+    """
+    draws = list[Draw]()
+    sequence, sampling = row.sequence, row.sequence.sampling
+    for place in range(row.scored):
+        allowed, drafts = None, row.drafts[:place]
+        if sequence.matcher is not None:
+            before = draws[-1].allowed if draws else None
+            if before is not None and not allows(before, drafts[-1]):
+                break
+            try:
+                allowed = sequence.matcher.allowed([*sequence.answer, *drafts], goes_on=sampling.ignore_eos)
+            except RequestError as error:
+                if not place:
+                    failed[sequence.id] = error
+                break  # After a draft it is no fault yet: if that is right, the next step tells.
+        ids = [*sequence.ids, *drafts] if drafts else sequence.ids
+        draws.append(Draw(sampling, ids, sequence.footprint.prompt_tokens, allowed))
+    return draws
+
+
+def _kept(drafts: Sequence[int], choices: Sequence[Choice]) -> Sequence[Choice]:
+    """The choices up to the first that no draft foretold: those after it were made after something else."""
+    right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1].id, zip(drafts, choices, strict=False)))
+    return choices[: right + 1]
 
 
 def _new_pages(row: PlannedRow, page_tokens: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from memphi.cache.media import MediaCache, MediaKey
 from memphi.cache.pages import MediaMark, page_key, page_keys, root_key
 from memphi.config import ModelConfig
 from memphi.engine.admission import Admit, Room, admit, stretched
+from memphi.engine.drafts import Drafts
 from memphi.engine.reservations import Reservations
 from memphi.engine.sequence import Sequence as Running
 from memphi.engine.sequence import State
@@ -30,6 +31,8 @@ class StepLimits:
     """Prompt tokens in a step that also decodes."""
     crops: int
     windows: int
+    draft_tokens: int = 0
+    """Tokens in a step of answers, drafts of theirs included; 0: there are none."""
 
     def units(self, kind: MediaKind) -> int:
         return self.crops if kind == "image" else self.windows
@@ -101,6 +104,7 @@ class Scheduler:
         sequence.ids = sequence.ids or list(prompt.ids)
         sequence.long = self.config.language.is_long(len(sequence.ids))
         sequence.entries = [self._entry(sequence, place) for place in range(len(prompt.spans))]
+        sequence.drafts = sequence.drafts or Drafts(_never_drafted(prompt, self.config))
         sequence.state = State.ENCODING
         self._run_if_encoded(sequence)
 
@@ -189,10 +193,11 @@ class Scheduler:
             if not sequence.pages:
                 self._share_prefix(sequence)
         decoding = [s for s in running if s.pending == 1]
-        for sequence in decoding:
-            yield self._row(sequence, 1)
-        room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
         prefilling = [s for s in running if s.pending > 1]
+        most_drafts = self._most_drafts(running, prefilling)
+        for sequence in decoding:
+            yield self._row(sequence, 1, self._draft(sequence, most_drafts))
+        room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
         for sequence, tokens in _divide(prefilling, max(min(room, self.limits.step_tokens - len(decoding)), 1)):
             yield self._row(sequence, tokens)
@@ -205,23 +210,38 @@ class Scheduler:
                 room -= len(sequence.ids)
                 yield PlannedRow(sequence, 0, len(sequence.ids))
 
-    def _row(self, sequence: Running, tokens: int) -> PlannedRow:
+    def _row(self, sequence: Running, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
+        tokens += len(drafts)
         pages = self.reservations.pages_for(sequence.computed + tokens)
         self.reservations.hold(sequence, pages)
-        return PlannedRow(sequence, sequence.computed, tokens, tuple(sequence.pages[:pages]))
+        return PlannedRow(sequence, sequence.computed, tokens, tuple(sequence.pages[:pages]), drafts)
 
     def _commit_row(self, row: PlannedRow, result: StepResult) -> bool:
         sequence = row.sequence
+        advanced = self._append(sequence, result)
         if self.paged:
-            sequence.computed += row.tokens
+            # Right drafts are computed as any id; what the pages hold of wrong ones is written over.
+            sequence.computed += row.tokens - len(row.drafts) + max(advanced - 1, 0)
             self._register_pages(sequence, row.past)
-        if sequence.id not in result.sampled:
+        if not advanced:
             return False
-        sequence.ids.append(result.sampled[sequence.id])
-        sequence.finish_reason = self._finish_reason(sequence)
+        if row.drafts:
+            self._note_drafts(row, advanced - 1)
         if sequence.finish_reason is None and self.config.language.is_long(len(sequence.ids)) != sequence.long:
             self._cross(sequence)
         return True
+
+    def _append(self, sequence: Running, result: StepResult) -> int:
+        """Add the ids that were chosen, up to one that ends the answer; returns how many."""
+        before = len(sequence.ids)
+        for number in result.sampled.get(sequence.id, ()):
+            sequence.ids.append(number)
+            sequence.finish_reason = self._finish_reason(sequence)
+            if sequence.finish_reason is not None:
+                break
+        advanced = len(sequence.ids) - before
+        sequence.logprobs += result.logprobs.get(sequence.id, ())[:advanced]
+        return advanced
 
     def _cross(self, sequence: Running) -> None:
         """Go over to the long rope factors: what the pages hold is void, so the sequence is computed anew."""
@@ -230,9 +250,41 @@ class Scheduler:
             self.reservations.give_back(sequence)
 
     def _finish_reason(self, sequence: Running) -> FinishReason | None:
-        if sequence.ids[-1] in self.config.stop_token_ids and not sequence.sampling.ignore_eos:
+        sampling = sequence.sampling
+        # A grammar allows a stop only at its end: after it there is nothing to go on with.
+        stops = sampling.grammar is not None or not sampling.ignore_eos
+        if stops and sequence.ids[-1] in self.config.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.answer_tokens >= sequence.max_tokens else None
+
+    # --- drafts -----------------------------------------------------------------------------------------------------
+
+    def _most_drafts(self, running: Sequence[Running], prefilling: Sequence[Running]) -> int:
+        """How many each row may have; none while prompts are computed, which keep a device busy and are learnt."""
+        most = min(self.limits.draft_tokens, self.limits.step_tokens) // max(len(running), 1) - 1
+        for sequence in prefilling if most > 0 else ():
+            assert sequence.drafts is not None
+            sequence.drafts.learn(sequence.ids)
+        return 0 if prefilling else most
+
+    def _draft(self, sequence: Running, most: int) -> tuple[int, ...]:
+        """Guesses within all bounds of a sequence: its end, its rope regime, and the pages that it was promised.
+
+        More pages are never asked for: nobody is to wait for a guess.
+        """
+        assert sequence.drafts is not None
+        tokens, language = len(sequence.ids), self.config.language
+        promised_tokens = sequence.reserved_pages * self.reservations.pages.page_tokens
+        most = min(most, sequence.max_tokens - sequence.answer_tokens - 1, promised_tokens - tokens)
+        if not sequence.long:
+            most = min(most, language.short_tokens - tokens)
+        return sequence.drafts.propose(sequence.ids, most)
+
+    def _note_drafts(self, row: PlannedRow, kept: int) -> None:
+        assert row.sequence.drafts is not None
+        row.sequence.drafts.note(len(row.drafts), kept, len(row.sequence.ids))
+        self.stats.drafted_tokens += len(row.drafts)
+        self.stats.accepted_tokens += kept
 
     # --- pages by content -------------------------------------------------------------------------------------------
 
@@ -288,9 +340,10 @@ class Scheduler:
         assert sequence.prompt is not None
         span, medium = sequence.prompt.spans[place], sequence.request.media[place]
         units = media_units(sequence, span.kind, span.index, self.config)
-        return self.media.acquire(
-            self._media_key(medium, sequence), span.tokens, span.tokens * self._embedding_bytes, units
-        )
+        key = self._media_key(medium, sequence)
+        entry = self.media.acquire(key, span.tokens, span.tokens * self._embedding_bytes, units)
+        self.stats.shared_media += entry.users > 1 or entry.ready
+        return entry
 
     def _media_key(self, medium: Media, sequence: Running) -> MediaKey:
         head = sequence.footprint.mode.audio_head if medium.kind == "audio" else ""
@@ -319,6 +372,11 @@ def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelCon
         return sequence.footprint.images[index].crops
     frames = sequence.footprint.clips[index].frames
     return -(-frames // (config.audio.window_tokens * config.audio.compression))
+
+
+def _never_drafted(prompt: Prompt, config: ModelConfig) -> frozenset[int]:
+    """Ids that end an answer, and those that attachments stand on."""
+    return frozenset(config.stop_token_ids) | {prompt.ids[span.start] for span in prompt.spans}
 
 
 def _marks(sequence: Running) -> list[MediaMark]:

@@ -6,7 +6,9 @@ from typing import Any
 
 from memphi.cache.media import MediaEntry
 from memphi.config import LanguageConfig
-from memphi.request import FinishReason, Footprint, Prompt, Request, SamplingParams
+from memphi.engine.drafts import Drafts
+from memphi.request import FinishReason, Footprint, Prompt, Request, SamplingParams, TokenLogprob
+from memphi.sampling.grammar import Matcher
 
 
 class State(Enum):
@@ -47,6 +49,12 @@ class Sequence:
     """Names of its full pages' content, as far as they are known."""
     entries: list[MediaEntry[Any]] = field(default_factory=list)
     """Its attachments' embeddings, in the order in which they stand."""
+    matcher: Matcher | None = None
+    """What its answer is held to; made while it is prepared. Where it stands follows from the answer."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each id of the answer, where they were asked for."""
+    drafts: Drafts | None = None
+    """What guesses its next ids; made when it is prepared first."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     degraded: tuple[str, ...] = ()
@@ -77,3 +85,8 @@ class Sequence:
     @property
     def answer(self) -> list[int]:
         return self.ids[self.footprint.prompt_tokens :]
+
+    def cut_answer(self, tokens: int) -> None:
+        """Drop what was chosen beyond so many tokens: the answer has ended there."""
+        del self.ids[self.footprint.prompt_tokens + tokens :]
+        del self.logprobs[tokens:]

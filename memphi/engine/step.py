@@ -1,35 +1,47 @@
 """The hand-over between deciding a step and doing it; imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from memphi.cache.media import MediaEntry
-from memphi.engine.sequence import Sequence
-from memphi.request import MediaKind
+from memphi.engine.sequence import Sequence as Running
+from memphi.errors import RequestError
+from memphi.request import MediaKind, TokenLogprob
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One sequence's share of a step: `tokens` of its ids from `past` on, on pages that hold all of them."""
+    """One sequence's share of a step: `tokens` of its ids and drafts from `past` on, on pages that hold all of them."""
 
-    sequence: Sequence
+    sequence: Running
     past: int
     tokens: int
     pages: tuple[int, ...] = ()
     """Empty where nothing is cached: then the row is whole."""
+    drafts: tuple[int, ...] = ()
+    """Guesses of what follows the last known id; then the row ends with them."""
 
     @property
     def samples(self) -> bool:
         """Whether the row reaches the last known id, so that the next one can be chosen."""
-        return self.past + self.tokens == len(self.sequence.ids)
+        return self.past + self.tokens == len(self.sequence.ids) + len(self.drafts)
+
+    @property
+    def scored(self) -> int:
+        """At how many of its last places an id is chosen: after the last known id, and after each draft."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.sequence.ids[self.past : self.past + self.tokens], *self.drafts]
 
 
 @dataclass(frozen=True)
 class EncodeSlice:
     """Some units of one attachment to encode: crops of an image, or windows of a clip."""
 
-    sequence: Sequence
+    sequence: Running
     entry: MediaEntry[Any]
     """Where its embeddings go."""
     kind: MediaKind
@@ -52,6 +64,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step brought: the id chosen for each row that reached its end, by sequence id."""
+    """What a step brought to the rows that reached their ends, by sequence id."""
 
-    sampled: Mapping[int, int]
+    sampled: Mapping[int, Sequence[int]]
+    """The ids that were chosen: those that drafts foretold, and the one after them."""
+    logprobs: Mapping[int, Sequence[TokenLogprob]] = field(default_factory=dict)
+    """How likely they were, where that was asked for."""
+    failed: Mapping[int, RequestError] = field(default_factory=dict)
+    """Sequences that cannot go on, each by its own fault."""

@@ -58,15 +58,17 @@ class ThreadWorker:
 
 
 def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[Event]], None]) -> None:
-    """Step a loop whenever there is work, until a Close has been read; deliver gets what each round brought."""
+    """Step a loop whenever there is work, until a Close has been read.
+
+    deliver gets what each round brought, also where that is nothing: the counters may have changed.
+    """
     closed = False
     while not closed:
         messages = _take(inbox, waits=loop.stalled)
         closed = any(isinstance(message, Close) for message in messages)
         events = [event for message in messages for event in _obey(message, loop, bounds)]
         events += loop.close() if closed else loop.step()
-        if events:
-            deliver(events)
+        deliver(events)
 
 
 def _take(inbox: Inbox, waits: bool) -> list[object]:

@@ -6,14 +6,16 @@ Knows roles and their tokens; nothing of ids or of what media cost. Called by `p
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from memphi.errors import RequestError
-from memphi.request import Media, Message
+from memphi.request import Media, Message, Request
 
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
 TOOL, TOOL_CLOSE = "<|tool|>", "<|/tool|>"
-ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": ASSISTANT}
+CALL, CALL_CLOSE = "<|tool_call|>", "<|/tool_call|>"
+ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": ASSISTANT, "tool": TOOL}
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ class Special:
 
 
 Piece = str | Special | Media
+
+
+def lay_out(request: Request) -> list[Piece]:
+    """A request's prompt in pieces: its conversation, or its text as it is; raises what `render` raises."""
+    if not request.raw:
+        return render(request.messages)
+    pieces = list(_join_texts([part for message in request.messages for part in message.content]))
+    if not pieces:
+        raise RequestError("the prompt is empty; give it text")
+    return pieces
 
 
 def render(messages: Sequence[Message]) -> list[Piece]:
@@ -38,13 +50,23 @@ def render(messages: Sequence[Message]) -> list[Piece]:
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
-    """Raise RequestError unless it is an optional system message, then user and assistant, a user's turn last."""
+    """Raise RequestError unless it is an optional system message, then turns of others, the assistant's never last.
+
+    Results of tools follow an assistant's message that calls some.
+    """
     if not messages:
         raise RequestError("the request has no messages; send at least one from the user")
     for position, message in enumerate(messages):
         _check_message(message, position)
-    if messages[-1].role != "user":
-        raise RequestError(f"the last message is from the {messages[-1].role}; it must be the user's")
+        if message.role == "tool" and not _may_hear_tools(messages[:position]):
+            raise RequestError(f"message {position + 1} is from a tool; it must follow an assistant's with tool calls")
+    if messages[-1].role not in ("user", "tool"):
+        raise RequestError(f"the last message is from the {messages[-1].role}; it must be the user's or a tool's")
+
+
+def _may_hear_tools(before: Sequence[Message]) -> bool:
+    """Whether a tool's result may come next."""
+    return bool(before) and (before[-1].role == "tool" or before[-1].tool_calls is not None)
 
 
 def _check_message(message: Message, position: int) -> None:
@@ -56,21 +78,32 @@ def _check_message(message: Message, position: int) -> None:
     if message.role != "user" and any(isinstance(part, Media) for part in message.content):
         raise RequestError(f"{where} is from the {message.role} and has attachments; only the user's may")
     if message.tools is not None:
-        _check_tools(message, where)
-    elif message.role != "assistant" and all(isinstance(part, str) and not part.strip() for part in message.content):
-        # An answer may be empty: a model can end its turn at once.
+        if message.role != "system":
+            raise RequestError(f"{where} is from the {message.role} and has tools; they belong to the system message")
+        _parse_list(message.tools, f"{where}: tools")
+    elif message.role in ("system", "user") and all(isinstance(p, str) and not p.strip() for p in message.content):
+        # An answer may be empty, a model can end its turn at once; so may what a tool has to say.
         raise RequestError(f"{where} is empty; give it text or an attachment")
+    if message.tool_calls is not None:
+        _check_calls(message, where)
 
 
-def _check_tools(message: Message, where: str) -> None:
-    if message.role != "system":
-        raise RequestError(f"{where} is from the {message.role} and has tools; they belong to the system message")
+def _check_calls(message: Message, where: str) -> None:
+    if message.role != "assistant":
+        raise RequestError(f"{where} is from the {message.role} and has tool calls; only the assistant's may")
+    for call in _parse_list(message.tool_calls or "", f"{where}: tool_calls"):
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise RequestError(f"{where}: every tool call must be a JSON object with a name and arguments")
+
+
+def _parse_list(text: str, what: str) -> list[Any]:
     try:
-        tools = json.loads(message.tools or "")
-    except ValueError:
-        tools = None
-    if not isinstance(tools, list):
-        raise RequestError(f"{where}: tools must be a JSON list")
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, list):
+        raise RequestError(f"{what} must be a JSON list")
+    return parsed
 
 
 def _render_message(message: Message) -> Iterator[Piece]:
@@ -78,6 +111,8 @@ def _render_message(message: Message) -> Iterator[Piece]:
     yield from message.content
     if message.tools is not None:
         yield from (Special(TOOL), message.tools, Special(TOOL_CLOSE))
+    if message.tool_calls is not None:
+        yield from (Special(CALL), message.tool_calls, Special(CALL_CLOSE))
     yield Special(END)
 
 
@@ -91,3 +126,5 @@ def _join_texts(pieces: Sequence[Piece]) -> Iterator[Piece]:
             yield text
         text = ""
         yield piece
+    if text:
+        yield text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from memphi.config import ModelConfig
 from memphi.errors import DoesNotFitError
 from memphi.inputs.audio import measure_clip, prepare_clip
-from memphi.inputs.chat import Piece, Special, render
+from memphi.inputs.chat import Piece, Special, lay_out
 from memphi.inputs.image import measure_image, prepare_image
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.tokenizer import WHITE_SPACE, Tokenizer
@@ -34,7 +34,7 @@ def measure(
 
     Raises RequestError for a wrong conversation, MediaError for an attachment, DoesNotFitError beyond the context.
     """
-    ids = encode(render(request.messages), tokenizer)
+    ids = encode(lay_out(request), tokenizer)
     images = [measure_image(media, config.vision, limits, reference) for media in _of_kind(request, "image")]
     clips = [measure_clip(media, config.audio, limits) for media in _of_kind(request, "audio")]
     return _footprint(request, config, len(ids), images, clips)
@@ -51,7 +51,7 @@ def prepare(
 
     Raises what `measure` raises, and MediaError for content that is damaged behind a good header.
     """
-    ids = encode(render(request.messages), tokenizer)
+    ids = encode(lay_out(request), tokenizer)
     clips = [prepare_clip(media, config.audio, limits) for media in _of_kind(request, "audio")]
     pictures = _of_kind(request, "image")
     measured = [measure_image(media, config.vision, limits, reference) for media in pictures]

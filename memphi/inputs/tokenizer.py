@@ -78,6 +78,11 @@ class Tokenizer:
         return self._special[token]
 
     @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The ids of all special tokens, by their texts."""
+        return self._special
+
+    @property
     def image_id(self) -> int:
         """The placeholder of one row of image features."""
         return self.special(IMAGE_TOKEN)

@@ -8,7 +8,7 @@ the sdpa attention; eager's scores are not among them.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memphi.config import AdapterConfig, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
 from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -23,6 +23,8 @@ METADATA_BYTES = 64
 """Positions, pages, offsets and adapters' indices of one packed token."""
 DRAW_BYTES = 64
 """Sorting and filtering one row's scores, per id: scaled, sorted, their ids, the sort's own copies, sums in fp64."""
+MERGED_NUMBERS = 4 * MIB
+"""Numbers of a weight that are merged with an adapter at once."""
 CONTEXT_BYTES = {"cuda": 600 * MIB, "mps": 600 * MIB, "cpu": 400 * MIB}
 MEASURED_CONTEXTS = {"H100": 600 * MIB}
 """The CUDA context with kernels and cuBLAS' work space, by a word of the device's name."""
@@ -56,33 +58,39 @@ Tensors = tuple[tuple[int, int], ...]
 """Sizes of tensors: (numbers in one, how many there are)."""
 
 
-def weight_tensors(config: ModelConfig) -> dict[str, Tensors]:
-    """The sizes of all weights, by group."""
+def weight_tensors(config: ModelConfig, form: AdapterForm = "plain") -> dict[str, Tensors]:
+    """The sizes of all weights, by group; a merged adapter has none of its own, and the other is left out."""
     language = config.language
     return {
         "language": _language_tensors(language),
         "embedding": ((language.vocab_size * language.hidden_size, 1),),
-        "vision adapter": _adapter_tensors(language, config.vision_adapter),
-        "speech adapter": _adapter_tensors(language, config.speech_adapter),
+        "vision adapter": () if form == "merged" else _adapter_tensors(language, config.vision_adapter),
+        "speech adapter": () if form == "merged" else _adapter_tensors(language, config.speech_adapter),
         "vision tower": _vision_tensors(config.vision),
         "audio encoder": _audio_tensors(config.audio),
         "projectors": _projector_tensors(config),
     }
 
 
-def weights(config: ModelConfig, dtype_bytes: int) -> tuple[Cost, ...]:
+def weights(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> tuple[Cost, ...]:
     """The weights, group by group."""
-    return tuple(_weights_of(group, tensors, dtype_bytes) for group, tensors in weight_tensors(config).items())
+    return tuple(_weights_of(group, tensors, dtype_bytes) for group, tensors in weight_tensors(config, form).items())
 
 
 def _weights_of(group: str, tensors: Tensors, dtype_bytes: int) -> Cost:
     numbers = sum(size * count for size, count in tensors)
-    return Cost(f"weights: {group}", numbers * dtype_bytes, f"{numbers:,} numbers of {dtype_bytes} bytes")
+    formula = (
+        f"{numbers:,} numbers of {dtype_bytes} bytes" if tensors else "none: one adapter is merged into the weights"
+    )
+    return Cost(f"weights: {group}", numbers * dtype_bytes, formula)
 
 
-def weights_rounding(config: ModelConfig, dtype_bytes: int) -> Cost:
+def weights_rounding(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
     """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
-    sizes = [(size * dtype_bytes, count) for tensors in weight_tensors(config).values() for size, count in tensors]
+    groups = weight_tensors(config, form)
+    if form == "packed":
+        groups |= packed_tensors(config)
+    sizes = [(size * dtype_bytes, count) for tensors in groups.values() for size, count in tensors]
     large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
     middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
     small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
@@ -107,6 +115,20 @@ def _language_tensors(language: LanguageConfig) -> Tensors:
 
 def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
     return tuple((size * adapter.rank, language.layers) for linear in _linears(language) for size in linear)
+
+
+def packed_tensors(config: ModelConfig) -> dict[str, Tensors]:
+    """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt."""
+    language, ranks = config.language, _ranks(config)
+    linears = _linears(language)
+    wide = tuple(((size_in + ranks) * size_out, language.layers) for size_in, size_out in linears)
+    narrow = tuple((ranks * size_in, language.layers) for size_in, _ in linears)
+    norms = (language.hidden_size, 2 * language.layers + 1)
+    return {"language": (*wide, *narrow, norms), "vision adapter": (), "speech adapter": ()}
+
+
+def _ranks(config: ModelConfig) -> int:
+    return config.vision_adapter.rank + config.speech_adapter.rank
 
 
 def _vision_tensors(vision: VisionConfig) -> Tensors:
@@ -186,6 +208,21 @@ def context(kind: str, name: str) -> Cost:
 # --- what comes and goes -------------------------------------------------------------------------------------------
 
 
+def merging(config: ModelConfig, dtype_bytes: int) -> Cost:
+    """Merge an adapter while loading: a piece of W as stored, in fp32 and with B A added, and a layer's A and B."""
+    rank = max(config.vision_adapter.rank, config.speech_adapter.rank)
+    sizes = [(size_in, min(MERGED_NUMBERS // size_in + 1, size_out)) for size_in, size_out in _linears(config.language)]
+    numbers = max(
+        rows * size_in * (dtype_bytes + 8) + (rows + size_in) * rank * (dtype_bytes + 4) for size_in, rows in sizes
+    )
+    return Cost(
+        "merging",
+        numbers,
+        f"while loading: {MERGED_NUMBERS} numbers of a weight x ({dtype_bytes} bytes and twice 4 in fp32), and the "
+        "adapter's of one layer",
+    )
+
+
 def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     """Encode crops: the tower's MLP holds the most, two residuals, a norm and both sides of the GELU."""
     vision, hidden = config.vision, config.language.hidden_size
@@ -232,14 +269,21 @@ def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
 
 
 def prefill_chunk(
-    config: ModelConfig, tokens: int, keys: int, dtype_bytes: int, rows: int = 1, masked: bool = False
+    config: ModelConfig,
+    tokens: int,
+    keys: int,
+    dtype_bytes: int,
+    rows: int = 1,
+    masked: bool = False,
+    form: AdapterForm = "plain",
 ) -> Cost:
     """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
 
     masked: whether the attention kernel takes a mask of tokens x keys where there is a past (a CPU's does).
     """
     language = config.language
-    widest = max(_layer_numbers(language)) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    numbers = max(_layer_numbers(config, form))
+    widest = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     attention = _attention_numbers(language) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     gathered = _gather_bytes(language, rows, keys, dtype_bytes) if keys > tokens else 0
     mask = 2 * tokens * keys if masked and keys > tokens else 0
@@ -247,15 +291,15 @@ def prefill_chunk(
     return Cost(
         "prefill chunk",
         max(tokens * max(widest, norm), tokens * attention + gathered + mask),
-        f"{tokens} tokens x (5 x {language.hidden_size} + 6 x {language.intermediate_size}) x {dtype_bytes} bytes in "
-        f"the MLP with an adapter, or attention with {keys} tokens of a layer copied out of their pages",
+        f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
+        f"{keys} tokens of a layer copied out of their pages",
     )
 
 
-def decode_step(config: ModelConfig, rows: int, keys: int, dtype_bytes: int) -> Cost:
+def decode_step(config: ModelConfig, rows: int, keys: int, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
     """Compute one token of each row; keys is the longest row's number of tokens."""
     language = config.language
-    numbers = max(*_layer_numbers(language), _attention_numbers(language))
+    numbers = max(*_layer_numbers(config, form), _attention_numbers(language))
     each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes)
     return Cost(
@@ -290,21 +334,31 @@ def allocator_rounding(kind: str, peak_bytes: int) -> Cost:
     return Cost("allocator", peak_bytes // 16 + 16 * MIB, "a sixteenth of the largest step and 16 MiB (assumed)")
 
 
-def _layer_numbers(language: LanguageConfig) -> tuple[int, ...]:
+def _layer_numbers(config: ModelConfig, form: AdapterForm) -> tuple[int, ...]:
     """Numbers a token that each linear of a layer has alive at its widest, an adapter applied to some of the tokens.
 
-    Three of an adapted linear's outputs stand at once: its own, the adapter's, and that scaled or the sum.
+    Three of a plain linear's outputs stand at once: its own, the adapter's, and that scaled or the sum. A packed one
+    has its output alone, and beside its input what the adapters make of it. Merged, a linear has its output alone.
     """
+    language = config.language
     hidden, inner, query = language.hidden_size, language.intermediate_size, _query_size(language)
     qkv = _qkv_size(language)
     rotated = query + _key_size(language)
-    # Alive all the while: the embeddings, the layer's input, the residual after attention, and the norm's output.
-    return (
-        3 * hidden + hidden + 3 * qkv,
-        3 * hidden + qkv + rotated + 2 * query + 3 * hidden,
-        4 * hidden + hidden + 3 * 2 * inner,
-        4 * hidden + 2 * inner + 2 * inner + 3 * hidden,
+    # Beside its input, with the embeddings, the layer's input and the residual after attention alive all the while.
+    linears = (
+        (3 * hidden, hidden, qkv),
+        (3 * hidden + qkv + rotated + query, query, hidden),
+        (4 * hidden, hidden, 2 * inner),
+        (4 * hidden + 2 * inner, inner, hidden),
     )
+    gated = 4 * hidden + 2 * inner + 2 * inner
+    if form == "packed":
+        ranks = _ranks(config)
+        packed = [others + n_in + ranks + n_out for others, n_in, n_out in linears]
+        packed[1] += query  # What attention gives is copied into its operand; the others' inputs arise in theirs.
+        return (gated + ranks, *packed)
+    outputs = 3 if form == "plain" else 1
+    return (gated, *(others + n_in + outputs * n_out for others, n_in, n_out in linears))
 
 
 def _attention_numbers(language: LanguageConfig) -> int:

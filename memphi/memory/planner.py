@@ -11,7 +11,7 @@ what the smallest steps need; the pool gets the rest. A larger dial therefore ne
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from memphi.config import EngineConfig, ModelConfig
+from memphi.config import AdapterForm, EngineConfig, ModelConfig
 from memphi.errors import DoesNotFitError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
@@ -58,6 +58,8 @@ class MemoryPlan:
     """Prefill tokens in a step that also decodes."""
     crops_per_pass: int
     windows_per_pass: int
+    adapters: AdapterForm
+    """How they are kept."""
     reasons: dict[str, str]
     """Why each number is what it is, by its name."""
     costs: tuple[Cost, ...]
@@ -73,9 +75,25 @@ class _Sizes:
     windows: int
 
 
-def make_plan(config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int = 2) -> MemoryPlan:
-    """Share the dial out; raises DoesNotFitError, with what is needed and what would work, for a dial too small."""
-    return _Planner(config, device, engine, dtype_bytes).plan()
+def make_plan(
+    config: ModelConfig,
+    device: DeviceFacts,
+    engine: EngineConfig,
+    dtype_bytes: int = 2,
+    adapters: AdapterForm | None = None,
+) -> MemoryPlan:
+    """Share the dial out; raises DoesNotFitError, with what is needed and what would work, for a dial too small.
+
+    adapters says how those of a model that is loaded already are kept; None leaves that to the plan.
+    """
+    return _Planner(config, device, engine, dtype_bytes, adapters or _adapter_form(device, engine)).plan()
+
+
+def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
+    """Packed ones cost a GPU a third of plain ones' time; a CPU gains little by them, and answers to text slow down."""
+    if engine.merge:
+        return "merged"
+    return "packed" if device.kind == "cuda" else "plain"
 
 
 def reserve_bytes(total_bytes: int) -> int:
@@ -86,12 +104,15 @@ def reserve_bytes(total_bytes: int) -> int:
 class _Planner:
     """One plan in the making."""
 
-    def __init__(self, config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int) -> None:
+    def __init__(
+        self, config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int, adapters: AdapterForm
+    ) -> None:
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
+        self.adapters = adapters
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
-        rounding = (costs.weights_rounding(config, dtype_bytes),) if device.kind == "cuda" else ()
-        self.weights = (*costs.weights(config, dtype_bytes), *rounding)
+        rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
+        self.weights = (*costs.weights(config, dtype_bytes, adapters), *rounding)
         self.weights_bytes = _sum(self.weights)
         self.fixed_bytes = self.context.bytes + self.weights_bytes
         self.page_bytes = costs.page(config, dtype_bytes).bytes
@@ -133,6 +154,7 @@ class _Planner:
             ),
             crops_per_pass=sizes.crops,
             windows_per_pass=sizes.windows,
+            adapters=self.adapters,
             reasons={},
             costs=(self.context, *self.weights, *self._transients(sizes, units)),
         )
@@ -223,11 +245,13 @@ class _Planner:
         kinds = [
             costs.vision_pass(self.config, sizes.crops, size),
             costs.audio_pass(self.config, sizes.windows, size),
-            costs.prefill_chunk(self.config, tokens, keys, size, rows, masked=self.device.kind != "cuda"),
+            costs.prefill_chunk(self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters),
             costs.logits(self.config, rows, tokens, size),
         ]
         if self.engine.kv_cache:
-            kinds.insert(3, costs.decode_step(self.config, rows, keys, size))
+            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters))
+        if self.adapters == "merged":
+            kinds.append(costs.merging(self.config, size))
         kinds = [self._as_learned(cost) for cost in kinds]
         peak = max(kinds, key=lambda cost: cost.bytes)
         largest = Cost("largest step", peak.bytes, f"the {peak.name}; steps come one after the other")
@@ -295,8 +319,10 @@ class _Planner:
         reasons = {
             "budget_bytes": dial_reason,
             "context_bytes": self.context.formula,
-            "weights_bytes": f"{_numbers(self.config):,} parameters of {self.dtype_bytes} bytes"
+            "weights_bytes": f"{_numbers(self.config, plan.adapters):,} parameters of {self.dtype_bytes} bytes"
+            + (f", the {self.engine.merge} adapter merged into them" if self.engine.merge else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
+            "adapters": self._reason_of_adapters(),
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
@@ -329,6 +355,14 @@ class _Planner:
             }
         return reasons
 
+    def _reason_of_adapters(self) -> str:
+        reasons = {
+            "plain": "weights by themselves, which only the requests that use them pay for",
+            "packed": "beside the weights they adapt, so that one product computes both; the bytes are the same",
+            "merged": f"{self.engine.merge} is part of the weights and costs nothing; requests without it are refused",
+        }
+        return reasons[self.adapters]
+
     def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
         takes = f"the {cost.name} takes {size_text(cost.bytes)}"
         if len(ladder) == 1:
@@ -356,5 +390,5 @@ def _sum(items: Iterable[Cost]) -> int:
     return sum(cost.bytes for cost in items)
 
 
-def _numbers(config: ModelConfig) -> int:
-    return sum(size * count for tensors in costs.weight_tensors(config).values() for size, count in tensors)
+def _numbers(config: ModelConfig, form: AdapterForm) -> int:
+    return sum(size * count for tensors in costs.weight_tensors(config, form).values() for size, count in tensors)

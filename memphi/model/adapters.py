@@ -3,13 +3,21 @@
 W, A and B are separate parameters: this is the definition that every faster packing must equal.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import AdapterConfig
+
+AdapterTokens = Mapping[str, slice | Tensor | None]
+"""For each adapter in use, the packed tokens it applies to: all (None), those of a slice, those of an index [n] int64,
+or those of a mask [tokens] bool, which may change while the kernels that read it stay."""
+
+MERGED_NUMBERS = 4 * 2**20
+"""Numbers of a weight that are merged at once, in fp32."""
 
 
 class Adapter(nn.Module):
@@ -35,14 +43,49 @@ class AdaptedLinear(nn.Module):
             {name: Adapter(in_features, out_features, config) for name, config in adapters.items()}
         )
 
-    def forward(self, x: Tensor, adapter_tokens: Mapping[str, Tensor | None]) -> Tensor:
-        """Apply to packed tokens.
+    def adapter(self, name: str) -> Adapter:
+        return cast(Adapter, self.adapters[name])
 
-        x is [tokens, in]; adapter_tokens names, for each adapter in use, the tokens it applies to (None: all).
-        Returns [tokens, out].
-        """
+    def forward(self, x: Tensor, adapter_tokens: AdapterTokens) -> Tensor:
+        """Apply to packed tokens: [tokens, in] -> [tokens, out]."""
         y = F.linear(x, self.weight)
         for name, tokens in adapter_tokens.items():
-            adapter = self.adapters[name]
-            y = y + adapter(x) if tokens is None else y.index_add(0, tokens, adapter(x[tokens]))
+            y = _add(y, self.adapter(name), x, tokens)
         return y
+
+    def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
+        """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""
+        return cast(Tensor, self(compute(None), adapter_tokens))
+
+
+def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: slice | Tensor | None) -> Tensor:
+    """y with an adapter's share for its tokens."""
+    if tokens is None:
+        return y + cast(Tensor, adapter(x))
+    if isinstance(tokens, slice):
+        return torch.cat((y[: tokens.start], y[tokens] + adapter(x[tokens]), y[tokens.stop :]))
+    if tokens.dtype is torch.bool:
+        return torch.where(tokens[:, None], y + adapter(x), y)
+    return y.index_add(0, tokens, adapter(x[tokens]))
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Leave the weights alone, in place: for a model into whose weights an adapter is merged."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.adapters = nn.ModuleDict()
+
+
+def merge_adapter(
+    weight: Tensor, a: Tensor, scale: float, read_rows: Callable[[int, int], tuple[Tensor, Tensor]]
+) -> None:
+    """Fill a weight with W + scale * B A, computed in fp32 and rounded once.
+
+    read_rows gives W and B for outputs from one to before another; so no more than a few pieces are needed beside it.
+    """
+    wide = a.float()
+    rows = max(MERGED_NUMBERS // weight.shape[1], 1)
+    for first in range(0, len(weight), rows):
+        last = min(first + rows, len(weight))
+        w, b = read_rows(first, last)
+        weight[first:last] = torch.addmm(w.float(), b.float(), wide, alpha=scale)

@@ -3,7 +3,7 @@
 Knows nothing of media, sampling or who owns which page; `KeyValuePool` is all it asks of a cache.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import torch
@@ -36,9 +36,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The norm of x; in out, where one is given."""
         wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return torch.mul(normed, self.weight, out=out)
+
+
+Norm = Callable[[Tensor | None], Tensor]
+"""Gives a layer's normed input; into the tensor that it is called with, if any."""
 
 
 class SelfAttention(nn.Module):
@@ -56,8 +62,11 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.attention = attention
 
-    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: KeyValuePool | None) -> Tensor:
-        parts = self.qkv(x, packing.adapter_tokens).split(self.widths, dim=-1)
+    def forward(
+        self, norm: Norm, packing: Packing, rotary: tuple[Tensor, Tensor], cache: KeyValuePool | None
+    ) -> Tensor:
+        count = len(packing.positions)
+        parts = self.qkv.follow(norm, count, packing.adapter_tokens).split(self.widths, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [tokens, heads, head_dim]
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         mixed = self._mix(query, key, value, packing, cache)
@@ -84,9 +93,10 @@ class MLP(nn.Module):
         self.gate_up = AdaptedLinear(language.hidden_size, 2 * language.intermediate_size, adapters)
         self.down = AdaptedLinear(language.intermediate_size, language.hidden_size, adapters)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        gate, up = self.gate_up(x, packing.adapter_tokens).chunk(2, dim=-1)
-        return cast(Tensor, self.down(up * F.silu(gate), packing.adapter_tokens))
+    def forward(self, norm: Norm, packing: Packing) -> Tensor:
+        count = len(packing.positions)
+        gate, up = self.gate_up.follow(norm, count, packing.adapter_tokens).chunk(2, dim=-1)
+        return self.down.follow(lambda out: torch.mul(up, F.silu(gate), out=out), count, packing.adapter_tokens)
 
 
 class DecoderLayer(nn.Module):
@@ -101,8 +111,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor], cache: KeyValuePool | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), packing, rotary, cache)
-        return cast(Tensor, x + self.mlp(self.mlp_norm(x), packing))
+        x = x + self.attention(lambda out: self.attention_norm(x, out), packing, rotary, cache)
+        return cast(Tensor, x + self.mlp(lambda out: self.mlp_norm(x, out), packing))
 
 
 class LanguageModel(nn.Module):

@@ -1,15 +1,18 @@
 """The whole model: encode media, embed text, run the decoder, score the rows that need it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from memphi.config import ModelConfig
+from memphi.config import AdapterForm, AdapterName, ModelConfig
+from memphi.model.adapters import remove_adapters
 from memphi.model.attention import Attention, select_attention
 from memphi.model.audio import AudioEncoder, Window
 from memphi.model.language import KeyValuePool, LanguageModel
+from memphi.model.packing import PackedLinear, pack_adapters
 from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
@@ -27,6 +30,8 @@ class Phi4MM(nn.Module):
         attention = attention or select_attention("auto")
         hidden = config.language.hidden_size
         self.config = config
+        self.adapter_form: AdapterForm = "plain"
+        self.merged: AdapterName | None = None
         self.language = LanguageModel(config, attention)
         self.vision = VisionTower(config.vision, attention)
         self.image_projector = ImageProjector(config.vision.hidden_size, hidden)
@@ -42,6 +47,24 @@ class Phi4MM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.language.embedding.weight.dtype
+
+    def keep_adapters(self, packed: bool, merge: AdapterName | None) -> None:
+        """Keep adapters beside the weights they adapt, for inference, or none of them: then the caller merges one.
+
+        Needs one linear's memory beside the model's; none on the meta device.
+        """
+        if merge:
+            remove_adapters(self.language)
+            self.adapter_form, self.merged = "merged", merge
+        elif packed:
+            pack_adapters(self.language)
+            self.adapter_form = "packed"
+
+    def use_kernels(self, wanted: bool) -> None:
+        """Let few tokens of a packed decoder go through memphi's own kernels, where the device has them, or not."""
+        for module in self.language.modules():
+            if isinstance(module, PackedLinear):
+                module.kernels = wanted
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """Embed images, their crops taken as one flat list: one tensor [tokens, hidden] per image."""
@@ -107,8 +130,15 @@ class Phi4MM(nn.Module):
         ids [tokens]; media are (first packed token, embeddings [tokens, hidden]); logits_at are the packed tokens to
         score, by default the last of each row; cache as in LanguageModel. Returns logits [len(logits_at), vocab_size].
         """
-        packing = pack(rows, ids.device, None if cache is None else cache.page_tokens)
+        packing = pack(self._as_kept(rows), ids.device, None if cache is None else cache.page_tokens)
         hidden = self.language(self.embed(ids, media), packing, cache)
         if logits_at is None:
             return self.language.logits(hidden[packing.bounds[1:] - 1])
         return self.language.logits(hidden[torch.tensor(logits_at, dtype=torch.int64, device=ids.device)])
+
+    def _as_kept(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows as the weights are: under the adapter that is merged they use none."""
+        if self.merged is None:
+            return rows
+        assert all(row.adapter == self.merged for row in rows), f"the {self.merged} adapter is merged"
+        return [replace(row, adapter=None) for row in rows]

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memphi.model.adapters import AdapterTokens
+
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of a pool at once for rows of one new token; a longer row goes alone."""
 
@@ -91,8 +93,8 @@ class Packing:
     bounds: Tensor  # [rows + 1] int32: the first packed token of each row, then the number of tokens
     positions: Tensor  # [tokens] int64
     long: Tensor  # [tokens] bool
-    adapter_tokens: dict[str, Tensor | None]
-    """For each adapter that some row uses: the packed tokens it applies to, or None where it applies to all."""
+    adapter_tokens: AdapterTokens
+    """The packed tokens of each adapter that some row uses: all, a slice where they stand side by side, or an index."""
     paging: Paging | None
     """None where rows are whole and kept nowhere."""
 
@@ -120,8 +122,13 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
     )
 
 
-def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> Tensor | None:
-    return None if uses.all() else torch.from_numpy(uses.nonzero()[0]).to(device)
+def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> slice | Tensor | None:
+    if uses.all():
+        return None
+    places = uses.nonzero()[0]
+    if places[-1] - places[0] + 1 == len(places):
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return torch.from_numpy(places).to(device)
 
 
 def _page(rows: Sequence[Row], bounds: Integers, positions: Integers, page_tokens: int, device: torch.device) -> Paging:

@@ -1,15 +1,17 @@
-"""Choose the next token of each row: penalties, temperature, filters, draw.
+"""Choose the next token of each row: grammar, bias, penalties, temperature, filters, draw.
 
 Every draw is keyed by the request's seed and the token's position, so that nothing else in the batch changes it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memphi.request import SamplingParams
+from memphi.request import SamplingParams, TokenLogprob
+from memphi.sampling.grammar import Mask
 
 
 @dataclass(frozen=True)
@@ -19,23 +21,56 @@ class Draw:
     sampling: SamplingParams
     ids: Sequence[int]
     """The prompt and the answer so far; their number is the position of the token to choose."""
+    prompt_tokens: int = 0
+    allowed: Mask | None = None
+    """Ids that the request's grammar allows."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest id is what is chosen."""
+        sampling = self.sampling
+        penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1.0
+        return not (sampling.temperature or any(penalties) or sampling.logit_bias or self.allowed is not None)
 
 
-def sample(logits: Tensor, draws: Sequence[Draw], forbidden: Tensor) -> list[int]:
+@dataclass(frozen=True)
+class Choice:
+    """The id that was chosen for a row, and how likely it was where the request asks for that."""
+
+    id: int
+    logprob: TokenLogprob | None = None
+
+
+def sample(logits: Tensor, draws: Sequence[Draw], forbidden: Tensor) -> list[Choice]:
     """Choose one id per row.
 
-    logits [rows, vocab_size]; forbidden [vocab_size] is True for ids that stand for no token. Filters apply in the
-    order repetition penalty, temperature, top-k, top-p, min-p, in fp32.
+    logits [rows, vocab_size]; forbidden [vocab_size] is True for ids that stand for no token. All plain rows are one
+    operation, and all that the host is to know comes in one transfer.
     """
     scores = logits.float().masked_fill(forbidden, float("-inf"))
-    chosen = [_choose(row, draw) for row, draw in zip(scores, draws, strict=True)]
-    return [int(i) for i in torch.stack(chosen).tolist()]
+    ids = scores.argmax(-1)
+    for row, draw in enumerate(draws):
+        if not draw.is_plain:
+            ids[row] = _choose(scores[row], draw)
+    told = [
+        _tell(scores[row], ids[row], draw.sampling.top_logprobs)
+        for row, draw in enumerate(draws)
+        if draw.sampling.top_logprobs is not None
+    ]
+    # Numbers up to 2**24 are exact in fp32, and no vocabulary is larger.
+    numbers: list[float] = torch.cat((ids.float(), *told)).tolist()
+    choices, place = [], len(draws)
+    for row, draw in enumerate(draws):
+        size = _told_size(draw.sampling.top_logprobs, len(forbidden))
+        choices.append(_choice(int(numbers[row]), numbers[place : place + size]))
+        place += size
+    return choices
 
 
 def _choose(scores: Tensor, draw: Draw) -> Tensor:
+    """One row's id; filters apply in the order top-k, top-p, min-p, in fp32."""
     sampling = draw.sampling
-    if sampling.repetition_penalty != 1.0:
-        scores = _penalised(scores, draw.ids, sampling.repetition_penalty)
+    scores = _adjusted(scores, draw)
     if sampling.temperature == 0.0:
         return scores.argmax()
     ordered, ids = torch.sort(scores / sampling.temperature, descending=True, stable=True)
@@ -49,15 +84,71 @@ def _choose(scores: Tensor, draw: Draw) -> Tensor:
     probabilities = torch.where(probabilities >= sampling.min_p * probabilities[0], probabilities, 0.0)
     total = probabilities.double().cumsum(-1)
     threshold = uniform(sampling.seed, len(draw.ids)) * total[-1]
-    place = torch.searchsorted(total, threshold, right=True).clamp(max=int((probabilities > 0).sum()) - 1)
-    return ids[place].clone()  # a view would keep all the sorted ids until the last row is drawn
+    place = torch.searchsorted(total, threshold, right=True)
+    last = (probabilities > 0).sum() - 1
+    # Not ids[place]: that would wait for the device to tell the place.
+    return ids.index_select(0, torch.minimum(place, last)[None])[0]
+
+
+def _adjusted(scores: Tensor, draw: Draw) -> Tensor:
+    """One row's scores after what a request says about single ids: grammar, bias, penalties."""
+    sampling = draw.sampling
+    if draw.allowed is not None:
+        scores = scores.masked_fill(~_unpack(draw.allowed, scores), float("-inf"))
+    if sampling.logit_bias:
+        numbers, biases = zip(*sampling.logit_bias, strict=True)
+        scores = scores.index_add(0, _ids(numbers, scores), torch.tensor(biases, device=scores.device))
+    if sampling.repetition_penalty != 1.0:
+        scores = _penalised(scores, draw.ids, sampling.repetition_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = Counter(draw.ids[draw.prompt_tokens :])
+        taken = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
+        scores = scores.index_add(0, _ids(list(counts), scores), torch.tensor(taken, device=scores.device), alpha=-1)
+    return scores
+
+
+def _unpack(mask: Mask, scores: Tensor) -> Tensor:
+    """A grammar's mask as flags on the scores' device, [vocab_size]."""
+    words = torch.from_numpy(mask).to(scores.device)  # [words]
+    bits = words[:, None] >> torch.arange(32, dtype=torch.int32, device=scores.device)  # [words, 32]
+    return (bits & 1).flatten()[: len(scores)] != 0
 
 
 def _penalised(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative scores of ids that occurred (Keskar et al. 2019, CTRL)."""
-    seen = torch.tensor(sorted(set(ids)), dtype=torch.int64, device=scores.device)
+    seen = _ids(sorted(set(ids)), scores)
     values = scores[seen]
     return scores.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def _ids(ids: Sequence[int], scores: Tensor) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=scores.device)
+
+
+# --- log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def _tell(scores: Tensor, chosen: Tensor, top: int | None) -> Tensor:
+    """The chosen id's log-probability, then those of the likeliest ids, then these ids: [1 + 2 * top], fp32."""
+    norm = scores.logsumexp(-1)
+    told = scores.index_select(0, chosen[None]) - norm
+    if not top:
+        return told
+    # Sorted, for equals to stand in the order of their ids: the first is then what a greedy row chooses.
+    ordered, ids = torch.sort(scores, descending=True, stable=True)
+    return torch.cat((told, ordered[:top] - norm, ids[:top].float()))
+
+
+def _told_size(top: int | None, vocab_size: int) -> int:
+    return 0 if top is None else 1 + 2 * min(top, vocab_size)
+
+
+def _choice(number: int, told: Sequence[float]) -> Choice:
+    if not told:
+        return Choice(number)
+    top = len(told) // 2
+    likeliest = zip(map(int, told[1 + top :]), told[1 : 1 + top], strict=True)
+    return Choice(number, TokenLogprob(number, told[0], tuple(pair for pair in likeliest if pair[1] > float("-inf"))))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 def accepted(source, loop, requests):
     for request in requests:
-        for part in source._accept(request):
+        for part in source.accept(request):
             submission = Submission(next(source._ids), part)
             loop.add(_sequence(submission, source.model.config.language, source._worker.bounds), submission.started)
 

@@ -263,7 +263,7 @@ def test_a_rung_changes_no_answer(stage, expected, name):
 def test_no_rung_is_left_out(stage):
     whole = stage()
     names = [rung.name for rung in make_rungs(whole.scheduler, whole.pool, whole.model.device)]
-    assert names == ["return cached blocks", *RUNGS]
+    assert names == ["return cached blocks", *RUNGS[:2], "make no drafts", *RUNGS[2:]]
 
 
 @pytest.fixture(scope="module")

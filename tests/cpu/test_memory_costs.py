@@ -16,7 +16,7 @@ from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.demo.shape import demo_config
 from memphi.memory import costs
-from memphi.model import audio, rows
+from memphi.model import adapters, audio, rows
 from memphi.model.attention import SdpaAttention
 from memphi.model.audio import cut_window
 from memphi.model.phi4mm import Phi4MM
@@ -26,6 +26,7 @@ from memphi.sampling.sampler import Draw, sample
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 CONFIGS = pytest.mark.parametrize("config", [OFFICIAL, DEMO], ids=["official", "demo"])
+FORMS = pytest.mark.parametrize("form", ["plain", "packed", "merged"])
 PAGE_TOKENS = costs.PAGE_TOKENS
 GROUPS = {
     "language": lambda name: name.startswith("language.") and "embedding" not in name and "adapters" not in name,
@@ -92,9 +93,11 @@ def meta(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
     monkeypatch.setattr(Tensor, "__bool__", lambda _: False)
 
-    def build(config):
+    def build(config, form="plain"):
         with torch.device("meta"):
-            return Phi4MM(config, CudaLikeAttention()).to(torch.bfloat16)
+            model = Phi4MM(config, CudaLikeAttention()).to(torch.bfloat16)
+        model.keep_adapters(form == "packed", "vision" if form == "merged" else None)
+        return model
 
     return build
 
@@ -124,16 +127,26 @@ def step(model, config, planned):
 def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert costs.GATHER_TOKENS == rows.GATHER_TOKENS
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
+    assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
 
 
 @CONFIGS
-def test_weights_are_counted_to_the_byte(config):
-    with torch.device("meta"):
-        state = Phi4MM(config).state_dict()
-    for cost, (group, belongs) in zip(costs.weights(config, 2), GROUPS.items(), strict=True):
+@FORMS
+def test_weights_are_counted_to_the_byte(config, form, meta):
+    state = meta(config, form).state_dict()
+    for cost, (group, belongs) in zip(costs.weights(config, 2, form), GROUPS.items(), strict=True):
         assert cost.name == f"weights: {group}"
         assert cost.bytes == sum(2 * tensor.numel() for name, tensor in state.items() if belongs(name))
-    assert sum(cost.bytes for cost in costs.weights(config, 2)) == sum(2 * t.numel() for t in state.values())
+    assert sum(cost.bytes for cost in costs.weights(config, 2, form)) == sum(2 * t.numel() for t in state.values())
+
+
+@CONFIGS
+def test_packed_weights_take_the_same_bytes_in_other_tensors(config, meta):
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in meta(config, "packed").state_dict().values()}
+    sizes = sorted(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    groups = costs.weight_tensors(config) | costs.packed_tensors(config)
+    assert sizes == sorted(2 * size for tensors in groups.values() for size, count in tensors for _ in range(count))
+    assert sum(sizes) == sum(cost.bytes for cost in costs.weights(config, 2))
 
 
 def test_the_official_weights_are_as_large_as_its_files_say():
@@ -151,14 +164,24 @@ def test_an_official_page_is_what_cuda_maps_at_once():
 
 @CONFIGS
 @pytest.mark.parametrize("tokens", [128, 2048])
-@pytest.mark.parametrize("second", ["vision", None])
-def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, second, meta):
+@pytest.mark.parametrize(
+    ("form", "adapters"),
+    [
+        ("plain", ("vision", "vision")),
+        ("plain", ("vision", None)),
+        ("packed", ("vision", "vision")),
+        ("packed", ("vision", "speech")),
+        ("packed", (None, "vision")),
+        ("merged", (None, None)),
+    ],
+)
+def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, form, adapters, meta):
     first = tuple(range(tokens // PAGE_TOKENS - 1))
     planned = [
-        Row(tokens - PAGE_TOKENS, adapter="vision", pages=first),
-        Row(PAGE_TOKENS, 0, second, pages=(len(first),)),
+        Row(tokens - PAGE_TOKENS, adapter=adapters[0], pages=first),
+        Row(PAGE_TOKENS, 0, adapters[1], pages=(len(first),)),
     ]
-    close(costs.prefill_chunk(config, tokens, tokens, 2), step(meta(config), config, planned))
+    close(costs.prefill_chunk(config, tokens, tokens, 2, form=form), step(meta(config, form), config, planned))
 
 
 @CONFIGS
@@ -175,6 +198,29 @@ def test_a_decode_step(config, count, past, meta):
     each = past // PAGE_TOKENS + 1
     planned = [Row(1, past=past, pages=tuple(range(i * each, (i + 1) * each))) for i in range(count)]
     close(costs.decode_step(config, count, past + 1, 2), step(meta(config), config, planned))
+
+
+@CONFIGS
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_merging(config, stored, meta):
+    """The largest adapter into each linear of a layer, in turn, from what is read piece by piece."""
+    layer, rank = meta(config, "merged").language.layers[0], config.speech_adapter.rank
+
+    def read(*shape):
+        return torch.empty(shape, dtype=stored, device="meta")
+
+    peaks = []
+    for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+        n_in = linear.weight.shape[1]
+        with Peak([linear.weight]) as peak, torch.inference_mode():
+            adapters.merge_adapter(
+                linear.weight, read(rank, n_in), 2.0, lambda i, j, n_in=n_in: (read(j - i, n_in), read(j - i, rank))
+            )
+        peaks.append(peak.bytes)
+    cost = costs.merging(config, 2)
+    assert max(peaks) <= cost.bytes
+    if stored is torch.bfloat16:
+        close(cost, max(peaks))
 
 
 @CONFIGS

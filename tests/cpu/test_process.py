@@ -85,6 +85,14 @@ def test_answers_equal_those_of_an_engine_in_this_process(local, service):
     assert len({result.footprint.mode for result in expected}) > 2
 
 
+def test_what_is_held_is_known_before_anything_is_asked(local):
+    engine = process.start("demo", "cpu", "fp32", config=CONFIG)
+    wait_until(lambda: engine.stats.accounts)
+    assert engine.stats.accounts["weights"] == engine.plan.weights_bytes == local.stats.accounts["weights"]
+    assert engine.stats.steps == 0
+    engine.close()
+
+
 def test_several_threads_are_answered_at_once(local, service):
     expected = [result.text for result in local.generate(requests())]
     with ThreadPoolExecutor(8) as threads:

@@ -3,6 +3,7 @@
 A request answered alone (`answer_alone`) gives the ids that the scheduler must bring about, whatever happens meanwhile.
 """
 
+import random
 from dataclasses import dataclass, field, replace
 
 from memphi.cache.media import MediaCache
@@ -119,6 +120,38 @@ def choose(link):
     return FIRST_ID + link % ANSWER_IDS
 
 
+def foretold(chosen, drafts):
+    """The ids that drafts were right about, and the next."""
+    for place, draft in enumerate(drafts):
+        if chosen[place] != draft:
+            return chosen[: place + 1]
+    return chosen
+
+
+class Guesses:
+    """Drafts by somebody who knows the answer, and errs; also the ids that end it are among them."""
+
+    def __init__(self, expected, seed=0, right=0.8):
+        self.expected, self.right = expected, right
+        self.chance = random.Random(seed)
+        self.noted = []
+
+    def learn(self, ids):
+        """It knows already."""
+
+    def propose(self, ids, most):
+        most = max(self.chance.randint(most // 2, most), 0) if most > 0 else 0
+        known = [*self.expected.ids[len(ids) : len(ids) + most], *[FIRST_ID + 1] * most][:most]
+        return tuple(i if self.chance.random() < self.right else self._other(i) for i in known)
+
+    def note(self, proposed, kept, length):
+        assert 0 <= kept <= proposed
+        self.noted.append((proposed, kept))
+
+    def _other(self, number):
+        return FIRST_ID + (number - FIRST_ID + self.chance.randint(1, ANSWER_IDS - 1)) % ANSWER_IDS
+
+
 def head_of(medium_kind, mode):
     return mode.audio_head if medium_kind == "audio" else ""
 
@@ -168,11 +201,12 @@ class Device:
             self._encode(piece)
         # Everything is read before anything is written: a step's rows do not see each other.
         starts = [self._chain(row) for row in plan.rows]
+        links = [self._compute(row, chain) for row, chain in zip(plan.rows, starts, strict=True)]
         return StepResult(
             {
-                row.sequence.id: choose(last)
-                for row, chain in zip(plan.rows, starts, strict=True)
-                if (last := self._compute(row, chain)) is not None and row.samples
+                row.sequence.id: foretold([choose(link) for link in some[-row.scored :]], row.drafts)
+                for row, some in zip(plan.rows, links, strict=True)
+                if row.samples
             }
         )
 
@@ -200,7 +234,7 @@ class Device:
 
     def _compute(self, row, chain):
         sequence = row.sequence
-        contents = list(sequence.ids)
+        contents, links = [*sequence.ids, *row.drafts], []
         for span, entry in zip(sequence.prompt.spans, sequence.entries, strict=True):
             for place in range(max(span.start, row.past), min(span.start + span.tokens, row.past + row.tokens)):
                 assert sorted(entry.value) == list(range(entry.units)), "an attachment is not encoded"
@@ -208,11 +242,12 @@ class Device:
                 contents[place] = embedding(*source, place - span.start)
         for place in range(row.past, row.past + row.tokens):
             link = chain.add(contents[place])
+            links.append(link)
             if row.pages:
                 page = self.pages.setdefault(row.pages[place // PAGE_TOKENS], [None] * PAGE_TOKENS)
                 page[place % PAGE_TOKENS] = link
         self.computed_tokens += row.tokens
-        return chain.last
+        return links
 
 
 NAMING = Naming("weights", "bf16", "bf16", 1)
@@ -240,6 +275,8 @@ class World:
     pauses: dict[int, int] = field(default_factory=dict)
     rounds: int = 0
     operations: int = 0
+    right: float = 0.8
+    """How often a guess is right, where there are drafts."""
 
     def __post_init__(self):
         self.capacity = self.scheduler.reservations.pages.capacity
@@ -267,6 +304,8 @@ class World:
         sequence = Sequence(len(self.cases), case.request, case.footprint, language, max_tokens)
         self.cases[sequence.id] = case
         self.expected[sequence.id] = answer_alone(case, max_tokens, self.scheduler.config)
+        if sequence.id % 3:  # The others guess for themselves.
+            sequence.drafts = Guesses(self.expected[sequence.id], sequence.id, self.right)
         self.scheduler.add(sequence)
         return sequence
 
@@ -310,6 +349,8 @@ class World:
         elif rung == "pages":
             scheduler.reservations.pages.drop_idle()
             self.device.forget(scheduler.reservations.pages.kept())
+        elif rung == "drafts":
+            scheduler.limits = replace(limits, draft_tokens=0)
         elif rung == "slice":
             scheduler.limits = replace(limits, crops=-(-limits.crops // 2), windows=-(-limits.windows // 2))
         elif rung == "chunk" and scheduler.paged:
@@ -414,6 +455,7 @@ class World:
         if not self.scheduler.paged:
             assert sum(row.tokens for row in plan.rows) <= limits.step_tokens
             return
+        self._check_drafts(plan, running)
         decoding = {s.id for s in running if s.pending == 1}
         assert decoding == {row.sequence.id for row in plan.rows if row.sequence.pending == 1}
         prefilled = sum(row.tokens for row in plan.rows if row.sequence.id not in decoding)
@@ -421,11 +463,23 @@ class World:
         # One at least, however many decode: the oldest waits for nobody.
         assert prefilled <= max(min(room, limits.step_tokens - len(decoding)), 1)
 
+    def _check_drafts(self, plan, running):
+        limits, rows = self.scheduler.limits, [row for row in plan.rows if row.drafts]
+        if not rows:
+            return
+        assert all(s.pending == 1 for s in running), "drafts hold up a prompt"
+        assert sum(row.scored for row in plan.rows) <= min(limits.draft_tokens, limits.step_tokens)
+        for row in rows:
+            sequence, tokens = row.sequence, len(row.sequence.ids) + len(row.drafts)
+            assert (row.tokens, row.scored) == (1 + len(row.drafts),) * 2
+            assert tokens < sequence.footprint.prompt_tokens + sequence.max_tokens
+            assert self.scheduler.config.language.is_long(tokens) == sequence.long
+
     def _check_row(self, row):
         sequence, alone = row.sequence, self.expected[row.sequence.id]
         assert sequence.ids == alone.ids[: len(sequence.ids)]
         assert sequence.long == self.scheduler.config.language.is_long(len(sequence.ids))
-        assert 1 <= row.tokens <= len(sequence.ids) - row.past
+        assert 1 <= row.tokens <= len(sequence.ids) + len(row.drafts) - row.past
         if not self.scheduler.paged:
             assert (row.past, row.tokens, row.pages) == (0, len(sequence.ids), ())
             return

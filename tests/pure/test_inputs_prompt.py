@@ -29,6 +29,7 @@ from tests.pure.inputs_samples import (
 IMAGE = image_media(gradient(60, 40))
 CLIP = audio_media(tone(4000, 16000)[0], 16000)
 TEXTS = st.text(max_size=20) | st.text(alphabet=" \n\t\x1c\x85\u3000aB1'|", max_size=8)
+CALLS = '[{"name": "f", "arguments": {"x": "é 5"}}]'
 CONTENTS = st.lists(TEXTS | st.sampled_from([IMAGE, CLIP]), min_size=1, max_size=4).map(tuple)
 
 
@@ -44,9 +45,18 @@ def conversations(draw):
         messages.append(Message("system", (draw(words),), tools))
     for _ in range(draw(st.integers(0, 2))):
         messages.append(Message("user", draw(CONTENTS.filter(spoken))))
-        messages.append(Message("assistant", (draw(words),)))
-    messages.append(Message("user", draw(CONTENTS.filter(spoken))))
+        messages += draw(answers())
+    if not messages or messages[-1].role != "tool" or draw(st.booleans()):
+        messages.append(Message("user", draw(CONTENTS.filter(spoken))))
     return tuple(messages)
+
+
+@st.composite
+def answers(draw):
+    """An answer, perhaps with calls of tools and what these gave."""
+    calls = draw(st.none() | st.sampled_from(["[]", CALLS, f"\n {CALLS} "]))
+    results = [] if calls is None else draw(st.lists(TEXTS, max_size=2))
+    return [Message("assistant", (draw(TEXTS),), tool_calls=calls), *(Message("tool", (text,)) for text in results)]
 
 
 def template(messages):
@@ -58,7 +68,8 @@ def template(messages):
             for part in message.content
         ]
         tools = "" if message.tools is None else f"<|tool|>{message.tools}<|/tool|>"
-        text += f"<|{message.role}|>{''.join(parts)}{tools}<|end|>"
+        calls = "" if message.tool_calls is None else f"<|tool_call|>{message.tool_calls}<|/tool_call|>"
+        text += f"<|{message.role}|>{''.join(parts)}{tools}{calls}<|end|>"
     return text + "<|assistant|>"
 
 
@@ -120,18 +131,55 @@ def test_an_answer_in_the_history_may_be_empty(content):
     assert prepare(Request(messages), small_config(), tokenizer()).ids
 
 
+def calling(calls):
+    """A question, an answer with these calls, and what a tool said."""
+    return (Message("user", ("hi",)), Message("assistant", (), tool_calls=calls), Message("tool", ("5",)))
+
+
+CALLED = calling(CALLS)[:2]
+
+
+def test_calls_of_tools_and_their_results_stand_as_the_template_has_them():
+    pieces = render(
+        (Message("user", ("hi",)), Message("assistant", ("Well",), tool_calls="[]"), Message("tool", ("5",)))
+    )
+    assert pieces[3:] == [
+        Special("<|assistant|>"),
+        "Well",
+        *(Special("<|tool_call|>"), "[]", Special("<|/tool_call|>"), Special("<|end|>")),
+        *(Special("<|tool|>"), "5", Special("<|end|>")),
+        Special("<|assistant|>"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
         ((), "no messages"),
-        ((Message("tool", ("hi",)),), "message 1 has the role 'tool'"),
+        ((Message("robot", ("hi",)),), "message 1 has the role 'robot'; roles are system, user, assistant, tool"),
+        ((Message("tool", ("hi",)),), "message 1 is from a tool; it must follow an assistant's with tool calls"),
+        ((Message("user", ("hi",)), Message("tool", ("5",))), "message 2 is from a tool"),
+        (
+            (Message("user", ("hi",)), Message("assistant", ("hi",)), Message("tool", ("5",))),
+            "message 3 is from a tool",
+        ),
+        ((*CALLED, Message("tool", (IMAGE,))), "from the tool and has attachments"),
+        ((*CALLED, Message("tool", ("5",)), Message("user", ("so?",)), Message("tool", ("5",))), "message 5 is from"),
+        (CALLED, "the last message is from the assistant; it must be the user's or a tool's"),
+        ((Message("user", ("hi",), tool_calls="[]"),), "from the user and has tool calls; only the assistant's may"),
+        (calling("{}"), "message 2: tool_calls must be a JSON list"),
+        (calling("["), "message 2: tool_calls must be a JSON list"),
+        (calling("[" * 10**5), "message 2: tool_calls must be a JSON list"),
+        (calling('[{"name": "f"}]'), "every tool call must be a JSON object with a name and arguments"),
+        (calling('[{"name": 1, "arguments": {}}]'), "every tool call must be a JSON object"),
+        (calling("[5]"), "every tool call must be a JSON object"),
         ((Message("user", ("hi",)), Message("system", ("hi",)), Message("user", ("hi",))), "message 2 is a system"),
         ((Message("system", (IMAGE,)), Message("user", ("hi",))), "from the system and has attachments"),
         (
             (Message("user", ("hi",)), Message("assistant", (CLIP,)), Message("user", ("hi",))),
             "from the assistant and has",
         ),
-        ((Message("user", ("hi",)), Message("assistant", ("hi",))), "must be the user's"),
+        ((Message("user", ("hi",)), Message("assistant", ("hi",))), "must be the user's or a tool's"),
         ((Message("user", ()),), "message 1 is empty"),
         ((Message("user", ("", " \n")),), "message 1 is empty"),
         ((Message("user", ("hi",), tools="[]"),), "from the user and has tools"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memphi.engine import admission
+from memphi.engine import drafts as drafting
 from memphi.engine.scheduler import StepLimits
 from memphi.engine.sequence import State
 from memphi.engine.step import StepPlan
@@ -24,6 +25,7 @@ from tests.pure.engine_simulation import (
     MEDIA,
     PAGE_TOKENS,
     Case,
+    Guesses,
     World,
     answer_alone,
     image_footprint,
@@ -32,7 +34,7 @@ from tests.pure.engine_simulation import (
     text,
 )
 
-RUNGS = ("media", "pages", "slice", "chunk", "pause")
+RUNGS = ("media", "pages", "drafts", "slice", "chunk", "pause")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,7 +73,8 @@ def follow(case, answer, tokens):
     return replace(case, after=more)
 
 
-limits = st.builds(StepLimits, st.integers(1, 6), *[st.integers(1, n) for n in (60, 20, 5, 5)]).map(
+drafts = st.sampled_from([0, 6, 30])
+limits = st.builds(StepLimits, st.integers(1, 6), *[st.integers(1, n) for n in (60, 20, 5, 5)], drafts).map(
     lambda some: replace(some, shared_step_tokens=min(some.shared_step_tokens, some.step_tokens))
 )
 
@@ -185,7 +188,8 @@ def act(world, chance):
 
 def some_world(chance, paged):
     tokens = chance.choice((3, 12, 40, 120)) if paged else 120
-    limits = StepLimits(chance.choice((3, 6, 9)), tokens, min(tokens, chance.choice((2, 8))), 3, 2)
+    shared, drafts = min(tokens, chance.choice((2, 8))), chance.choice((0, 12, 40))
+    limits = StepLimits(chance.choice((3, 6, 9)), tokens, shared, 3, 2, drafts)
     config = make_config(short_tokens=chance.choice((30, 32)))
     return world(config=config, pages=chance.choice((40, 64, 96)), limits=limits, media_bytes=40, paged=paged)
 
@@ -465,6 +469,122 @@ def test_a_failed_request_holds_nothing_and_the_others_go_on():
 def test_nothing_to_do_is_no_plan():
     assert not world().step()
     assert not StepPlan(())
+
+
+# --- drafts ---------------------------------------------------------------------------------------------------------
+
+
+def guessing(right, pages=200, **settings):
+    limits = replace(LIMITS, draft_tokens=settings.pop("draft_tokens", 40))
+    return World(make_scheduler(limits=limits, pages=pages, **settings), right=right)
+
+
+@pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("short_tokens", [30, 33, 400])
+def test_drafts_change_no_answer(right, short_tokens):
+    """`World` asserts the answers, the bounds, and at each step that the pages hold nothing of a wrong draft."""
+    some = guessing(right, config=make_config(short_tokens, 500))
+    sequences = [some.arrive(text(20, family % 3, max_tokens=60, ignore_eos=True)) for family in range(4)]
+    some.drain()
+    noted = [pair for s in sequences if isinstance(s.drafts, Guesses) for pair in s.drafts.noted]
+    drafted, kept = map(sum, zip(*noted, strict=True))
+    assert drafted > 50
+    assert (kept > 0) == (right > 0)
+    assert (kept == drafted) == (right == 1)
+    assert some.scheduler.stats.accepted_tokens >= kept
+
+
+def test_right_drafts_save_steps_and_cost_no_token():
+    rounds = []
+    for draft_tokens in (0, 16):
+        some = guessing(1.0, draft_tokens=draft_tokens, config=make_config(400, 500))
+        some.arrive(text(3, 1, max_tokens=1))
+        some.arrive(text(20, max_tokens=41, ignore_eos=True))
+        some.drain()
+        assert some.device.computed_tokens == 3 + 20 + 40
+        rounds.append(some.rounds)
+    assert rounds[0] == 41
+    assert rounds[1] < 10
+
+
+def test_wrong_drafts_pause_nobody():
+    """In a pool for one and a half, a step at a time the same as without: nothing waits for a guess."""
+    worlds = [guessing(0.0, 45, draft_tokens=n, config=make_config(400, 500)) for n in (0, 40)]
+    for some in worlds:
+        for family in (0, 1, 2):
+            some.arrive(text(20, family, max_tokens=101, ignore_eos=True))
+        some.drain()
+    plain, guessed = worlds
+    assert (guessed.rounds, guessed.pauses) == (plain.rounds, plain.pauses)
+    assert plain.pauses
+    assert guessed.results == plain.results
+    assert guessed.scheduler.stats.drafted_tokens > 100
+
+
+def test_drafts_keep_to_the_pages_that_are_promised():
+    """There is room for the pages that tokens need, and for no page more."""
+    some = guessing(1.0, 9, config=make_config(400, 500))
+    some.arrive(text(1, max_tokens=1))
+    some.drain()
+    sequence = some.arrive(text(20, max_tokens=17, ignore_eos=True))
+    some.step()
+    while some.scheduler.sequences:
+        reserved = sequence.reserved_pages
+        plan = some.step()
+        assert all(len(row.pages) <= max(reserved, -(-(row.past + 1) // PAGE_TOKENS)) for row in plan.rows)
+    assert some.scheduler.stats.accepted_tokens > 8
+
+
+def test_many_rows_have_no_drafts():
+    some = guessing(1.0, draft_tokens=9, config=make_config(400, 500))
+    sequences = [some.arrive(text(20, family % 3, max_tokens=30, ignore_eos=True)) for family in range(5)]
+    for _ in range(5):
+        some.step()
+    assert some.scheduler.stats.drafted_tokens == 0
+    some.cancel(sequences[0])
+    for _ in range(3):
+        some.step()
+    assert some.scheduler.stats.drafted_tokens > 0
+    some.drain()
+
+
+def test_a_prompt_is_learnt_while_it_is_computed(monkeypatch):
+    monkeypatch.setattr(drafting, "LEARNT_AT_ONCE", 50)
+    some = guessing(1.0, config=make_config(400, 500))
+    sequence = some.arrive(text(190, max_tokens=20, ignore_eos=True))
+    for known in (52, 102, 152):
+        some.step()
+        assert sequence.drafts._learnt == known
+    assert len(sequence.answer) == 1
+    some.step()
+    assert sequence.drafts._learnt == len(sequence.ids) - 1
+    some.drain()
+
+
+def test_a_draft_that_ends_the_answer_ends_it_there():
+    config = make_config(400, 500)
+    stopping = next(
+        case
+        for case in (text(n, family) for n in range(2, 40) for family in range(3))
+        if answer_alone(case, 40, config).reason is FinishReason.STOP
+        and len(answer_alone(case, 40, config).ids) > len(case.before) + 6
+    )
+    some = guessing(1.0, config=config)
+    for _ in range(2):
+        some.arrive(replace(stopping, max_tokens=60))
+    some.drain()
+    assert some.results[1][1] is FinishReason.STOP
+    assert some.scheduler.stats.accepted_tokens > 0
+
+
+def test_a_conversation_goes_on_from_pages_that_had_drafts():
+    case = text(10, max_tokens=20, ignore_eos=True)
+    some = guessing(0.6)
+    some.arrive(text(1, 1, max_tokens=1))
+    some.arrive(case)
+    some.drain()
+    longer = follow(case, some.results[1][0], 3)
+    assert computed_by(some, replace(longer, max_tokens=1)) == 33 - 28
 
 
 # --- shared by content ----------------------------------------------------------------------------------------------

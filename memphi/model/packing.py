@@ -1,0 +1,194 @@
+"""Adapters as columns of the weight they adapt, for inference: one product computes a linear and its adapters.
+
+    wide [out, left + in + right]         B of the first adapter | W | B of the second
+    narrow [left + right, in]             A of the first above A of the second
+    operand [tokens, left + in + right]   t of the first | x | t of the second, where t = scale * A x
+
+With no adapter in use, or one, the product takes a range of the columns, which is a view. A token that does not use an
+adapter of the range has zeros for its t. `AdaptedLinear` is the definition, and what training keeps.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.kernels import skinny
+from memphi.model.kernels.skinny import Narrow
+
+READ_TOKENS = 256
+"""To read a weight takes as long as to multiply so many tokens by it (an H100: 794 TFLOP/s, 3.1 TB/s, 2 bytes)."""
+
+Span = tuple[str | None, slice]
+"""Tokens side by side, and the adapter that all of them use."""
+
+
+class PackedLinear(AdaptedLinear):
+    """An AdaptedLinear whose parameters, by the same names, are views of the two packed matrices.
+
+    Whoever computes x may do so in its place in an operand: `operand`, `x_of`, then `apply_to`.
+    """
+
+    kernels = False
+    """Whether few tokens go through memphi's own kernels, where the device has them."""
+
+    def __init__(self, linear: AdaptedLinear) -> None:
+        """Copy a linear of at most two adapters; on the meta device, its shapes."""
+        nn.Module.__init__(self)
+        self.weight, self.adapters = linear.weight, linear.adapters
+        n_out, n_in = linear.weight.shape
+        left, right = ([len(linear.adapter(name).a) for name in linear.adapters] + [0, 0])[:2]
+        self._x = slice(left, left + n_in)
+        ends = (slice(0, left), slice(left + n_in, left + n_in + right))
+        self._t = dict(zip(linear.adapters, ends, strict=False))
+        self._a = dict(zip(linear.adapters, (slice(0, left), slice(left, left + right)), strict=False))
+        with torch.no_grad():
+            wide, narrow = linear.weight.new_empty(n_out, ends[1].stop), linear.weight.new_empty(left + right, n_in)
+            wide[:, self._x] = linear.weight
+            for name in linear.adapters:
+                wide[:, self._t[name]], narrow[self._a[name]] = linear.adapter(name).b, linear.adapter(name).a
+        self._view(wide, narrow)
+
+    def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
+        """As the definition; an operand holds x already. Raises RuntimeError where gradients are asked for."""
+        if not adapter_tokens:
+            return multiply(x, self.weight, x.new_empty(len(x), len(self.weight)), self.kernels)
+        if operand is None:
+            operand = self.operand(len(x))
+            self.x_of(operand).copy_(x)
+        return self.apply_to(operand, adapter_tokens)
+
+    def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
+        if not adapter_tokens:
+            return super().follow(compute, count, adapter_tokens)
+        operand = self.operand(count)
+        return cast(Tensor, self(compute(self.x_of(operand)), adapter_tokens, operand))
+
+    def operand(self, tokens: int) -> Tensor:
+        """Room for x and for what the adapters make of it: [tokens, left + in + right]."""
+        return self.wide.new_empty(tokens, self.wide.shape[1])
+
+    def x_of(self, operand: Tensor) -> Tensor:
+        """The place of x in an operand: a view [tokens, in]."""
+        return operand[:, self._x]
+
+    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
+        """Apply to the x that stands in an operand, whose other columns are overwritten; into out [tokens, out]."""
+        self._narrow(operand, adapter_tokens)
+        y = operand.new_empty(len(operand), len(self.weight)) if out is None else out
+        for names, span in self._products(adapter_tokens, len(operand)):
+            columns = self.columns(names)
+            multiply(operand[span, columns], self.wide[:, columns], y[span], self.kernels)
+        return y
+
+    def columns(self, names: Iterable[str]) -> slice:
+        """The columns of a product in which these adapters are in use."""
+        parts = [self._x, *(self._t[name] for name in names)]
+        return slice(min(part.start for part in parts), max(part.stop for part in parts))
+
+    def _products(self, adapter_tokens: AdapterTokens, count: int) -> list[tuple[list[str], slice]]:
+        """The products that take the least: one for all tokens, or one for each span of its own columns.
+
+        Each reads the weights anew.
+        """
+        whole = (list(adapter_tokens), slice(0, count))
+        apart = [([name] if name else [], span) for name, span in _spans(adapter_tokens, count)]
+
+        def price(names: list[str], span: slice) -> int:
+            return max(_length(span), READ_TOKENS) * _length(self.columns(names))
+
+        return apart if apart and sum(price(*each) for each in apart) < price(*whole) else [whole]
+
+    def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens) -> None:
+        """Put every t = scale * A x in its place, scaled before it is rounded; zeros for tokens without the adapter."""
+        names = [name for name in self.adapters if name in adapter_tokens]
+        masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])]
+        few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
+        if few and len(masks) == len(names):
+            parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
+            skinny.narrow(self.x_of(operand), parts)
+            return
+        for name in names:
+            self._narrow_plainly(operand, name, adapter_tokens[name])
+
+    def _narrow_plainly(self, operand: Tensor, name: str, tokens: slice | Tensor | None) -> None:
+        if isinstance(tokens, slice):
+            within = operand[tokens]
+            skinny.plain_narrow(self.x_of(within), [self._part(within, name, None)])
+            operand[: tokens.start, self._t[name]] = 0
+            operand[tokens.stop :, self._t[name]] = 0
+        else:
+            mask = _as_mask(tokens, len(operand))
+            skinny.plain_narrow(self.x_of(operand), [self._part(operand, name, mask)])
+
+    def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
+        adapter = self.adapter(name)
+        return Narrow(adapter.a, adapter.scale, uses, operand[:, self._t[name]])
+
+    def _view(self, wide: Tensor, narrow: Tensor) -> None:
+        """Make the parameters views of these."""
+        trains = self.weight.requires_grad
+        self.wide, self.narrow = wide, narrow
+        self.weight = nn.Parameter(wide[:, self._x], trains)
+        for name in self.adapters:
+            adapter = self.adapter(name)
+            adapter.b = nn.Parameter(wide[:, self._t[name]], trains)
+            adapter.a = nn.Parameter(narrow[self._a[name]], trains)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """What `to`, `to_empty` and their like go through: the matrices are changed, the views follow."""
+        self._view(fn(self.wide), fn(self.narrow))
+        return self
+
+
+def pack_adapters(model: nn.Module) -> None:
+    """Swap every AdaptedLinear inside for its packed form; needs the memory of one of them beside the model."""
+    for path in [path for path, module in model.named_modules() if type(module) is AdaptedLinear]:
+        above, _, name = path.rpartition(".")
+        parent = model.get_submodule(above)
+        setattr(parent, name, PackedLinear(getattr(parent, name)))
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
+    """x W^T into out, by the fastest there is for so many tokens."""
+    if kernels and len(x) <= skinny.most_rows(x.device):
+        skinny.multiply(x, weight, out)
+    else:
+        skinny.plain_multiply(x, weight, out)
+    return out
+
+
+def _length(span: slice) -> int:
+    return int(span.stop) - int(span.start)
+
+
+def _is_mask(tokens: slice | Tensor | None) -> TypeGuard[Tensor | None]:
+    """Whether these are the tokens of a mask, or all."""
+    return tokens is None or (isinstance(tokens, Tensor) and tokens.dtype is torch.bool)
+
+
+def _as_mask(tokens: Tensor | None, count: int) -> Tensor | None:
+    """An index of tokens as a mask of `count`; a mask as it is."""
+    if tokens is None or tokens.dtype is torch.bool:
+        return tokens
+    return tokens.new_zeros(count, dtype=torch.bool).index_fill_(0, tokens, True)
+
+
+def _spans(adapter_tokens: AdapterTokens, count: int) -> list[Span]:
+    """Tokens divided by the adapter they use; empty where those of one do not stand side by side, or use two."""
+    if any(isinstance(tokens, Tensor) for tokens in adapter_tokens.values()):
+        return []
+    everything = slice(0, count)
+    parts = [(tokens if isinstance(tokens, slice) else everything, name) for name, tokens in adapter_tokens.items()]
+    spans: list[Span] = []
+    end = 0
+    for part, name in sorted(parts, key=lambda item: item[0].start):
+        if part.start < end:
+            return []
+        if part.start > end:
+            spans.append((None, slice(end, part.start)))
+        spans.append((name, part))
+        end = part.stop
+    return [*spans, (None, slice(end, count))] if end < count else spans
