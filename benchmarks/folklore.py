@@ -26,6 +26,8 @@ import torch
 
 from benchmarks.dials import Meter, find_meter, sampled
 from benchmarks.document import write_document
+from memphi.bench.workloads import ANSWER_TOKENS as RECIPE_TOKENS
+from memphi.bench.workloads import PICTURE as SIZE
 from memphi.cache.pool import MappedPool, PagePool
 from memphi.config import EngineConfig
 from memphi.engine.device import device_facts, find_device
@@ -42,8 +44,6 @@ from memphi.request import Request, Result, SamplingParams
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "folklore.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
-SIZE = (768, 1024)
-RECIPE_TOKENS = 250
 WORK_SECONDS, GRACE_SECONDS = 30.0, 15.0
 """The most that one work may take, and how long after its time a process may still end by itself."""
 
@@ -167,7 +167,7 @@ def work_through(tasks: Sequence[tuple[str, ...]], options: argparse.Namespace, 
     facts = device_facts(find_device(options.device))  # before anything is loaded
     for (dtype, attention), alike in groupby(tasks, lambda task: LOADED(SETTINGS[task[0]])):
         tidy()
-        loading = Loading(options.model, options.device, dtype, attention, EngineConfig(), "default")
+        loading = Loading(options.model, options.device, dtype, attention, EngineConfig(speculation=False), "default")
         bench = Bench(load_parts(loading), facts, meter, base_bytes)
         bench.run(Setting("a warm-up"), Work("", tokens=3), WORK_SECONDS)
         for name, work in alike:
@@ -217,7 +217,7 @@ class Bench:
 
     def run(self, setting: Setting, work: Work, limit_seconds: float) -> dict[str, Any]:
         """Time and memory of one work; cut where it took longer than it may, by closing the engine."""
-        model, config = self.parts.model, EngineConfig(kv_cache=setting.kv_cache)
+        model, config = self.parts.model, EngineConfig(kv_cache=setting.kv_cache, speculation=False)
         tidy()
         plan = make_plan(model.config, self.facts, config, model.dtype.itemsize)
         engine = Engine(model, self.parts.tokenizer, config, plan)
