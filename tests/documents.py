@@ -5,7 +5,9 @@
   figures (seconds, bytes, differences as in 1.23e-06) for any others;
 - a `sh` or `python` block may be followed by a `text` block with its output; the `python` blocks of a page are one
   program;
-- `<!-- not run: why -->` before a block: its commands must be understood, but are not carried out.
+- `<!-- not run: why -->` before a block: its commands must be understood, but are not carried out;
+- `<!-- beside -->` before a block: its command goes on beside the page's other examples, from when it says on stderr
+  that it is ready.
 """
 
 import contextlib
@@ -13,8 +15,10 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 CHECKS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<excuse>[^\n]+) -->\n)?^```(?P<language>console|sh|python)\n(?P<body>.*?)^```\n"
+    r"(?:^<!-- (?:not run: (?P<excuse>[^\n]+)|(?P<beside>beside)) -->\n)?"
+    r"^```(?P<language>console|sh|python)\n(?P<body>.*?)^```\n"
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -44,6 +49,8 @@ class Example:
     """What the page shows of stdout; None where it shows nothing."""
     excuse: str | None
     """Why it cannot be run everywhere."""
+    beside: bool
+    """Whether it runs beside the others."""
     span: tuple[int, int] = field(repr=False)
     """Where the output stands in the page; where it would, if there is none."""
 
@@ -75,25 +82,45 @@ def examples(page: Path) -> Iterator[Example]:
             ):
                 line = text.count("\n", 0, at + part.start()) + 1
                 span = (at + part.start(2), at + part.end(2))
-                yield Example(page, line, language, part[1], part[2], block["excuse"], span)
+                yield Example(page, line, language, part[1], part[2], block["excuse"], bool(block["beside"]), span)
         else:
             line = text.count("\n", 0, at)
-            yield Example(page, line, language, block["body"], block["output"], block["excuse"], block.span("output"))
+            excuse, beside, span = block["excuse"], bool(block["beside"]), block.span("output")
+            yield Example(page, line, language, block["body"], block["output"], excuse, beside, span)
+
+
+def environment() -> dict[str, str]:
+    """What examples find: this installation first, and no GPU, since the pages show what a CPU answers."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
+
+
+@contextlib.contextmanager
+def company(page: Path) -> Iterator[None]:
+    """Have what a page runs beside its examples run meanwhile."""
+    with contextlib.ExitStack() as running:
+        for example in [e for e in examples(page) if e.beside]:
+            words = shlex.split(example.command.replace("\\\n", " "))
+            process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+            running.callback(process.wait, 60)
+            running.callback(process.terminate)
+            assert process.stderr is not None
+            assert any(" is ready" in line for line in process.stderr), f"{example}: it ended before it was ready"
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # A full pipe would stop it.
+        yield
 
 
 def run_command(example: Example) -> str:
     """The command's stdout, from the project's folder; raises AssertionError where it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # CUDA is hidden: the pages show what a CPU answers.
-    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-    finished = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", example.command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with company(example.page):
+        finished = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", example.command],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert finished.returncode == 0, f"{example}: {example.command}\n{finished.stdout}{finished.stderr}"
     return finished.stdout
 
@@ -102,7 +129,7 @@ def run_program(page: Path) -> list[tuple[Example, str]]:
     """Run a page's `python` blocks one after the other; returns each with what it printed."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     results = []
-    with contextlib.chdir(ROOT):
+    with contextlib.chdir(ROOT), company(page):
         for example in [e for e in examples(page) if e.language == "python" and e.excuse is None]:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -113,7 +140,11 @@ def run_program(page: Path) -> list[tuple[Example, str]]:
 
 def rewrite(page: Path) -> int:
     """Write the real output of each example into its page, where another stands there; returns how many differed."""
-    commands = [e for e in examples(page) if e.language != "python" and e.output is not None and e.excuse is None]
+    commands = [
+        e
+        for e in examples(page)
+        if e.language != "python" and e.output is not None and e.excuse is None and not e.beside
+    ]
     results = [(e, run_command(e)) for e in commands] + run_program(page)
     wrong = [(replace(e, page=page), real) for e, real in results if not e.agrees(real)]
     text = page.read_text(encoding="utf-8")

@@ -8,17 +8,21 @@ import typer
 
 from memphi import __version__
 from memphi.cli.ask import ask
+from memphi.cli.bench import bench
 from memphi.cli.chat import chat
 from memphi.cli.doctor import doctor
 from memphi.cli.plan import plan
+from memphi.cli.serve import serve
 from memphi.cli.verify import verify
 from memphi.errors import MemphiError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(ask)
+app.command()(bench)
 app.command()(chat)
 app.command()(doctor)
 app.command()(plan)
+app.command()(serve)
 app.command()(verify)
 
 

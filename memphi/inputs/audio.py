@@ -53,12 +53,12 @@ class Length:
 def measure_clip(media: Media, audio: AudioConfig, limits: MediaLimits = DEFAULT_LIMITS) -> ClipFootprint:
     """What a clip costs; raises MediaError, naming the attachment, for one too short, too long or damaged."""
     with attached(media.name):
-        return clip_footprint(count_frames(_length(media, limits)), audio)
+        return clip_footprint(count_frames(measure_length(media, limits)), audio)
 
 
 def prepare_clip(media: Media, audio: AudioConfig, limits: MediaLimits = DEFAULT_LIMITS) -> ClipInput:
     """Decode a clip into log-mel features; raises MediaError, naming the attachment."""
-    with attached(media.name), _sound(media, limits) as (rate, blocks):
+    with attached(media.name), open_sound(media, limits) as (rate, blocks):
         features = log_mel(resample(blocks, rate), _target(rate), audio.mel_bins)
         return ClipInput(features, clip_footprint(len(features), audio))
 
@@ -101,7 +101,7 @@ def _window_and_hop(rate: int) -> tuple[int, int]:
 # --- counting and decoding ---------------------------------------------------------------------------------------
 
 
-def _length(media: Media, limits: MediaLimits) -> Length:
+def measure_length(media: Media, limits: MediaLimits) -> Length:
     """Count samples, in a file by decoding and dropping them.
 
     Headers and packets do not tell what a decoder will give: files are cut short, and encoder delay, padding and
@@ -117,10 +117,10 @@ def _length(media: Media, limits: MediaLimits) -> Length:
 
 
 @contextmanager
-def _sound(media: Media, limits: MediaLimits) -> Iterator[tuple[int, Iterator[Float32]]]:
+def open_sound(media: Media, limits: MediaLimits) -> Iterator[tuple[int, Iterator[Float32]]]:
     """The rate of a clip, and its one channel of float32 in blocks of some seconds."""
     if isinstance(media.content, Samples):
-        length = _length(media, limits)
+        length = measure_length(media, limits)
         yield length.rate, _split(media.content.values, BLOCK_SECONDS * length.rate)
         return
     with _opened(media) as container:

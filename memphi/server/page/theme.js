@@ -1,0 +1,5 @@
+// Sets the theme before anything is painted; no module, because those run too late for that.
+{
+  const theme = localStorage.getItem("memphi.theme");
+  if (theme) document.documentElement.dataset.theme = theme;
+}
