@@ -32,7 +32,18 @@ def imported_by(code):
     return HEAVY & set(finished.stdout.rpartition("IMPORTED")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ask", "--help"], ["chat", "--help"], ["ask", "-x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["ask", "--help"],
+        ["chat", "--help"],
+        ["serve", "--help"],
+        ["bench", "--help"],
+        ["ask", "-x"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments):
     assert not imported_by(f"sys.argv = ['memphi', *{arguments}]\nfrom memphi.cli import main\nmain()")
 
