@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from memphi.engine.engine import Engine as Engine
     from memphi.engine.engine import load as load
     from memphi.inputs.media import open_media as open_media
+    from memphi.request import Grammar as Grammar
     from memphi.request import Message as Message
     from memphi.request import Request as Request
     from memphi.request import Result as Result
@@ -19,6 +20,7 @@ _HOMES = {
     "Engine": "memphi.engine.engine",
     "load": "memphi.engine.engine",
     "open_media": "memphi.inputs.media",
+    "Grammar": "memphi.request",
     "Message": "memphi.request",
     "Request": "memphi.request",
     "Result": "memphi.request",
