@@ -32,6 +32,7 @@ def ask(
     speculation: options.Speculation = True,
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
+    kernels: options.Kernels = "plain",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -56,7 +57,7 @@ def ask(
         raise typer.BadParameter("give a question, an attachment (-a), or both")
     if each and not attach:
         raise typer.BadParameter("--each needs attachments (-a)")
-    config = options.engine_config(memory, kv_cache, pin, merge, speculation)
+    config = options.engine_config(memory, kv_cache, pin, merge, speculation, kernels)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

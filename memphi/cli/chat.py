@@ -28,6 +28,7 @@ def chat(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
+    kernels: options.Kernels = "plain",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -45,7 +46,7 @@ def chat(
     """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
     from memphi.request import SamplingParams
 
-    config = options.engine_config(memory, kv_cache, pin, merge)
+    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

@@ -11,7 +11,7 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
-    from memphi.config import AdapterName, EngineConfig
+    from memphi.config import AdapterName, EngineConfig, KernelChoice
     from memphi.request import Detail as DetailValue
     from memphi.request import Grammar, Media
 
@@ -46,8 +46,9 @@ def engine_config(
     pins: list[str],
     merge: "AdapterName | None" = None,
     speculation: bool = True,
+    kernels: "KernelChoice" = "plain",
 ) -> "EngineConfig":
-    """The dial, what is pinned and merged; raises typer.BadParameter for a pin that means nothing."""
+    """The dial, pins, and how things are computed; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
 
     names = ("rows", "step_tokens", "crops_per_pass", "windows_per_pass")
@@ -59,7 +60,14 @@ def engine_config(
                 f"{pin!r} pins nothing; write a number for one of {', '.join(names)}, as in rows=4"
             )
         values[name] = int(number)
-    return EngineConfig(memory_bytes=memory, kv_cache=kv_cache == "on", merge=merge, speculation=speculation, **values)
+    return EngineConfig(
+        memory_bytes=memory,
+        kv_cache=kv_cache == "on",
+        merge=merge,
+        speculation=speculation,
+        kernels=kernels,
+        **values,
+    )
 
 
 def answer_grammar(schema: Path | None, regex: str | None) -> "Grammar | None":
@@ -137,6 +145,13 @@ Merge = Annotated[
     Literal["vision", "speech"] | None,
     typer.Option(
         help="Add this adapter into the weights: it costs nothing, and only requests that use it are answered."
+    ),
+]
+Kernels = Annotated[
+    Literal["auto", "plain"],
+    typer.Option(
+        help="auto: memphi's own kernels and CUDA graphs where the card has them, as yet untried on any; plain: "
+        "PyTorch's."
     ),
 ]
 Detail = Annotated[

@@ -36,6 +36,7 @@ def plan(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
+    kernels: options.Kernels = "plain",
     gpu: Annotated[str | None, typer.Option(help="Plan for this card, as in `RTX 4060`; none need be here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,
@@ -59,7 +60,7 @@ def plan(
     config, facts, engine = (
         read_config(folder),
         _facts(device, gpu, memory),
-        options.engine_config(memory, kv_cache, pin, merge),
+        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels),
     )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
@@ -336,9 +337,11 @@ def _memory_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[st
         "workspace_bytes": "work space",
         "pool_bytes": "keys and values",
         "media_bytes": "media embeddings",
+        "graphs_bytes": "graphs",
         "budget_bytes": "in all",
     }
-    return [(name, _size(plan[field]), reasons[field]) for field, name in names.items()]
+    shown = {field: name for field, name in names.items() if plan[field] or field != "graphs_bytes"}
+    return [(name, _size(plan[field]), reasons[field]) for field, name in shown.items()]
 
 
 def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str, str, str]]:

@@ -67,6 +67,7 @@ def serve(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
+    kernels: options.Kernels = "plain",
     allocator: options.Allocator = "default",
     on_pressure: options.OnPressure = "wait",
     max_tokens: MaxTokens = None,
@@ -96,7 +97,7 @@ def serve(
         log_requests=log_requests,
     )
     warn_of_device(device)
-    config = options.engine_config(memory, kv_cache, pin, merge)
+    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels)
     load = _loading(Loading(model, device, dtype, attention, config, allocator))
     _run(load, settings, host, port, tls_cert, tls_key, drain_seconds)
 

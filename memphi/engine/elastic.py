@@ -11,6 +11,7 @@ import torch
 
 from memphi.cache.pool import PagePool
 from memphi.engine.gauge import Gauge
+from memphi.engine.graphs import Graphs
 from memphi.engine.scheduler import Scheduler
 from memphi.memory.planner import reserve_bytes
 
@@ -28,6 +29,7 @@ class Elastic:
         gauge: Gauge,
         idle_seconds: float,
         free_memory: Callable[[], tuple[int, int]] | None,
+        graphs: Graphs | None = None,
     ) -> None:
         """free_memory tells the device's free and total bytes; None: others do not matter (there is a dial)."""
         self._scheduler = scheduler
@@ -35,6 +37,7 @@ class Elastic:
         self._gauge = gauge
         self._idle_seconds = idle_seconds
         self._free_memory = free_memory
+        self._graphs = graphs
         self._most_pages = scheduler.reservations.pages.capacity
         self._idle_since = time.monotonic()
         self._rested = True
@@ -56,6 +59,8 @@ class Elastic:
         self._rested = True
         self._scheduler.media.drop_idle()
         self._scheduler.reservations.pages.drop_idle()
+        if self._graphs is not None:
+            self._graphs.drop()
         self._trim()
 
     def make_way(self, free_bytes: int, total_bytes: int) -> None:

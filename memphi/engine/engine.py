@@ -9,7 +9,7 @@ import torch
 
 from memphi.cache.media import MediaCache
 from memphi.cache.pages import Pages
-from memphi.cache.pool import make_pool
+from memphi.cache.pool import PagePool, make_pool
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import locate
@@ -20,6 +20,7 @@ from memphi.engine.device import DtypeName, cap_allocator, device_facts, find_de
 from memphi.engine.elastic import Elastic
 from memphi.engine.facade import Facade
 from memphi.engine.gauge import Gauge
+from memphi.engine.graphs import Graphs
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Loading
 from memphi.engine.preparation import Preparation, prepare_sequence
@@ -39,6 +40,7 @@ from memphi.memory.costs import host_media
 from memphi.memory.devices import this_machine
 from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
+from memphi.model.kernels.launch import why_not_available
 from memphi.model.phi4mm import Phi4MM
 from memphi.sampling.grammar import Grammars
 
@@ -100,11 +102,25 @@ def make_loop(
     learned = device_facts(model.device).learned
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
-    runner = Runner(model, pool, ~known.to(model.device), gauge)
+    graphs = make_graphs(model, pool, plan, config)
+    runner = Runner(model, pool, ~known.to(model.device), gauge, graphs)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
-    elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory)
+    elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory, graphs)
     return Loop(runner, scheduler, preparation, tokenizer, elastic)
+
+
+def make_graphs(model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: EngineConfig) -> Graphs | None:
+    """The graphs of decode steps where config wants kernels and the device has them; tells the model either way."""
+    model.use_kernels(config.kernels == "auto")
+    if config.kernels == "plain" or pool is None:
+        return None
+    on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
+    if obstacle is None:
+        return Graphs(model, pool, plan.rows, plan.context_tokens, capture=on_gpu)
+    if on_gpu:
+        logging.getLogger(__name__).warning("PyTorch's kernels are used: %s", obstacle)
+    return None
 
 
 def step_limits(plan: MemoryPlan, config: EngineConfig, model: Phi4MM) -> StepLimits:
@@ -126,6 +142,7 @@ def _reservations(plan: MemoryPlan) -> Reservations:
     fixed = {
         "context": plan.context_bytes,
         "weights": plan.weights_bytes,
+        **({"graphs": plan.graphs_bytes} if plan.graphs_bytes else {}),
         "work space": plan.workspace_bytes,
         "media embeddings": plan.media_bytes,
     }

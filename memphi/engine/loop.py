@@ -109,7 +109,7 @@ class Loop:
         self._preparation = preparation
         self._tokenizer = tokenizer
         self._elastic = elastic
-        self._ladder = Ladder(make_rungs(scheduler, runner.pool, runner.model.device), self.stats.rungs)
+        self._ladder = Ladder(make_rungs(scheduler, runner.pool, runner.model.device, runner.graphs), self.stats.rungs)
         self._answers: dict[int, _Answer] = {}
         self.stalled = True
         """Whether only a prompt that becomes ready, or a caller, brings the loop on."""

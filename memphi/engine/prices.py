@@ -38,6 +38,11 @@ def price_rows(
     return ("mixed step" if decoding else "prefill chunk"), max(chunk, decode, scores)
 
 
+def price_graph(plan: StepPlan, config: ModelConfig) -> tuple[str, int]:
+    """The same of a step in a graph, whose own tensors have their place: all that comes is to draw from scores."""
+    return "graph step", costs.logits(config, len(plan.rows), 0, 0).bytes
+
+
 def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int) -> int:
     """How many tokens a step with drafts may have, all of them scored, within what the plan's largest step takes."""
     largest_bytes = next(cost.bytes for cost in plan.costs if cost.name == "largest step")

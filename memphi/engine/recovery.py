@@ -114,9 +114,13 @@ def too_little(work: str, device: torch.device, advice: str) -> DoesNotFitError:
     return DoesNotFitError(f"{_name(device)} has too little memory for {work}{_state(device)}; {advice}")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, of a GPU or of the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NAMELESS)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NAMELESS):
+        return True
+    # To end a graph's capture that ran out of memory fails too, with other words.
+    before = error.__context__ if isinstance(error, RuntimeError) else None
+    return before is not None and is_out_of_memory(before)
 
 
 def _name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from memphi.cache.pool import PagePool
+from memphi.engine.graphs import Graphs
 from memphi.engine.recovery import Rung
 from memphi.engine.scheduler import Scheduler, StepLimits
 from memphi.engine.step import StepPlan
@@ -13,7 +14,9 @@ from memphi.engine.step import StepPlan
 LEAST_CHUNK_TOKENS = 16
 
 
-def make_rungs(scheduler: Scheduler, pool: PagePool | None, device: torch.device) -> list[Rung]:
+def make_rungs(
+    scheduler: Scheduler, pool: PagePool | None, device: torch.device, graphs: Graphs | None = None
+) -> list[Rung]:
     """All rungs of an engine, in the order in which they are tried.
 
     Without pages rows are whole, and there is no chunk to be made smaller.
@@ -26,6 +29,7 @@ def make_rungs(scheduler: Scheduler, pool: PagePool | None, device: torch.device
         Halve("make no drafts", scheduler, _drafts, _leave_drafts),
         Halve("halve the encoders' slice", scheduler, _sliced, _halve_slice),
         *chunk,
+        *([LeaveGraphs(graphs)] if graphs else []),
         PauseNewest(scheduler),
     ]
 
@@ -127,6 +131,27 @@ class Halve:
         self._scheduler.limits = replace(limits, **changed)
 
 
+class LeaveGraphs:
+    """Launch decode steps kernel by kernel, and give back what the graphs hold."""
+
+    name = "eager instead of graphs"
+    repeats = True
+
+    def __init__(self, graphs: Graphs) -> None:
+        self._graphs = graphs
+
+    def take(self, plan: StepPlan) -> bool:
+        graphs = self._graphs
+        if not graphs.allowed or not (graphs.are_held or _decodes(plan)):
+            return False
+        graphs.allowed = False
+        graphs.drop()
+        return True
+
+    def undo(self) -> None:
+        self._graphs.allowed = True
+
+
 class PauseNewest:
     """Let the newest request wait while older ones go on."""
 
@@ -156,6 +181,10 @@ def _sliced(plan: StepPlan) -> bool:
 
 def _prefills(plan: StepPlan) -> bool:
     return any(row.tokens > 1 + len(row.drafts) for row in plan.rows)
+
+
+def _decodes(plan: StepPlan) -> bool:
+    return all(row.tokens == 1 for row in plan.rows)
 
 
 def _drafts(plan: StepPlan) -> bool:

@@ -4,6 +4,7 @@ What a step does the scheduler has decided; doing the same step again changes no
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice, takewhile
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from memphi.cache.pool import PagePool
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
-from memphi.engine.prices import price_rows, price_slices
+from memphi.engine.graphs import Graphs
+from memphi.engine.prices import price_graph, price_rows, price_slices
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
 from memphi.model.phi4mm import Phi4MM
@@ -29,23 +31,27 @@ UNREACHED = Draw(SamplingParams(), ())
 class Runner:
     """The model and the pool that its rows' pages lie in; without a pool every row is whole."""
 
-    def __init__(self, model: Phi4MM, pool: PagePool | None, forbidden: Tensor, gauge: Gauge) -> None:
+    def __init__(
+        self, model: Phi4MM, pool: PagePool | None, forbidden: Tensor, gauge: Gauge, graphs: Graphs | None = None
+    ) -> None:
+        """Without graphs every step is launched operation by operation."""
         self.model = model
         self.pool = pool
         self.forbidden = forbidden  # [vocab_size] bool: ids without a token
         self.gauge = gauge
+        self.graphs = graphs
         self._encoders = Encoders(model)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step; raises whatever the device raises."""
-        self._encode(plan)
-        if not plan.rows:
-            return StepResult({})
-        self._map_pages(plan)
-        model, masked = self.model, self.model.device.type != "cuda"
-        with self.gauge.watching(*price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form)):
-            return self._compute(_by_adapter(plan))
+        with _current(self.model.device):
+            self._encode(plan)
+            if not plan.rows:
+                return StepResult({})
+            self._map_pages(plan)
+            with self.gauge.watching(*self._price(plan)):
+                return self._compute(_by_adapter(plan))
 
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
@@ -53,6 +59,19 @@ class Runner:
             if slices:
                 with self.gauge.watching(*price_slices(slices, self.model.config, self.model.dtype.itemsize)):
                     self._encoders.run(slices)
+
+    def _price(self, plan: StepPlan) -> tuple[str, int]:
+        model, masked = self.model, self.model.device.type != "cuda"
+        if self._graphs_for(plan):
+            return price_graph(plan, model.config)
+        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form)
+
+    def _graphs_for(self, plan: StepPlan) -> Graphs | None:
+        """The graphs, where one of them can do this step: all rows are answers that go on by one id."""
+        graphs = self.graphs
+        if graphs is None or not all(map(_goes_on, plan.rows)):
+            return None
+        return graphs if graphs.can_decode({row.sequence.adapter for row in plan.rows}, len(plan.rows)) else None
 
     def _map_pages(self, plan: StepPlan) -> None:
         """Put memory behind the pages that the rows write to."""
@@ -87,15 +106,28 @@ class Runner:
     def _logits(self, plan: StepPlan) -> Tensor:
         """Scores at the places where rows choose an id: [places, vocab_size]."""
         ids = [number for row in plan.rows for number in row.ids]
+        rows = [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows]
+        if graphs := self._graphs_for(plan):
+            return graphs.decode(rows, ids)
         ends = _ends(plan)
         logits: Tensor = self.model(
             torch.tensor(ids, device=self.model.device),
-            [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows],
+            rows,
             _media(plan, ends),
             self.pool,
             [place for row, end in zip(plan.rows, ends, strict=True) for place in range(end - row.scored, end)],
         )
         return logits
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _goes_on(row: PlannedRow) -> bool:
+    """Whether a row computes the newest id of an answer and nothing else."""
+    return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens
 
 
 def _by_adapter(plan: StepPlan) -> StepPlan:

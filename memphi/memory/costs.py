@@ -25,6 +25,10 @@ DRAW_BYTES = 64
 """Sorting and filtering one row's scores, per id: scaled, sorted, their ids, the sort's own copies, sums in fp64."""
 MERGED_NUMBERS = 4 * MIB
 """Numbers of a weight that are merged with an adapter at once."""
+GRAPHS_BYTES = 128 * MIB
+"""What CUDA keeps of all graphs, some hundred launches each, and cuBLAS' work space for them."""
+GRAPH_PROGRAMS = 1024
+"""Programs among which a step's attention is divided, on the largest card: four for each of its multiprocessors."""
 CONTEXT_BYTES = {"cuda": 600 * MIB, "mps": 600 * MIB, "cpu": 400 * MIB}
 MEASURED_CONTEXTS = {"H100": 600 * MIB}
 """The CUDA context with kernels and cuBLAS' work space, by a word of the device's name."""
@@ -202,6 +206,25 @@ def context(kind: str, name: str) -> Cost:
         return Cost("context", measured, "the CUDA context, kernels and cuBLAS' work space (measured on this card)")
     return Cost(
         "context", CONTEXT_BYTES[kind], "the device's context, kernels and libraries (an estimate: not measured)"
+    )
+
+
+def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+    """Decode steps in CUDA graphs: the tensors of the largest, and what CUDA keeps of each; tokens a row at most."""
+    language = config.language
+    ranks = _ranks(config) if form == "packed" else 0
+    hidden, inner = language.hidden_size, language.intermediate_size
+    activations = 4 * hidden + 3 * inner + _qkv_size(language) + 2 * ranks + 2 * language.rotary_dim
+    pages = -(-tokens // PAGE_TOKENS)
+    units = rows + GRAPH_PROGRAMS // language.kv_heads
+    attention = units * (language.heads * (language.head_dim + 2) * 4 + 32) + rows * language.kv_heads * 4
+    each = (activations + language.vocab_size) * dtype_bytes + 2 * pages * 4 + METADATA_BYTES
+    return Cost(
+        "graphs",
+        rows * each + attention + GRAPHS_BYTES,
+        f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, twice "
+        f"{pages} pages of 4), {units} pieces of attention, and {size_text(GRAPHS_BYTES)} for CUDA and cuBLAS "
+        "(an estimate: not measured)",
     )
 
 

@@ -2,10 +2,10 @@
 
 Knows prices (`costs`) and a device's numbers; touches no tensors. `memphi plan` prints what it says, the engine obeys.
 
-    dial = context + weights + work space + pool + media
+    dial = context + weights + graphs + work space + pool + media
 
-The work space is a share of what weights and context leave, capped by what the largest steps could use, and never below
-what the smallest steps need; the pool gets the rest. A larger dial therefore never makes a smaller pool.
+The work space is a share of what weights, context and graphs leave, capped by what the largest steps could use, and
+never below what the smallest steps need; the pool gets the rest. A larger dial therefore never makes a smaller pool.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,11 +39,13 @@ HOST_LARGEST = {"step_tokens": 2048, "rows": 64, "crops": 8}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Who may use how much; the five accounts add up to budget_bytes."""
+    """Who may use how much; the six accounts add up to budget_bytes."""
 
     budget_bytes: int
     context_bytes: int
     weights_bytes: int
+    graphs_bytes: int
+    """Decode steps in CUDA graphs; 0 where there are none."""
     workspace_bytes: int
     pool_bytes: int
     media_bytes: int
@@ -114,13 +116,14 @@ class _Planner:
         rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
         self.weights = (*costs.weights(config, dtype_bytes, adapters), *rounding)
         self.weights_bytes = _sum(self.weights)
-        self.fixed_bytes = self.context.bytes + self.weights_bytes
         self.page_bytes = costs.page(config, dtype_bytes).bytes
         self.token_media_bytes = costs.media_embeddings(config, 1, dtype_bytes).bytes
         self.unit_bytes = self.page_bytes + PAGE_TOKENS * self.token_media_bytes
         self.ladders = self._make_ladders()
         self.smallest = self._pick(lambda ladder: ladder[-1])
         self.largest = self._pick(lambda ladder: ladder[0])
+        self.graphs = self._price_graphs()
+        self.fixed_bytes = self.context.bytes + self.weights_bytes + _sum(self.graphs)
 
     def plan(self) -> MemoryPlan:
         dial_bytes, dial_reason = self._dial()
@@ -140,6 +143,7 @@ class _Planner:
             budget_bytes=self.fixed_bytes + workspace_bytes + kept_bytes,
             context_bytes=self.context.bytes,
             weights_bytes=self.weights_bytes,
+            graphs_bytes=_sum(self.graphs),
             workspace_bytes=workspace_bytes,
             pool_bytes=pool_bytes,
             media_bytes=kept_bytes - pool_bytes,
@@ -156,9 +160,16 @@ class _Planner:
             windows_per_pass=sizes.windows,
             adapters=self.adapters,
             reasons={},
-            costs=(self.context, *self.weights, *self._transients(sizes, units)),
+            costs=(self.context, *self.weights, *self.graphs, *self._transients(sizes, units)),
         )
         return replace(result, reasons=self._reasons(result, dial_bytes, dial_reason))
+
+    def _price_graphs(self) -> tuple[Cost, ...]:
+        """For the most rows and the longest sequence that any dial gives, so that a larger one never leaves less."""
+        engine, rows = self.engine, self.largest.rows
+        if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache:
+            return ()
+        return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
 
     # --- the dial ------------------------------------------------------------------------------------------------
 
@@ -188,6 +199,7 @@ class _Planner:
             )
         parts = f"weights {size_text(self.weights_bytes)}, context {size_text(self.context.bytes)}, steps and a short "
         parts += f"conversation {size_text(least_bytes - self.fixed_bytes)}"
+        parts += f", graphs {size_text(_sum(self.graphs))}" if self.graphs else ""
         pins = f", or smaller sizes than {' and '.join(self.pins)}" if self.pins else ""
         cpu = "" if device.kind == "cpu" else ", or --device cpu with as much of the host's memory"
         return DoesNotFitError(
@@ -322,6 +334,7 @@ class _Planner:
             "weights_bytes": f"{_numbers(self.config, plan.adapters):,} parameters of {self.dtype_bytes} bytes"
             + (f", the {self.engine.merge} adapter merged into them" if self.engine.merge else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
+            "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
             "adapters": self._reason_of_adapters(),
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
             "allocator's rounding and slack",

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from memphi.server.errors import ApiError
+from memphi.server.errors import ApiError, ClientLeftError
 from memphi.server.service import Service
 
 FULL_BODIES = 16
@@ -274,6 +274,8 @@ class Upload:
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(408, "the body comes too slowly; send the request again", None, "too_slow") from None
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError  # Else the app takes what there is for a body, and finds fault with it.
         more_bytes = len(message.get("body", b""))
         self.size_bytes += more_bytes
         self.complete = not message.get("more_body", False)

@@ -53,6 +53,20 @@ def test_the_accounts_add_up_and_stay_within_the_dial(config, kind, share):
         assert plan.budget_bytes == n_bytes
 
 
+@given(configs, shares, shares)
+def test_graphs_have_an_account_of_their_own(config, one, other):
+    smaller, larger = sorted((dial(config, one), dial(config, other)))
+    first, second = (planned(config, n_bytes, kernels="auto") for n_bytes in (smaller, larger))
+    plain = planned(config, smaller)
+    assert held(first) + first.graphs_bytes == first.budget_bytes <= smaller
+    assert first.graphs_bytes == second.graphs_bytes > plain.graphs_bytes == 0
+    assert first.pages <= second.pages
+    assert first.pages <= plain.pages
+    assert sum(cost.bytes for cost in first.costs if cost.name == "graphs") == first.graphs_bytes
+    for elsewhere in (planned(config, smaller, "cpu", kernels="auto"), planned(config, smaller, kv_cache=False)):
+        assert not elsewhere.graphs_bytes
+
+
 @given(configs, kinds, shares)
 def test_every_kind_of_step_fits_into_the_work_space(config, kind, share):
     plan = planned(config, dial(config, share), kind)

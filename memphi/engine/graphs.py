@@ -1,0 +1,124 @@
+"""CUDA graphs of decode steps: captured when they are first needed, and replayed for any rows of their number.
+
+Launching a step's kernels one by one takes the host longer than the device needs for them; a graph is launched at once.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memphi.cache.pool import PagePool
+from memphi.model.decode import Buffers, DecodeStep
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.rows import Row
+
+WARM_UPS = 2
+"""Runs before a capture: kernels are compiled and loaded, and libraries take their work space, outside of it."""
+
+Adapters = frozenset[str]
+
+
+@dataclass
+class _Held:
+    """All that goes when graphs are dropped."""
+
+    buffers: Buffers
+    steps: dict[tuple[int, Adapters], tuple[DecodeStep, torch.cuda.CUDAGraph | None]] = field(default_factory=dict)
+    memory: Any = None
+    """The pool that all graphs take their memory from."""
+
+
+class Graphs:
+    """The decode steps of one engine; one set of buffers and one pool of memory serve all."""
+
+    def __init__(self, model: Phi4MM, pool: PagePool, most_rows: int, most_tokens: int, capture: bool = True) -> None:
+        """most_tokens is the longest sequence's; without capture every step is launched kernel by kernel."""
+        self.allowed = True
+        """Whether steps go here; not while memory is short."""
+        self._model, self._pool = model, pool
+        self._most_rows = most_rows
+        self._most_pages = -(-most_tokens // pool.page_tokens)
+        # One for all captures: libraries keep a work space for each stream that they were used on.
+        self._stream = torch.cuda.Stream(model.device) if capture else None
+        self._held: _Held | None = None
+
+    @property
+    def are_held(self) -> bool:
+        """Whether there is something to drop."""
+        return self._held is not None
+
+    def can_decode(self, adapters: Collection[str | None], rows: int) -> bool:
+        """Whether so many rows under these adapters, each of one new token, can be decoded here now."""
+        live = self._model.adapter_form == "plain" and any(adapters)
+        return self.allowed and rows <= self._most_rows and not live
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[Row], ids: Sequence[int]) -> Tensor:
+        """Compute one token of each row: logits [rows, vocab_size], which the next call replaces.
+
+        Raises whatever the device raises, of a capture too.
+        """
+        step, graph = self._step(_rounded_up(len(rows), self._most_rows), self._adapters(rows))
+        step.fill(rows, ids)
+        if graph is None:
+            step.run()
+        else:
+            graph.replay()
+        return step.logits[: len(rows)]
+
+    def drop(self) -> bool:
+        """Forget all graphs and give their memory back; whether there were any."""
+        if self._held is None:
+            return False
+        graphs = [graph for _, graph in self._held.steps.values() if graph is not None]
+        if graphs:
+            torch.cuda.synchronize(self._model.device)
+        for graph in graphs:
+            graph.reset()
+        self._held = None
+        if self._stream is not None:
+            torch.cuda.empty_cache()
+        return True
+
+    def _step(self, count: int, adapters: Adapters) -> tuple[DecodeStep, torch.cuda.CUDAGraph | None]:
+        held = self._hold()
+        key = count, adapters
+        if key not in held.steps:
+            step = DecodeStep(self._model.language, self._pool, held.buffers, count, adapters)
+            held.steps[key] = step, None if self._stream is None else self._captured(held, step)
+        return held.steps[key]
+
+    def _hold(self) -> _Held:
+        if self._held is None:
+            buffers = Buffers(self._model.language, self._most_rows, self._most_pages, self._pool.page_tokens)
+            self._held = _Held(buffers)
+            self._held.memory = None if self._stream is None else torch.cuda.graph_pool_handle()
+        return self._held
+
+    def _captured(self, held: _Held, step: DecodeStep) -> torch.cuda.CUDAGraph:
+        """A graph of a step; the runs before it are of rows that read and write nothing."""
+        assert self._stream is not None
+        stream, current = self._stream, torch.cuda.current_stream(self._model.device)
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # Left in any case: a capture that fails does not see to that.
+            step.fill([], [])
+            for _ in range(WARM_UPS):
+                step.run()
+            # Other threads may go on using the device: only what this one does must fit into a graph.
+            with torch.cuda.graph(graph, held.memory, stream, capture_error_mode="thread_local"):
+                step.run()
+        current.wait_stream(stream)
+        return graph
+
+    def _adapters(self, rows: Sequence[Row]) -> Adapters:
+        """Those in use; the merged one is part of the weights."""
+        return frozenset() if self._model.merged else frozenset(row.adapter for row in rows if row.adapter)
+
+
+def _rounded_up(count: int, most: int) -> int:
+    """The row count of the graph that serves so many rows: a power of two, or the most."""
+    return min(1 << (count - 1).bit_length(), most)

@@ -1,0 +1,219 @@
+"""One new token of each of some rows through the kernels, over tensors that stay where they are.
+
+`LanguageModel.forward` and `logits`, over the same rows, are the definition. Nothing is read on the host and nothing
+decided by numbers on the device, so a CUDA graph can hold a step and serve rows of any length and mode with it.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memphi.model.adapters import AdaptedLinear
+from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
+from memphi.model.kernels.gate import gate
+from memphi.model.kernels.norm import add_norm
+from memphi.model.kernels.paged import attend_new
+from memphi.model.kernels.rotary import rotary_frequencies, tabulate
+from memphi.model.language import DecoderLayer, KeyValuePool, LanguageModel
+from memphi.model.packing import PackedLinear, multiply
+from memphi.model.rows import Row
+
+ADAPTERS = ("vision", "speech")
+ALIGNED_BYTES = 16
+"""Kernels are compiled for addresses that are multiples of this, and again for others."""
+
+
+class Inputs:
+    """The numbers of a step of up to `rows` rows, on the host and on the device; one copy brings all of them over."""
+
+    def __init__(self, rows: int, most_pages: int, page_tokens: int, device: torch.device) -> None:
+        """A row has most_pages pages at most."""
+        self.page_tokens = page_tokens
+        sizes: dict[str, tuple[int, Any]] = {
+            "ids": (rows, np.int64),
+            "lengths": (rows, np.int32),
+            "positions": (rows, np.int32),
+        }
+        sizes |= dict.fromkeys(("long", *ADAPTERS), (rows, np.bool_))
+        sizes |= {"pages": (rows * most_pages, np.int32)}
+        places, end = {}, 0
+        for name, (count, dtype) in sizes.items():
+            places[name] = (end, end + count * np.dtype(dtype).itemsize, dtype)
+            end = -(-places[name][1] // ALIGNED_BYTES) * ALIGNED_BYTES
+        on_gpu = device.type == "cuda"
+        self._staged = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu)
+        self._sent = torch.zeros(end, dtype=torch.uint8, device=device) if on_gpu else self._staged
+        self._copied = torch.cuda.Event() if on_gpu else None
+        staged = self._staged.numpy()
+        self._host = {name: staged[first:last].view(dtype) for name, (first, last, dtype) in places.items()}
+        self._pages_at = places["pages"][0]
+        self._pages = self._sent[self._pages_at : places["pages"][1]].view(torch.int32)
+        self.ids = self._view(places["ids"], torch.int64)
+        """[rows]"""
+        self.lengths = self._view(places["lengths"], torch.int32)
+        """[rows]: past and new tokens; 0 where a row only fills up the step: it reads and writes nothing."""
+        self.positions = self._view(places["positions"], torch.int32)
+        self.long = self._view(places["long"], torch.bool)
+        self.masks = {name: self._view(places[name], torch.bool) for name in ADAPTERS}
+        """The rows that use each adapter: [rows] bool."""
+        self.table = torch.zeros((rows, most_pages), dtype=torch.int32, device=device)
+        """The pages of each row; those that a row does not need are not read, and may be any number."""
+
+    def _view(self, place: tuple[int, int, object], dtype: torch.dtype) -> Tensor:
+        return self._sent[place[0] : place[1]].view(dtype)
+
+    @torch.inference_mode()
+    def fill(self, rows: Sequence[Row], ids: Sequence[int], count: int) -> None:
+        """Bring over a step of `count` rows: these, and others that fill it up; waits only for the copy before."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        host, filled = self._host, len(rows)
+        ends = [row.past + 1 for row in rows]
+        for name, values in (
+            ("ids", ids),
+            ("lengths", ends),
+            ("positions", [row.past for row in rows]),
+            ("long", [row.long for row in rows]),
+            *((name, [row.adapter == name for row in rows]) for name in ADAPTERS),
+        ):
+            host[name][:filled] = values
+            host[name][filled:count] = 0
+        counts = [-(-end // self.page_tokens) for end in ends]
+        width = max(counts, default=0)
+        # Close together, so that few bytes are copied; from there the device spreads them.
+        lines = host["pages"][: filled * width].reshape(filled, width)
+        for line, row, needed in zip(lines, rows, counts, strict=True):
+            assert len(row.pages) >= needed, f"{len(row.pages)} pages cannot hold {row.past + 1} tokens"
+            line[:needed] = row.pages[:needed]
+        self._send(filled, width)
+
+    def _send(self, filled: int, width: int) -> None:
+        if self._copied is not None:
+            end = self._pages_at + 4 * filled * width
+            self._sent[:end].copy_(self._staged[:end], non_blocking=True)
+            self._copied.record()
+        self.table[:filled, :width] = self._pages[: filled * width].view(filled, width)
+
+
+class Buffers:
+    """The tensors of a step of up to `rows` rows, of which a step of fewer uses the beginnings; one set serves all.
+
+    A kernel that has been started early waits before it writes, so each tensor may be used again and again in a step.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int, most_pages: int, page_tokens: int) -> None:
+        config, weight = model.config, model.embedding.weight
+        dtype, device = weight.dtype, weight.device
+        first = cast(DecoderLayer, model.layers[0])
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty((rows, *shape), dtype=dtype, device=device)
+
+        self.rows = rows
+        self.inputs = Inputs(rows, most_pages, page_tokens, device)
+        self.division = make_division(
+            config, rows, 1, choose_tiling(rows, 1, dtype, device, fresh=True), device, fresh=True
+        )
+        self.frequencies = rotary_frequencies(config, device)
+        self.cos, self.sin = room(1, config.rotary_dim), room(1, config.rotary_dim)
+        self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
+        # The inputs of the linears, of which all but one are as wide as the model, with room for adapters.
+        self.operand, self.inner = room(_width(first.mlp.gate_up)), room(_width(first.mlp.down))
+        self.qkv = room(len(first.attention.qkv.weight))
+        self.gate_up = room(len(first.mlp.gate_up.weight))
+        self.normed, self.logits = room(config.hidden_size), room(config.vocab_size)
+
+    def division_of(self, rows: int) -> Division:
+        """The division of a step of so many rows."""
+        whole, weight = self.division, self.x
+        units = len(whole.units) - self.rows + rows
+        return replace(
+            whole,
+            lengths=self.inputs.lengths[:rows],
+            units=whole.units[:units],
+            sums=whole.sums[:units],
+            weights=whole.weights[:units],
+            arrived=whole.arrived[:rows],
+            tiling=choose_tiling(rows, 1, weight.dtype, weight.device, fresh=True),
+        )
+
+
+class DecodeStep:
+    """The step of exactly `rows` rows in which these adapters may be used; their linears must be packed."""
+
+    def __init__(
+        self, model: LanguageModel, pool: KeyValuePool, buffers: Buffers, rows: int, adapters: Collection[str] = ()
+    ) -> None:
+        self._model, self._pool, self._buffers = model, pool, buffers
+        self._rows = rows
+        self.logits = buffers.logits[:rows]
+        """What a run computes: [rows, vocab_size]; the next run of any step with these buffers replaces it."""
+        self._division = buffers.division_of(rows)
+        self._masks = {name: buffers.inputs.masks[name][:rows] for name in ADAPTERS if name in adapters}
+
+    def fill(self, rows: Sequence[Row], ids: Sequence[int]) -> None:
+        """Say what the next run computes: one token of each of these rows, which may be fewer than the step's."""
+        assert all(row.tokens == 1 for row in rows)
+        self._buffers.inputs.fill(rows, ids, self._rows)
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        """Write the keys and values of the new tokens; returns `logits`.
+
+        Of `divide`, `tabulate` and the embeddings none is launched dependently, so that all later kernels may read
+        what was filled in, and the units, without waiting.
+        """
+        buffers, inputs, model, rows = self._buffers, self._buffers.inputs, self._model, self._rows
+        x, delta = buffers.x[:rows], buffers.delta[:rows]
+        cos, sin = buffers.cos[:rows], buffers.sin[:rows]
+        divide(self._division)
+        tabulate(inputs.positions[:rows], inputs.long[:rows], buffers.frequencies, model.config.rope_scale, cos, sin)
+        torch.index_select(model.embedding.weight, 0, inputs.ids[:rows], out=x)
+        for number, layer in enumerate(cast(Iterable[DecoderLayer], model.layers)):
+            self._attend(layer, number, x, delta, (cos, sin))
+            self._transform(layer, x, delta)
+        normed = buffers.normed[:rows]
+        add_norm(x, delta, model.norm.weight, model.norm.eps, normed)
+        return multiply(normed, model.embedding.weight, self.logits, kernels=True)
+
+    def _attend(
+        self, layer: DecoderLayer, number: int, x: Tensor, delta: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> None:
+        """x += the delta before, if any; delta = the layer's attention."""
+        operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
+        attention, norm = layer.attention, layer.attention_norm
+        add_norm(x, delta if number else None, norm.weight, norm.eps, _place_of_x(attention.qkv, operand))
+        self._apply(attention.qkv, operand, qkv)
+        heads = _place_of_x(attention.out, operand).unflatten(1, (-1, attention.head_dim))
+        attend_new(qkv, *rotary, *self._pool.layer(number), self._buffers.inputs.table, self._division, heads)
+        self._apply(attention.out, operand, delta)
+
+    def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:
+        """x += delta; delta = the layer's MLP."""
+        operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
+        gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
+        add_norm(x, delta, norm.weight, norm.eps, _place_of_x(layer.mlp.gate_up, operand))
+        self._apply(layer.mlp.gate_up, operand, gate_up)
+        gate(gate_up, _place_of_x(layer.mlp.down, inner))
+        self._apply(layer.mlp.down, inner, delta)
+
+    def _apply(self, linear: AdaptedLinear, operand: Tensor, out: Tensor) -> None:
+        """The product of the x in an operand with a linear and the step's adapters."""
+        if self._masks:
+            assert isinstance(linear, PackedLinear), "a step with adapters needs them packed"
+            linear.apply_to(operand, self._masks, out)
+        else:
+            multiply(_place_of_x(linear, operand), linear.weight, out, kernels=True)
+
+
+def _width(linear: AdaptedLinear) -> int:
+    """Of the linear's operand."""
+    return (linear.wide if isinstance(linear, PackedLinear) else linear.weight).shape[1]
+
+
+def _place_of_x(linear: AdaptedLinear, operand: Tensor) -> Tensor:
+    return linear.x_of(operand) if isinstance(linear, PackedLinear) else operand

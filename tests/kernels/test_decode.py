@@ -1,0 +1,240 @@
+"""A decode step through the kernels equals the decoder's definition, pages included, whatever rows share it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memphi.cache.pool import TensorPool
+from memphi.engine.graphs import Graphs
+from memphi.memory import costs
+from memphi.model.decode import Buffers, DecodeStep
+from memphi.model.rows import Row, pack
+from tests.checkpoints import tiny_config, tiny_model
+from tests.scenes import GREEDY, Stage, conversation, lively_model, mixed_requests, tiny_tokenizer
+
+PAGES, MOST_PAGES, PAGE_TOKENS = 100, 12, 16
+PASTS = (37, 0, 16, 63, 1, 31, 15, 100)
+"""In the middle of a page, at its beginning and at its end; a first token; beyond the short factors' 64 tokens."""
+FORMS = {"plain": (False, None), "packed": (True, None), "merged": (False, "vision")}
+SETS = {
+    "none": (None,),
+    "vision": ("vision",),
+    "speech": ("speech",),
+    "vision and none": ("vision", None),
+    "both": ("speech", "vision"),
+    "both and none": (None, "vision", "speech"),
+}
+
+
+def make_model(device, form="packed", config=None):
+    model = tiny_model(config)
+    model.keep_adapters(*FORMS[form])
+    model.use_kernels(True)
+    return model.to(device)
+
+
+def make_pool(model, device):
+    """Pages of which each token holds other numbers, and those of no row too."""
+    pool = TensorPool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS)
+    pool.ensure(range(PAGES))
+    generator = torch.Generator().manual_seed(5)
+    for number in range(model.config.language.layers):
+        for kept in pool.layer(number):
+            kept.copy_(torch.randn(kept.shape, generator=generator))
+    return pool
+
+
+def make_rows(count, adapters=(None,)):
+    """Rows of all lengths on pages in no order, with more pages than they need."""
+    numbers = (1 + torch.randperm(PAGES - 1, generator=torch.Generator().manual_seed(count))).tolist()
+    rows = []
+    for i in range(count):
+        past = PASTS[i % len(PASTS)]
+        pages = tuple(numbers.pop() for _ in range(past // PAGE_TOKENS + 1 + i % 2))
+        rows.append(Row(1, past, adapters[i % len(adapters)], past >= 64, pages))
+    return rows
+
+
+def whole(model, pool):
+    return torch.stack([torch.stack(pool.layer(i)) for i in range(model.config.language.layers)])
+
+
+def defined(model, pool, rows, ids):
+    """What the definition says, and the pages after it."""
+    packing = pack(rows, model.device, pool.page_tokens)
+    embeddings = model.language.embedding(torch.tensor(ids, device=model.device))
+    return model.language.logits(model.language(embeddings, packing, pool)), whole(model, pool)
+
+
+def used(rows):
+    return {row.adapter for row in rows if row.adapter}
+
+
+def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
+    ids = [(7 * i + 3) % model.config.language.vocab_size for i in range(len(rows))]
+    expected, expected_pages = defined(model, make_pool(model, device), rows, ids)
+    pool = make_pool(model, device)
+    buffers = buffers or Buffers(model.language, len(rows) + fillers, MOST_PAGES, PAGE_TOKENS)
+    step = DecodeStep(model.language, pool, buffers, len(rows) + fillers, used(rows))
+    step.fill(rows, ids)
+    found = step.run()
+    assert found.shape == (len(rows) + fillers, model.config.language.vocab_size)
+    torch.testing.assert_close(found[: len(rows)], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole(model, pool), expected_pages, rtol=1e-5, atol=1e-5)
+    assert expected.abs().max() > 0.01
+    assert not (expected_pages == whole(model, make_pool(model, device))).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(1, "none"), (1, "vision"), (1, "speech"), (3, "none"), (3, "both and none"), (8, "both"), (8, "vision and none")],
+)
+@torch.inference_mode()
+def test_it_equals_the_definition(device, count, name):
+    assert_equal_steps(device, make_model(device), make_rows(count, SETS[name]))
+
+
+@pytest.mark.parametrize("form", ["plain", "merged"])
+@torch.inference_mode()
+def test_models_without_packed_adapters(device, form):
+    assert_equal_steps(device, make_model(device, form), make_rows(3))
+
+
+@torch.inference_mode()
+def test_beyond_the_rows_of_the_skinny_products(device):
+    assert_equal_steps(device, make_model(device), make_rows(18, SETS["both and none"]))
+
+
+@pytest.mark.parametrize("name", ["none", "both and none"])
+@torch.inference_mode()
+def test_rows_that_fill_up_a_step_change_nothing(device, name):
+    model = make_model(device)
+    buffers = Buffers(model.language, 8, MOST_PAGES, PAGE_TOKENS)
+    assert_equal_steps(device, model, make_rows(5, SETS[name]), 3, buffers)  # Leaves its numbers in the buffers.
+    assert_equal_steps(device, model, make_rows(3, SETS[name]), 1, buffers)
+    assert_equal_steps(device, model, make_rows(1, SETS[name]), 0, buffers)
+
+
+@torch.inference_mode()
+def test_a_step_of_nothing_but_fillers_writes_nothing(device):
+    model = make_model(device)
+    pool = make_pool(model, device)
+    before = whole(model, pool)
+    step = DecodeStep(model.language, pool, Buffers(model.language, 4, MOST_PAGES, PAGE_TOKENS), 4, ["speech"])
+    step.fill([], [])
+    assert step.run().isfinite().all()
+    assert torch.equal(whole(model, pool), before)
+
+
+@pytest.mark.parametrize("shape", [{"heads": 4, "kv_heads": 4, "hidden_size": 32}, {"kv_heads": 1, "layers": 3}])
+@torch.inference_mode()
+def test_other_shapes(device, shape):
+    assert_equal_steps(device, make_model(device, config=tiny_config(**shape)), make_rows(3, SETS["both and none"]))
+
+
+@torch.inference_mode()
+def test_an_answer_grows_token_by_token(device):
+    """What one step writes the next one reads, across the border of a page."""
+    model = make_model(device)
+    language, pages = model.language, (7, 3, 9)
+    pools = [make_pool(model, device) for _ in range(2)]
+    step = DecodeStep(language, pools[0], Buffers(language, 1, MOST_PAGES, PAGE_TOKENS), 1, ["vision"])
+    chosen = [[5], [5]]
+    for past in range(14, 18):
+        row = Row(1, past, "vision", False, pages)
+        step.fill([row], chosen[0][-1:])
+        chosen[0].append(int(step.run().argmax()))
+        chosen[1].append(int(defined(model, pools[1], [row], chosen[1][-1:])[0].argmax()))
+    assert chosen[0] == chosen[1]
+
+
+# --- the engine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lively(device):
+    model = lively_model()
+    model.keep_adapters(packed=True, merge=None)
+    return model.to(device)
+
+
+def test_the_engine_answers_the_same_through_the_kernels(lively, monkeypatch):
+    tokenizer, steps = tiny_tokenizer(), []
+    sampling = replace(GREEDY, max_tokens=4)
+    requests = [*mixed_requests(sampling), conversation(1, sampling)]
+    plain = Stage(lively, tokenizer, speculation=False)
+    expected = plain.ids(requests)
+    assert plain.loop.runner.graphs is None
+    decode = Graphs.decode
+    monkeypatch.setattr(Graphs, "decode", lambda self, rows, ids: steps.append(len(rows)) or decode(self, rows, ids))
+    fast = Stage(lively, tokenizer, speculation=False, kernels="auto")
+    assert fast.ids(requests) == expected
+    assert max(steps) > 4
+    fast.check_empty()
+
+
+def test_what_graphs_take_is_priced(lively):
+    language = lively.config.language
+    for rows, tokens in ((1, 8192), (8, 8192), (64, 1000)):
+        buffers = Buffers(lively.language, rows, -(-tokens // PAGE_TOKENS), PAGE_TOKENS)
+        storages = [tensor.untyped_storage() for tensor in _tensors(buffers) + _tensors(buffers.inputs)]
+        found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        units = len(buffers.division.units)
+        each = sum(
+            t.nbytes // len(t) for t in (buffers.division.units, buffers.division.sums, buffers.division.weights)
+        )
+        most = (rows + costs.GRAPH_PROGRAMS // language.kv_heads) * each
+        assert units * each <= most
+        priced = costs.graphs(lively.config, rows, tokens, 4, "packed").bytes - costs.GRAPHS_BYTES
+        assert 0.95 * priced <= sum(found.values()) + most <= priced + 256
+
+
+def _tensors(holder):
+    return [value for value in vars(holder).values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.fixture
+def staged(lively, monkeypatch):
+    """An engine that climbs back soon, and the rows of each of its steps that went to graphs."""
+    monkeypatch.setattr("memphi.engine.recovery.QUIET_STEPS", 3)
+    engine, decoded = Stage(lively, tiny_tokenizer(), speculation=False, kernels="auto"), []
+    decode = engine.loop.runner.graphs.decode
+    engine.loop.runner.graphs.decode = lambda rows, ids: decoded.append(len(rows)) or decode(rows, ids)
+    return engine, decoded
+
+
+def answer(engine, max_tokens=4):
+    return engine.ids([mixed_requests(replace(GREEDY, max_tokens=max_tokens))[0]])[0]
+
+
+def test_graphs_are_dropped_and_made_again(lively, staged):
+    engine, decoded = staged
+    expected = answer(Stage(lively, tiny_tokenizer(), speculation=False))
+    graphs = engine.loop.runner.graphs
+    assert not graphs.drop()
+    assert answer(engine) == expected
+    assert graphs.drop()
+    assert not graphs.are_held
+    assert answer(engine) == expected
+    assert decoded == [1] * 6
+    engine.loop._elastic.rest()
+    assert not graphs.are_held
+
+
+def test_a_capture_without_memory_costs_no_answer(lively, staged, monkeypatch):
+    engine, decoded = staged
+    expected = answer(Stage(lively, tiny_tokenizer(), speculation=False), 8)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Graphs, "_step", fail)
+        assert answer(engine, 4) == expected[:4]
+    assert engine.loop.stats.rungs["eager instead of graphs"] == 1
+    assert not engine.loop.runner.graphs.are_held
+    failed = len(decoded)
+    assert answer(engine, 8) == expected
+    assert len(decoded) > failed  # Climbed back.
+    engine.check_empty()
