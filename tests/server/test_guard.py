@@ -537,6 +537,13 @@ def test_responses_are_counted_by_route():
     assert 'memphi_http_requests_total{route="none",status="421"} 1.0' in text
 
 
+def test_who_leaves_in_the_middle_of_a_body_is_counted_as_gone():
+    app = make_app()
+    headers = [(b"host", b"localhost"), (b"content-length", b"100"), (b"content-type", b"application/json")]
+    asyncio.run(call(app, [piece(1), {"type": "http.disconnect"}], headers=headers, path="/json"))
+    assert 'status="499"} 1.0' in app.state.service.metrics.text().decode()
+
+
 def exchange(address, request, content=b""):
     """Send bytes to a real server, however many it takes, and read what comes back until it hangs up."""
     with socket.create_connection(address, timeout=30) as connection:
