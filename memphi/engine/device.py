@@ -61,4 +61,6 @@ def cap_allocator(device: torch.device, n_bytes: int) -> None:
     """Let torch's allocator take no more than this of a CUDA device; beyond, it raises an out-of-memory error."""
     if device.type == "cuda":
         total_bytes = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(n_bytes / total_bytes, 1.0), device)
+        # Unlike the rest of torch, this call takes no device without a number.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(n_bytes / total_bytes, 1.0), index)
