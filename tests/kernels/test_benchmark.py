@@ -1,11 +1,11 @@
-"""The benchmark of the kernels gets through all it measures, at small sizes."""
+"""The benchmarks of the kernels get through all they measure, at small sizes."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernels, products
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
@@ -19,3 +19,17 @@ def test_the_benchmark_writes_one_document(tmp_path):
     assert all(
         figure["relative_error"] < 1e-5 and all(figure["microseconds"].values()) for figure in document["figures"]
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
+def test_products_are_measured_under_every_tiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "VECTOR_BLOCKS", [(32, 256, 4)])
+    monkeypatch.setattr(products, "TILES", [(64, 128, 3, 4)])
+    out = tmp_path / "products.json"
+    assert products.main(["--out", str(out), "--commit", "none", "--rows", "1,5", "--columns", "0,8"]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert [figure["matrix"] for figure in figures[:5]] == ["qkv", "out", "gate_up", "down", "head"]
+    assert len(figures) == 2 * (5 + 4)
+    assert set(figures[0]["microseconds"]) == {"torch", "chosen", "vector 32x256, 4 warps"}
+    assert set(figures[-1]["microseconds"]) == {"torch", "chosen", "tile 64x128, 3 stages, 4 warps"}
+    assert all(figure["largest_relative_error"] < 1e-5 for figure in figures)

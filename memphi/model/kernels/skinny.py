@@ -84,17 +84,22 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             **launch_options(x.device),
         )
         return
-    block_out = 32 if n_out >= 8192 else 16
+    block_out, block_in, stages, warps = choose_tile(n_out, x.itemsize)
     _multiply_tiles[(-(-n_out // block_out),)](
         *(x, weight, out, *strides, n_out, rows),
         n_in=n_in,
         block_rows=max(16, power_of_two(rows)),
         block_out=block_out,
-        block_in=256 // x.itemsize,
-        num_warps=4,
-        num_stages=4,
+        block_in=block_in,
+        num_warps=warps,
+        num_stages=stages,
         **launch_options(x.device),
     )
+
+
+def choose_tile(n_out: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Outputs, inputs, stages and warps of a program on tensor cores."""
+    return 32 if n_out >= 8192 else 16, 256 // itemsize, 4, 4
 
 
 def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
