@@ -38,12 +38,11 @@ class Gauge:
             yield
             return
         torch.cuda.reset_peak_memory_stats(self._device)
-        before_bytes = torch.cuda.memory_allocated(self._device)
+        before, _ = _held(self._device, "allocated_bytes")
         yield
-        stays_bytes = max(before_bytes, torch.cuda.memory_allocated(self._device))
-        observed_bytes = torch.cuda.max_memory_allocated(self._device) - stays_bytes
-        self._note(kind, predicted_bytes, observed_bytes)
-        self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_reserved(self._device) + self._pool_bytes)
+        after, most = _held(self._device, "allocated_bytes")
+        self._note(kind, predicted_bytes, most - max(before, after))
+        self._peak_bytes = max(self._peak_bytes, _held(self._device, "reserved_bytes")[1] + self._pool_bytes)
 
     def _note(self, kind: str, predicted_bytes: int, observed_bytes: int) -> None:
         """Hold a prediction against the truth: warn once of a kind that is badly predicted, and learn from it."""
@@ -61,7 +60,7 @@ class Gauge:
         if self._device.type != "cuda" or self._pool is None:
             return
         wanted_bytes = self._pool_bytes + pages * self._pool.page_bytes
-        if torch.cuda.memory_reserved(self._device) + wanted_bytes > self._allowed_bytes:
+        if _held(self._device, "reserved_bytes")[0] + wanted_bytes > self._allowed_bytes:
             torch.cuda.empty_cache()
 
     def cap(self) -> None:
@@ -81,3 +80,9 @@ class Gauge:
     @property
     def _pool_bytes(self) -> int:
         return self._pool.mapped_bytes if self._pool else 0
+
+
+def _held(device: torch.device, what: str) -> tuple[int, int]:
+    """(now, at most) of one of the allocator's counters; torch.cuda.memory_allocated and its like sort all of them."""
+    counter = torch.cuda.memory_stats_as_nested_dict(device)[what]["all"]
+    return counter["current"], counter["peak"]
