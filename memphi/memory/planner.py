@@ -20,8 +20,10 @@ from memphi.memory.devices import DeviceFacts
 STEP_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128)
 ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 MOST_WINDOWS = 8
-SHARED_STEP_TOKENS = 512
-"""Prompt tokens in a step that also decodes: enough to keep a GPU busy, few enough that answers keep flowing."""
+SHARED_STEP_TOKENS = {(10, 0): 2048, (9, 0): 2048, (8, 0): 1024}
+FEWEST_SHARED_STEP_TOKENS = 512
+"""Prompt tokens in a step that also decodes: enough to keep a GPU busy, few enough that answers keep flowing. By the
+compute capability of data-centre cards, which take about 20 ms for so many; all others get the fewest."""
 TYPICAL_TOKENS = 1024
 """A request with a picture and a short answer; so many rows run as fit at this length, and one always must."""
 MOST_PAGES = 1 << 18
@@ -153,9 +155,7 @@ class _Planner:
             context_tokens=self._context_tokens(units),
             rows=sizes.rows,
             step_tokens=sizes.step_tokens,
-            shared_step_tokens=min(
-                sizes.step_tokens, SHARED_STEP_TOKENS if self.engine.kv_cache else sizes.step_tokens
-            ),
+            shared_step_tokens=min(sizes.step_tokens, self._shared_step_tokens(sizes)),
             crops_per_pass=sizes.crops,
             windows_per_pass=sizes.windows,
             adapters=self.adapters,
@@ -163,6 +163,11 @@ class _Planner:
             costs=(self.context, *self.weights, *self.graphs, *self._transients(sizes, units)),
         )
         return replace(result, reasons=self._reasons(result, dial_bytes, dial_reason))
+
+    def _shared_step_tokens(self, sizes: "_Sizes") -> int:
+        if not self.engine.kv_cache:
+            return sizes.step_tokens
+        return SHARED_STEP_TOKENS.get(self.device.capability or (0, 0), FEWEST_SHARED_STEP_TOKENS)
 
     def _price_graphs(self) -> tuple[Cost, ...]:
         """For the most rows and the longest sequence that any dial gives, so that a larger one never leaves less."""

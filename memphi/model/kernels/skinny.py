@@ -32,10 +32,12 @@ NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
 SUMS = 64
 """Sums that a thread keeps at most."""
-BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (8, 1024, 8), (16384, 3): (4, 2048, 2), (3072, 8): (1, 4096, 8)}
+BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (2, 2048, 4), (16384, 3): (2, 2048, 8), (3072, 8): (4, 4096, 4)}
 """Outputs, inputs and warps of a program, by outputs and thousands of inputs: the best that were measured on an H100 at
-one row (2.89, 2.79, 3.11 and 3.07 TB/s)."""
-USUAL_BLOCK = (4, 1024, 4)
+one row (3.01, 3.03, 3.12 and 3.03 TB/s)."""
+USUAL_BLOCK = (2, 2048, 8)
+ROOMY_CAPABILITY = ((9, 0), (10, 0))
+"""Where a program may have 227 KiB of a multiprocessor's own memory, and so more of a matrix under way at once."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             **launch_options(x.device),
         )
         return
-    block_out, block_in, stages, warps = choose_tile(n_out, x.itemsize)
+    block_out, block_in, stages, warps = choose_tile(n_out, x.itemsize, capability(x.device))
     _multiply_tiles[(-(-n_out // block_out),)](
         *(x, weight, out, *strides, n_out, rows),
         n_in=n_in,
@@ -97,23 +99,11 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     )
 
 
-def choose_tile(n_out: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Outputs, inputs, stages and warps of a program on tensor cores."""
-    return 32 if n_out >= 8192 else 16, 256 // itemsize, 4, 4
-
-
-def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
-    """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
-    block_out, block_in, warps = BLOCKS.get((n_out, n_in // 1024), USUAL_BLOCK)
-    block_in = min(block_in, power_of_two(n_in))
-    while rows > 1 and rows * block_out * block_in > SUMS * 32 * warps:
-        if warps < 8:
-            warps *= 2
-        elif block_out > 1:
-            block_out //= 2
-        else:
-            block_in //= 2
-    return block_out, block_in, warps
+def choose_tile(n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Outputs, inputs, stages and warps of a program on the tensor cores of a card of some compute capability."""
+    if on in ROOMY_CAPABILITY:
+        return 64, 512 // itemsize, 3 if n_out >= 8192 else 5, 4
+    return 64, 256 // itemsize, 3, 4
 
 
 def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
