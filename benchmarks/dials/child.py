@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.dials.lines import say, tell
 from benchmarks.dials.meter import Meter, find_meter
@@ -67,10 +67,25 @@ class Sentences(logging.Handler):
             self.kept[sentence] = self.kept.get(sentence, 0) + 1
 
 
+class PoolSizes(logging.Handler):
+    """Tells of every change of the pool's size, as soon as it is logged."""
+
+    def __init__(self, engine: "Engine") -> None:
+        super().__init__(logging.INFO)
+        self._pool = engine.loop.runner.pool
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before_pages, after_pages = cast("tuple[int, int]", record.args)
+        mapped_bytes = self._pool.mapped_bytes if self._pool else 0
+        tell("pool", before_pages=before_pages, after_pages=after_pages, mapped_bytes=mapped_bytes)
+
+
 def work_dial(options: argparse.Namespace) -> None:
     """Answer a mix of requests under one dial until all have ended or time is up; tells each by a line."""
     deadline = time.monotonic() + options.seconds
     sizes, dial_bytes = SMALL if options.small else Sizes(), options.dial[0]
+    if dial_bytes is None:
+        _compute_exactly()
     import_module("memphi.engine.engine")  # Torch is imported much faster while no other thread needs Python's lock.
     builders = ThreadPoolExecutor(BUILDERS)
     requests = [builders.submit(make_request, i, options.seed, sizes) for i in range(options.requests)]
@@ -82,7 +97,9 @@ def work_dial(options: argparse.Namespace) -> None:
     sentences = Sentences()
     logging.getLogger("memphi").addHandler(sentences)
     logging.getLogger("memphi").setLevel(logging.INFO)
-    _Mix(engine, dial_name(dial_bytes), deadline).run(requests)
+    if dial_bytes is None:
+        logging.getLogger("memphi.engine.elastic").addHandler(PoolSizes(engine))
+    _Mix(engine, dial_bytes, deadline).run(requests)
     builders.shutdown(wait=False, cancel_futures=True)
     tell(
         "end",
@@ -91,6 +108,13 @@ def work_dial(options: argparse.Namespace) -> None:
         log=sentences.kept,
         **held_memory(engine, find_meter(options.device)),
     )
+
+
+def _compute_exactly() -> None:
+    """Without this, cuDNN rounds fp32 inputs to 10 bits, and what shares a step could change an answer."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def load_engine(options: argparse.Namespace, config: EngineConfig) -> tuple["Engine", Notes]:
@@ -133,8 +157,9 @@ def held_memory(engine: "Engine", meter: Meter | None) -> dict[str, Any]:
 class _Mix:
     """Requests on their way through one engine."""
 
-    def __init__(self, engine: "Engine", name: str, deadline: float) -> None:
-        self._engine, self._name, self._deadline = engine, name, deadline
+    def __init__(self, engine: "Engine", dial_bytes: int | None, deadline: float) -> None:
+        self._engine, self._name, self._deadline = engine, dial_name(dial_bytes), deadline
+        self._tells_ids = dial_bytes is None
         self._over = threading.Event()
         self._ended = 0
         self._started = time.monotonic()
@@ -144,6 +169,7 @@ class _Mix:
         senders = ThreadPoolExecutor(IN_FLIGHT)
         sent = [senders.submit(self._send, index, request) for index, request in enumerate(requests)]
         wait(sent, max(self._deadline - time.monotonic(), 0.0))
+        tell("closing")
         self._over.set()
         for request in requests:
             request.cancel()
@@ -194,6 +220,7 @@ class _Mix:
             "seconds": round(result.seconds, 2),
             "first_token_seconds": round(result.first_token_seconds, 2),
             "degraded": list(result.degraded),
+            **({"ids": " ".join(map(str, result.ids))} if self._tells_ids else {}),
         }
 
 

@@ -26,4 +26,5 @@ def read_event(line: str) -> dict[str, Any] | None:
 
 
 def without_event(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in event.items() if name != "event"}
+    """What an event tells, without its name and when it was heard."""
+    return {name: value for name, value in event.items() if name not in ("event", "at")}

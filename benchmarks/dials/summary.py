@@ -8,7 +8,7 @@ from benchmarks.dials.lines import without_event
 from benchmarks.dials.process import Child
 
 
-def summarize_dial(dial_bytes: int, requests: int, child: Child) -> dict[str, Any]:
+def summarize_dial(dial_bytes: int | None, requests: int, child: Child) -> dict[str, Any]:
     """One dial's figures and which requirements hold; a request that was not reached is listed as not run."""
     ended = {event["index"]: without_event(event) for event in child.events if event["event"] == "request"}
     records = [ended.get(i, {"index": i, "outcome": "not run"}) for i in range(requests)]
@@ -25,7 +25,7 @@ def summarize_dial(dial_bytes: int, requests: int, child: Child) -> dict[str, An
         "checks": checks,
         "outcomes": {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)},
         **child.facts(),
-        "margin_bytes": dial_bytes - child.seen.peak_bytes if child.seen.source else None,
+        "margin_bytes": _margin_bytes(dial_bytes, child),
         "context_at_end_bytes": _context_at_end(end, child),
         **child.last("plan"),
         **end,
@@ -42,12 +42,18 @@ def _context_at_end(end: Mapping[str, Any], child: Child) -> int | None:
     return int(end["used_bytes"] - child.seen.base_bytes - end["held_bytes"])
 
 
+def _margin_bytes(dial_bytes: int | None, child: Child) -> int | None:
+    """How far below the dial the process stayed, as seen from outside."""
+    return None if dial_bytes is None or child.seen.source is None else dial_bytes - child.seen.peak_bytes
+
+
 def judge(
-    dial_bytes: int, records: Sequence[Mapping[str, Any]], end: Mapping[str, Any], child: Child
+    dial_bytes: int | None, records: Sequence[Mapping[str, Any]], end: Mapping[str, Any], child: Child
 ) -> dict[str, bool | None]:
-    """The requirements, and whether each holds; None where nothing could be read."""
+    """The requirements, and whether each holds; None where nothing could be read, or there is no dial to exceed."""
     ran = [record for record in records if record["outcome"] != "not run"]
     kinds = end.get("kinds", {}).values()
+    margin_bytes = _margin_bytes(dial_bytes, child) if child.seen.samples else None
     return {
         "every request that alone fits is answered": all(
             record["outcome"] == "answered" for record in ran if record.get("fits") is not False
@@ -59,7 +65,7 @@ def judge(
         ),
         "no out-of-memory error escapes": not any(record.get("out_of_memory") for record in ran),
         "the process lives": child.lived,
-        "the dial is never exceeded": child.seen.peak_bytes <= dial_bytes if child.seen.samples else None,
+        "the dial is never exceeded": None if margin_bytes is None else margin_bytes >= 0,
         "no step takes more than predicted": not any(kind["above"] for kind in kinds) if kinds else None,
         "no prediction is far above": not any(kind["below"] for kind in kinds) if kinds else None,
     }
