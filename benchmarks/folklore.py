@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.dials import Meter, find_meter, sampled
+from benchmarks.dials.meter import Meter, find_meter, sampled
 from benchmarks.document import write_document
 from memphi.bench.workloads import ANSWER_TOKENS as RECIPE_TOKENS
 from memphi.bench.workloads import PICTURE as SIZE

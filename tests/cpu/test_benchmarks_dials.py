@@ -6,7 +6,13 @@ import time
 import pytest
 import torch
 
-from benchmarks.dials import SMALL, Child, Notes, Seen, Sizes, main, make_request, sampled, summarize_dial, weigh
+from benchmarks.dials.calibration import weigh
+from benchmarks.dials.child import Notes
+from benchmarks.dials.meter import Seen, sampled
+from benchmarks.dials.parent import main
+from benchmarks.dials.process import Child
+from benchmarks.dials.requests import SMALL, Sizes, make_request
+from benchmarks.dials.summary import summarize_dial
 from memphi.request import InputMode
 from tests.checkpoints import tiny_checkpoint, tiny_config
 

@@ -68,11 +68,13 @@ def test_peaks_are_seen():
     assert peaks["RssAnon"] >= before + 48 * 2**20
 
 
-def test_a_document_says_where_it_comes_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/parity.py", "--out", "x.json"])
+@pytest.mark.parametrize("program", ["benchmarks/parity.py", "benchmarks/parity/__main__.py"])
+def test_a_document_says_where_it_comes_from(tmp_path, monkeypatch, program):
+    monkeypatch.setattr(sys, "argv", [program, "--out", "x.json"])
     write_document(tmp_path / "new" / "x.json", torch.device("cpu"), "abc", {"holds": True})
     document = json.loads((tmp_path / "new" / "x.json").read_text())
     assert document["command"] == "python -m benchmarks.parity --out x.json"
+    assert document["benchmark"] == "parity"
     assert document["commit"] == "abc"
     assert document["holds"] is True
     assert {"date", "device", "torch", "python", "benchmark"} <= document.keys()

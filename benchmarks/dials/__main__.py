@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.dials.parent import main
+
+sys.exit(main())
