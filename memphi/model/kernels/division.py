@@ -28,8 +28,8 @@ UNIT_FIELDS = 8
 """Numbers of a unit: its row, or -1 where there is none; the first of its keys and their end; the row's first unit and
 how many it has; the row's length; two that fill up."""
 FEW_ROWS = 16
-"""Up to so many rows a program of one warp is the fastest: it waits for none of its own kind. It also pays to read the
-first keys before the queries are there, since little else hides the wait."""
+"""Up to so many rows programs of one warp are the fastest: they wait for none of their own kind. At one row it pays more
+to read the first keys before the query is there, since nothing else hides the wait."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def choose_tiling(rows: int, new_tokens: int, dtype: torch.dtype, device: torch.
     """The tiling for a card; small where there are no tensor cores for the numbers, since registers have to hold it."""
     if dtype == torch.float32 or capability(device) < TENSOR_CAPABILITY:
         return Tiling(programs=4, unit_tokens=64, tokens=16, stages=3, warps=8, registers=None, early=False)
+    if fresh and rows == 1:
+        return Tiling(programs=4, unit_tokens=64, tokens=64, stages=3, warps=4, registers=None, early=True)
     if fresh and rows <= FEW_ROWS:
-        return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=1, registers=None, early=True)
+        return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=1, registers=None, early=False)
     registers = 128 if new_tokens == 1 else None
     return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=4, registers=registers, early=False)
 

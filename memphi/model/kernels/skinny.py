@@ -106,6 +106,20 @@ def choose_tile(n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, in
     return 64, 256 // itemsize, 3, 4
 
 
+def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
+    """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
+    block_out, block_in, warps = BLOCKS.get((n_out, n_in // 1024), USUAL_BLOCK)
+    block_in = min(block_in, power_of_two(n_in))
+    while rows > 1 and rows * block_out * block_in > SUMS * 32 * warps:
+        if warps < 8:
+            warps *= 2
+        elif block_out > 1:
+            block_out //= 2
+        else:
+            block_in //= 2
+    return block_out, block_in, warps
+
+
 def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     """t = scale * A x of every part, scaled before it is rounded, and zeros for rows without it; the definition.
 
