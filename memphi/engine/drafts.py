@@ -51,7 +51,7 @@ class Drafts:
 
         An occurrence that reaches into the last ids themselves is a period, which goes on.
         """
-        most = min(most, self._worth(len(ids)))
+        most = min(most, self._worth(len(ids))) if most > 0 else 0
         if most < 1 or not self.learn(ids):
             return ()
         place = next((after for n in NGRAMS if (after := self._after.get(tuple(ids[-n:])))), None)

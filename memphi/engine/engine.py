@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from memphi.cache.media import MediaCache
 from memphi.cache.pages import Pages
@@ -102,22 +103,25 @@ def make_loop(
     learned = device_facts(model.device).learned
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
-    graphs = make_graphs(model, pool, plan, config)
-    runner = Runner(model, pool, ~known.to(model.device), gauge, graphs)
+    forbidden = ~known.to(model.device)
+    graphs = make_graphs(model, pool, plan, config, forbidden)
+    runner = Runner(model, pool, forbidden, gauge, graphs)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
     elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory, graphs)
     return Loop(runner, scheduler, preparation, tokenizer, elastic)
 
 
-def make_graphs(model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: EngineConfig) -> Graphs | None:
+def make_graphs(
+    model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: EngineConfig, forbidden: Tensor
+) -> Graphs | None:
     """The graphs of decode steps where config wants kernels and the device has them; tells the model either way."""
     model.use_kernels(config.kernels == "auto")
     if config.kernels == "plain" or pool is None:
         return None
     on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
     if obstacle is None:
-        return Graphs(model, pool, plan.rows, plan.context_tokens, capture=on_gpu)
+        return Graphs(model, pool, plan.rows, plan.context_tokens, on_gpu, forbidden)
     if on_gpu:
         logging.getLogger(__name__).warning("PyTorch's kernels are used: %s", obstacle)
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
-from memphi.model.decode import Buffers, DecodeStep
+from memphi.model.decode import Buffers, Chosen, DecodeStep
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 
@@ -19,6 +19,16 @@ WARM_UPS = 2
 """Runs before a capture: kernels are compiled and loaded, and libraries take their work space, outside of it."""
 
 Adapters = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a step computes, on the device; the next one replaces it."""
+
+    logits: Tensor
+    """[rows, vocab_size]"""
+    chosen: Tensor
+    """The likeliest id of each row, [rows]."""
 
 
 @dataclass
@@ -34,11 +44,22 @@ class _Held:
 class Graphs:
     """The decode steps of one engine; one set of buffers and one pool of memory serve all."""
 
-    def __init__(self, model: Phi4MM, pool: PagePool, most_rows: int, most_tokens: int, capture: bool = True) -> None:
-        """most_tokens is the longest sequence's; without capture every step is launched kernel by kernel."""
+    def __init__(
+        self,
+        model: Phi4MM,
+        pool: PagePool,
+        most_rows: int,
+        most_tokens: int,
+        capture: bool = True,
+        forbidden: Tensor | None = None,
+    ) -> None:
+        """most_tokens is the longest sequence's; without capture every step is launched kernel by kernel.
+
+        forbidden [vocab_size] bool: ids that are never chosen; None: all may be.
+        """
         self.allowed = True
         """Whether steps go here; not while memory is short."""
-        self._model, self._pool = model, pool
+        self._model, self._pool, self._forbidden = model, pool, forbidden
         self._most_rows = most_rows
         self._most_pages = -(-most_tokens // pool.page_tokens)
         # One for all captures: libraries keep a work space for each stream that they were used on.
@@ -56,18 +77,19 @@ class Graphs:
         return self.allowed and rows <= self._most_rows and not live
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row], ids: Sequence[int]) -> Tensor:
-        """Compute one token of each row: logits [rows, vocab_size], which the next call replaces.
+    def decode(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> Decoded:
+        """Compute one token of each row; an id may be one that the call before chooses, which nobody waits for.
 
         Raises whatever the device raises, of a capture too.
         """
+        assert self._held is not None or not any(isinstance(number, Chosen) for number in ids), "nothing was chosen"
         step, graph = self._step(_rounded_up(len(rows), self._most_rows), self._adapters(rows))
         step.fill(rows, ids)
         if graph is None:
             step.run()
         else:
             graph.replay()
-        return step.logits[: len(rows)]
+        return Decoded(step.logits[: len(rows)], step.chosen[: len(rows)])
 
     def drop(self) -> bool:
         """Forget all graphs and give their memory back; whether there were any."""
@@ -87,7 +109,7 @@ class Graphs:
         held = self._hold()
         key = count, adapters
         if key not in held.steps:
-            step = DecodeStep(self._model.language, self._pool, held.buffers, count, adapters)
+            step = DecodeStep(self._model.language, self._pool, held.buffers, count, adapters, self._forbidden)
             held.steps[key] = step, None if self._stream is None else self._captured(held, step)
         return held.steps[key]
 
@@ -99,7 +121,7 @@ class Graphs:
         return self._held
 
     def _captured(self, held: _Held, step: DecodeStep) -> torch.cuda.CUDAGraph:
-        """A graph of a step; the runs before it are of rows that read and write nothing."""
+        """A graph of a step; the runs before it are of rows that read, write and choose nothing."""
         assert self._stream is not None
         stream, current = self._stream, torch.cuda.current_stream(self._model.device)
         stream.wait_stream(current)

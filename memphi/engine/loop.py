@@ -4,10 +4,12 @@ Knows no threads but the preparation's: a worker calls `step` as long as there i
 request reaches another.
 """
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +20,7 @@ from memphi.engine.preparation import Preparation
 from memphi.engine.pressure import not_now
 from memphi.engine.recovery import Ladder, attempt, is_out_of_memory, too_little
 from memphi.engine.rungs import make_rungs
-from memphi.engine.runner import Runner
+from memphi.engine.runner import Flight, Runner
 from memphi.engine.scheduler import Scheduler
 from memphi.engine.sequence import Sequence as Running
 from memphi.engine.sequence import State
@@ -27,6 +29,8 @@ from memphi.errors import DoesNotFitError
 from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.request import Delta, FinishReason, Prompt, Result
 from memphi.sampling.stop import StopStrings
+
+T = TypeVar("T")
 
 ANSWERING_ADVICE = (
     "send fewer or smaller attachments, one at a time (--each), ask for a shorter answer (--max-tokens), or choose "
@@ -111,6 +115,8 @@ class Loop:
         self._elastic = elastic
         self._ladder = Ladder(make_rungs(scheduler, runner.pool, runner.model.device, runner.graphs), self.stats.rungs)
         self._answers: dict[int, _Answer] = {}
+        self._flight: Flight | None = None
+        """The step that is on the device now; what it chooses is heard in the next round."""
         self.stalled = True
         """Whether only a prompt that becomes ready, or a caller, brings the loop on."""
         self._note_state()
@@ -142,15 +148,23 @@ class Loop:
         return [Event(number, delta=answer.cut()), Event(number, result=self._end(answer))]
 
     def step(self) -> list[Event]:
-        """One round: let in and prepare whom there is room for, then do one step on the device."""
+        """One round: let in and prepare whom there is room for, then do one step on the device.
+
+        A step that the device can choose the ids of is only launched. The next round launches another behind it, where
+        that is known by then, and hears what it brought while the device goes on. Whoever has become ready meanwhile
+        waits for the one in flight, and for no other.
+        """
         self._elastic.follow(self.has_work)
         admitted = self._admit()
         ready = self._preparation.advance()
         events = [event for pair in ready for event in self._begin(*pair)]
-        plan = self.scheduler.plan_step()
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            events += self._land(flight)
+        plan = None if self._flight is not None else self.scheduler.plan_step()
         if plan:
-            events += self._run(plan)
-        self.stalled = not (admitted or ready or plan)
+            events += self._launch(plan) if self.runner.can_launch(plan) else self._run(plan)
+        self.stalled = not (admitted or ready or flight or plan)
         self._note_state()
         return events
 
@@ -185,12 +199,42 @@ class Loop:
         return [self._fail(sequence, error if isinstance(error, Exception) else RuntimeError(str(error)))]
 
     def _run(self, plan: StepPlan) -> list[Event]:
+        return self._try(plan, lambda: self.runner.run(plan), lambda result: self._commit(plan, result))
+
+    def _launch(self, plan: StepPlan) -> list[Event]:
+        return self._try(plan, lambda: self.runner.launch(plan), self._let_fly)
+
+    def _land(self, flight: Flight) -> list[Event]:
+        """Hear what a step brought, with the next one already on its way, if there can be one."""
+        self._launch_behind(flight)
+        plan = flight.plan.standing()
+        if not plan:  # All have ended, or were paused.
+            return []
+        return self._try(plan, flight.land, lambda result: self._commit(plan, result))
+
+    def _launch_behind(self, flight: Flight) -> None:
+        """Launch the step behind one in flight; where that fails it is forgotten, and planned again in its turn."""
+        plan = self.scheduler.plan_ahead(flight.plan)
+        if plan is None:
+            return
         try:
-            result = attempt(lambda: self.runner.run(plan))
+            self._flight = attempt(lambda: self.runner.launch(plan, flight))
+        except Exception as error:
+            logging.getLogger(__name__).warning("a step could not be launched behind another: %s", error)
+
+    def _let_fly(self, flight: Flight) -> list[Event]:
+        self._flight = flight
+        return []
+
+    def _try(self, plan: StepPlan, work: Callable[[], T], then: Callable[[T], list[Event]]) -> list[Event]:
+        """Do work for a step, then what follows from it; where it fails, those whom the step serves bear it."""
+        try:
+            done = attempt(work)
         except Exception as error:
             return [self._fail(sequence, error) for sequence in _sequences(plan)]
-        if result is None:
-            return self._recover(plan)
+        return self._recover(plan) if done is None else then(done)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
         self._ladder.note_success()
         self._count(plan, result)
         advanced = self.scheduler.commit(plan, result)

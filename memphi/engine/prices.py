@@ -43,6 +43,11 @@ def price_graph(plan: StepPlan, config: ModelConfig) -> tuple[str, int]:
     return "graph step", costs.logits(config, len(plan.rows), 0, 0).bytes
 
 
+def price_choice() -> tuple[str, int]:
+    """The same where every row's id is chosen in the graph too: nothing comes."""
+    return "greedy graph step", 0
+
+
 def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int) -> int:
     """How many tokens a step with drafts may have, all of them scored, within what the plan's largest step takes."""
     largest_bytes = next(cost.bytes for cost in plan.costs if cost.name == "largest step")

@@ -5,7 +5,7 @@ What a step does the scheduler has decided; doing the same step again changes no
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 import torch
@@ -15,9 +15,10 @@ from memphi.cache.pool import PagePool
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
-from memphi.engine.prices import price_graph, price_rows, price_slices
+from memphi.engine.prices import price_choice, price_graph, price_rows, price_slices
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
+from memphi.model.decode import Chosen
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 from memphi.request import SamplingParams
@@ -26,6 +27,29 @@ from memphi.sampling.sampler import Choice, Draw, sample
 
 UNREACHED = Draw(SamplingParams(), ())
 """Stands for a place that no answer gets to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step that was launched, and that the host goes on without."""
+
+    plan: StepPlan
+    chosen: Tensor
+    """[rows] int64 on the host, in memory of its own."""
+    arrived: torch.cuda.Event | None
+    """When it is there; None: it is."""
+
+    def land(self) -> StepResult:
+        """Wait for the ids that were chosen; those of rows that stand no more are left out."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        chosen = zip(self.plan.rows, self.chosen.tolist(), strict=True)
+        return StepResult({row.sequence.id: [number] for row, number in chosen if row.stands})
+
+    def chosen_for(self, plan: StepPlan) -> list[Chosen]:
+        """The ids that the rows of the step behind it begin with, as far as anybody knows them yet."""
+        places = {row.sequence.id: place for place, row in enumerate(self.plan.rows)}
+        return [Chosen(places[row.sequence.id]) for row in plan.rows]
 
 
 class Runner:
@@ -52,6 +76,30 @@ class Runner:
             self._map_pages(plan)
             with self.gauge.watching(*self._price(plan)):
                 return self._compute(_by_adapter(plan))
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
+        return not plan.slices and all(map(_is_plain, plan.rows)) and self._graphs_for(plan) is not None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
+        """Begin such a step and do not wait for it; raises whatever the device raises.
+
+        `before` is the step that is still in flight where this one goes on from what that chooses. All of it is on
+        one stream: pages that are freed meanwhile may be written once more, and whoever gets them writes after that.
+        """
+        assert self.graphs is not None
+        plan = _by_adapter(plan)
+        ids = [number for row in plan.rows for number in row.ids] if before is None else before.chosen_for(plan)
+        with _current(self.model.device):
+            self._map_pages(plan)
+            with self.gauge.watching(*price_choice()):
+                chosen = self.graphs.decode(_rows(plan), ids).chosen
+            told = chosen.to("cpu", non_blocking=True, copy=True)  # Pinned, where there is a GPU.
+            arrived = torch.cuda.Event() if chosen.is_cuda else None
+            if arrived is not None:
+                arrived.record()
+            return Flight(plan, told, arrived)
 
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
@@ -105,10 +153,9 @@ class Runner:
 
     def _logits(self, plan: StepPlan) -> Tensor:
         """Scores at the places where rows choose an id: [places, vocab_size]."""
-        ids = [number for row in plan.rows for number in row.ids]
-        rows = [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows]
+        ids, rows = [number for row in plan.rows for number in row.ids], _rows(plan)
         if graphs := self._graphs_for(plan):
-            return graphs.decode(rows, ids)
+            return graphs.decode(rows, ids).logits
         ends = _ends(plan)
         logits: Tensor = self.model(
             torch.tensor(ids, device=self.model.device),
@@ -128,6 +175,16 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 def _goes_on(row: PlannedRow) -> bool:
     """Whether a row computes the newest id of an answer and nothing else."""
     return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens
+
+
+def _is_plain(row: PlannedRow) -> bool:
+    """Whether a row's likeliest id is what is chosen, and nobody asks how likely it was."""
+    sampling = row.sequence.sampling
+    return row.sequence.matcher is None and sampling.top_logprobs is None and Draw(sampling, ()).is_plain
+
+
+def _rows(plan: StepPlan) -> list[Row]:
+    return [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows]
 
 
 def _by_adapter(plan: StepPlan) -> StepPlan:

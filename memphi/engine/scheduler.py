@@ -151,6 +151,24 @@ class Scheduler:
             self._reserve_growth()
         return StepPlan(tuple(self._plan_rows()), tuple(self._plan_slices()))
 
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step behind one that is still computed, in which every row is the newest id of an answer.
+
+        None where integers do not tell it: somebody else is to be served, drafts may pay, a sequence crosses into the
+        long regime, or one would have to be paused. An answer that ends by what it says has a row here in vain, which
+        `StepPlan.standing` leaves out.
+        """
+        running = self._in(State.RUNNING)
+        if self._in(State.ENCODING) or set(running) != {row.sequence for row in plan.standing().rows}:
+            return None
+        going = [s for s in running if s.answer_tokens + 1 < s.max_tokens]
+        most_drafts = self._most_drafts(going, [])
+        if not going or any(self._crosses(s, len(s.ids) + 1) or self._draft(s, most_drafts) for s in going):
+            return None
+        if not all(self._grow(s, len(s.ids) + 1) for s in going):
+            return None
+        return StepPlan(tuple(self._row(s, s.computed + 1, 1) for s in going))
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[Running]:
         """Book what a step did; returns the sequences that got a token. Those that end are still to be finished."""
         for piece in plan.slices:
@@ -171,12 +189,12 @@ class Scheduler:
     def _reserve_growth(self) -> None:
         """Promise every running sequence the pages that its next tokens need, oldest first."""
         for sequence in self._in(State.RUNNING):
-            while sequence.state is State.RUNNING and not self._grow(sequence):
+            while sequence.state is State.RUNNING and not self._grow(sequence, len(sequence.ids)):
                 self.pause(self.active[-1])
 
-    def _grow(self, sequence: Running) -> bool:
+    def _grow(self, sequence: Running, tokens: int) -> bool:
         reservations = self.reservations
-        least = reservations.pages_for(len(sequence.ids))
+        least = reservations.pages_for(tokens)
         if least <= sequence.reserved_pages:
             return True
         stretch = reservations.pages_for(stretched(sequence))
@@ -196,11 +214,11 @@ class Scheduler:
         prefilling = [s for s in running if s.pending > 1]
         most_drafts = self._most_drafts(running, prefilling)
         for sequence in decoding:
-            yield self._row(sequence, 1, self._draft(sequence, most_drafts))
+            yield self._row(sequence, sequence.computed, 1, self._draft(sequence, most_drafts))
         room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
         for sequence, tokens in _divide(prefilling, max(min(room, self.limits.step_tokens - len(decoding)), 1)):
-            yield self._row(sequence, tokens)
+            yield self._row(sequence, sequence.computed, tokens)
 
     def _plan_whole_rows(self, running: Sequence[Running]) -> Iterator[PlannedRow]:
         """Rows computed from their beginning, as many as a step holds: the oldest, then those with the least answer."""
@@ -210,11 +228,11 @@ class Scheduler:
                 room -= len(sequence.ids)
                 yield PlannedRow(sequence, 0, len(sequence.ids))
 
-    def _row(self, sequence: Running, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
+    def _row(self, sequence: Running, past: int, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
         tokens += len(drafts)
-        pages = self.reservations.pages_for(sequence.computed + tokens)
+        pages = self.reservations.pages_for(past + tokens)
         self.reservations.hold(sequence, pages)
-        return PlannedRow(sequence, sequence.computed, tokens, tuple(sequence.pages[:pages]), drafts)
+        return PlannedRow(sequence, past, tokens, tuple(sequence.pages[:pages]), drafts)
 
     def _commit_row(self, row: PlannedRow, result: StepResult) -> bool:
         sequence = row.sequence
@@ -227,7 +245,7 @@ class Scheduler:
             return False
         if row.drafts:
             self._note_drafts(row, advanced - 1)
-        if sequence.finish_reason is None and self.config.language.is_long(len(sequence.ids)) != sequence.long:
+        if sequence.finish_reason is None and self._crosses(sequence, len(sequence.ids)):
             self._cross(sequence)
         return True
 
@@ -242,6 +260,10 @@ class Scheduler:
         advanced = len(sequence.ids) - before
         sequence.logprobs += result.logprobs.get(sequence.id, ())[:advanced]
         return advanced
+
+    def _crosses(self, sequence: Running, tokens: int) -> bool:
+        """Whether a sequence leaves its rope regime with so many tokens."""
+        return self.config.language.is_long(tokens) != sequence.long
 
     def _cross(self, sequence: Running) -> None:
         """Go over to the long rope factors: what the pages hold is void, so the sequence is computed anew."""

@@ -1,11 +1,12 @@
 """The hand-over between deciding a step and doing it; imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memphi.cache.media import MediaEntry
 from memphi.engine.sequence import Sequence as Running
+from memphi.engine.sequence import State
 from memphi.errors import RequestError
 from memphi.request import MediaKind, TokenLogprob
 
@@ -33,6 +34,11 @@ class PlannedRow:
         return 1 + len(self.drafts) if self.samples else 0
 
     @property
+    def stands(self) -> bool:
+        """Whether its sequence is still where the row begins: it has not ended, been paused or gone another way."""
+        return self.sequence.state is State.RUNNING and self.sequence.computed == self.past
+
+    @property
     def ids(self) -> list[int]:
         return [*self.sequence.ids[self.past : self.past + self.tokens], *self.drafts]
 
@@ -57,6 +63,10 @@ class StepPlan:
 
     rows: tuple[PlannedRow, ...]
     slices: tuple[EncodeSlice, ...] = ()
+
+    def standing(self) -> "StepPlan":
+        """The same without rows whose sequences went another way meanwhile: what they bring counts for nothing."""
+        return replace(self, rows=tuple(row for row in self.rows if row.stands))
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.slices)

@@ -29,6 +29,8 @@ GRAPHS_BYTES = 128 * MIB
 """What CUDA keeps of all graphs, some hundred launches each, and cuBLAS' work space for them."""
 GRAPH_PROGRAMS = 1024
 """Programs among which a step's attention is divided, on the largest card: four for each of its multiprocessors."""
+PIECE_SCORES = 2048
+"""Scores of a row in a graph that the likeliest id is first looked for among."""
 CONTEXT_BYTES = {"cuda": 768 * MIB, "mps": 600 * MIB, "cpu": 400 * MIB}
 MEASURED_CONTEXTS = {"H100": 768 * MIB}
 """The CUDA context with kernels and libraries, by a word of the device's name: 697 MiB after a step of every kind, 728
@@ -219,13 +221,14 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
     pages = -(-tokens // PAGE_TOKENS)
     units = rows + GRAPH_PROGRAMS // language.kv_heads
     attention = units * (language.heads * (language.head_dim + 2) * 4 + 32) + rows * language.kv_heads * 4
-    each = (activations + language.vocab_size) * dtype_bytes + 2 * pages * 4 + METADATA_BYTES
+    choice = -(-language.vocab_size // PIECE_SCORES) * (4 + 4)
+    each = (activations + language.vocab_size) * dtype_bytes + choice + 2 * pages * 4 + METADATA_BYTES
     return Cost(
         "graphs",
         rows * each + attention + GRAPHS_BYTES,
-        f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, twice "
-        f"{pages} pages of 4), {units} pieces of attention, and {size_text(GRAPHS_BYTES)} for CUDA and cuBLAS "
-        "(an estimate: not measured)",
+        f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, "
+        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, and "
+        f"{size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
     )
 
 

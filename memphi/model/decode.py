@@ -5,7 +5,7 @@ decided by numbers on the device, so a CUDA graph can hold a step and serve rows
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memphi.model.adapters import AdaptedLinear
+from memphi.model.kernels.choice import choose, pieces_of
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.norm import add_norm
@@ -27,6 +28,13 @@ ALIGNED_BYTES = 16
 """Kernels are compiled for addresses that are multiples of this, and again for others."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """An id that only the device knows yet: what the step before chooses for one of its rows."""
+
+    row: int
+
+
 class Inputs:
     """The numbers of a step of up to `rows` rows, on the host and on the device; one copy brings all of them over."""
 
@@ -34,7 +42,9 @@ class Inputs:
         """A row has most_pages pages at most."""
         self.page_tokens = page_tokens
         sizes: dict[str, tuple[int, Any]] = {
-            "ids": (rows, np.int64),
+            "chosen": (rows, np.int64),
+            "given": (rows, np.int64),
+            "sources": (rows, np.int64),
             "lengths": (rows, np.int32),
             "positions": (rows, np.int32),
         }
@@ -50,10 +60,17 @@ class Inputs:
         self._copied = torch.cuda.Event() if on_gpu else None
         staged = self._staged.numpy()
         self._host = {name: staged[first:last].view(dtype) for name, (first, last, dtype) in places.items()}
+        self._given_at, given_end, _ = places["given"]
         self._pages_at = places["pages"][0]
         self._pages = self._sent[self._pages_at : places["pages"][1]].view(torch.int32)
-        self.ids = self._view(places["ids"], torch.int64)
-        """[rows]"""
+        self.chosen = self._view(places["chosen"], torch.int64)
+        """What a step chooses for its rows, [rows]: it lies before all that is copied, for the next step to read."""
+        self.known = self._sent[:given_end].view(torch.int64)
+        """The ids chosen by the step before, and those that the host gives."""
+        self.sources = self._view(places["sources"], torch.int64)
+        """Where among those each row has its id, [rows]."""
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        """Room for them, [rows]."""
         self.lengths = self._view(places["lengths"], torch.int32)
         """[rows]: past and new tokens; 0 where a row only fills up the step: it reads and writes nothing."""
         self.positions = self._view(places["positions"], torch.int32)
@@ -67,14 +84,16 @@ class Inputs:
         return self._sent[place[0] : place[1]].view(dtype)
 
     @torch.inference_mode()
-    def fill(self, rows: Sequence[Row], ids: Sequence[int], count: int) -> None:
+    def fill(self, rows: Sequence[Row], ids: Sequence[int | Chosen], count: int) -> None:
         """Bring over a step of `count` rows: these, and others that fill it up; waits only for the copy before."""
         if self._copied is not None:
             self._copied.synchronize()
         host, filled = self._host, len(rows)
         ends = [row.past + 1 for row in rows]
+        given = self._given_at // host["given"].itemsize
         for name, values in (
-            ("ids", ids),
+            ("given", [0 if isinstance(number, Chosen) else number for number in ids]),
+            ("sources", [n.row if isinstance(n, Chosen) else given + place for place, n in enumerate(ids)]),
             ("lengths", ends),
             ("positions", [row.past for row in rows]),
             ("long", [row.long for row in rows]),
@@ -94,7 +113,8 @@ class Inputs:
     def _send(self, filled: int, width: int) -> None:
         if self._copied is not None:
             end = self._pages_at + 4 * filled * width
-            self._sent[:end].copy_(self._staged[:end], non_blocking=True)
+            first = self._given_at
+            self._sent[first:end].copy_(self._staged[first:end], non_blocking=True)
             self._copied.record()
         self.table[:filled, :width] = self._pages[: filled * width].view(filled, width)
 
@@ -126,6 +146,9 @@ class Buffers:
         self.qkv = room(len(first.attention.qkv.weight))
         self.gate_up = room(len(first.mlp.gate_up.weight))
         self.normed, self.logits = room(config.hidden_size), room(config.vocab_size)
+        pieces = pieces_of(config.vocab_size)
+        self.best = torch.empty((rows, pieces), dtype=torch.float32, device=device)
+        self.places = torch.empty((rows, pieces), dtype=torch.int32, device=device)
 
     def division_of(self, rows: int) -> Division:
         """The division of a step of so many rows."""
@@ -146,23 +169,38 @@ class DecodeStep:
     """The step of exactly `rows` rows in which these adapters may be used; their linears must be packed."""
 
     def __init__(
-        self, model: LanguageModel, pool: KeyValuePool, buffers: Buffers, rows: int, adapters: Collection[str] = ()
+        self,
+        model: LanguageModel,
+        pool: KeyValuePool,
+        buffers: Buffers,
+        rows: int,
+        adapters: Collection[str] = (),
+        forbidden: Tensor | None = None,
     ) -> None:
+        """forbidden [vocab_size] bool: ids that are never chosen; None: all may be."""
         self._model, self._pool, self._buffers = model, pool, buffers
         self._rows = rows
         self.logits = buffers.logits[:rows]
         """What a run computes: [rows, vocab_size]; the next run of any step with these buffers replaces it."""
+        self.chosen = buffers.inputs.chosen[:rows]
+        """The likeliest id of each row, [rows]; the same holds of it, but for rows that only fill up a step."""
+        if forbidden is None:
+            forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.logits.device)
+        self._forbidden = forbidden
         self._division = buffers.division_of(rows)
         self._masks = {name: buffers.inputs.masks[name][:rows] for name in ADAPTERS if name in adapters}
 
-    def fill(self, rows: Sequence[Row], ids: Sequence[int]) -> None:
-        """Say what the next run computes: one token of each of these rows, which may be fewer than the step's."""
+    def fill(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> None:
+        """Say what the next run computes: one token of each of these rows, which may be fewer than the step's.
+
+        The run before it may still go on, also where it is what chooses an id.
+        """
         assert all(row.tokens == 1 for row in rows)
         self._buffers.inputs.fill(rows, ids, self._rows)
 
     @torch.inference_mode()
     def run(self) -> Tensor:
-        """Write the keys and values of the new tokens; returns `logits`.
+        """Write the keys and values of the new tokens; returns `logits`, of which `chosen` has the largest.
 
         Of `divide`, `tabulate` and the embeddings none is launched dependently, so that all later kernels may read
         what was filled in, and the units, without waiting.
@@ -172,13 +210,17 @@ class DecodeStep:
         cos, sin = buffers.cos[:rows], buffers.sin[:rows]
         divide(self._division)
         tabulate(inputs.positions[:rows], inputs.long[:rows], buffers.frequencies, model.config.rope_scale, cos, sin)
+        torch.index_select(inputs.known, 0, inputs.sources[:rows], out=inputs.ids[:rows])
         torch.index_select(model.embedding.weight, 0, inputs.ids[:rows], out=x)
         for number, layer in enumerate(cast(Iterable[DecoderLayer], model.layers)):
             self._attend(layer, number, x, delta, (cos, sin))
             self._transform(layer, x, delta)
         normed = buffers.normed[:rows]
         add_norm(x, delta, model.norm.weight, model.norm.eps, normed)
-        return multiply(normed, model.embedding.weight, self.logits, kernels=True)
+        multiply(normed, model.embedding.weight, self.logits, kernels=True)
+        best, places = buffers.best[:rows], buffers.places[:rows]
+        choose(self.logits, self._forbidden, inputs.lengths[:rows], best, places, self.chosen)
+        return self.logits
 
     def _attend(
         self, layer: DecoderLayer, number: int, x: Tensor, delta: Tensor, rotary: tuple[Tensor, Tensor]

@@ -9,8 +9,10 @@ import torch
 from memphi.cache.pool import MappedPool, make_pool
 from memphi.engine.device import cap_allocator
 from memphi.engine.graphs import Graphs
+from memphi.engine.runner import Flight, Runner
 from memphi.memory import costs
-from memphi.model.decode import DecodeStep
+from memphi.model.decode import Chosen, DecodeStep
+from memphi.model.kernels.choice import plain_choose
 from memphi.model.kernels.launch import is_available
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_config
@@ -137,7 +139,7 @@ def test_a_graph_equals_its_launches_and_the_definition(dtype, count):
                 graphs = Graphs(model, pool, MOST_ROWS, MOST_TOKENS, capture)
                 if seed:
                     graphs.decode(make_rows(count, adapters, 0), ids)
-                found.append(graphs.decode(rows, ids).clone())
+                found.append(graphs.decode(rows, ids).logits.clone())
                 written.append(pages_of(model, pool))
                 graphs.drop()
             pool = filled_pool(model)
@@ -186,6 +188,70 @@ def test_a_mixed_batch_equals_each_alone(stage, expected, monkeypatch):
     assert max(decoded) == len(expected)
     assert sum(decoded) > 20 * len(expected)
     together.check_empty()
+
+
+def plain_numbers(found, forbidden):
+    """What the definition chooses of the scores that a step found."""
+    chosen = torch.zeros(len(found), dtype=torch.int64, device=DEVICE)
+    plain_choose(found, forbidden, torch.ones(len(found), device=DEVICE), chosen)
+    return chosen.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+@torch.inference_mode()
+def test_ids_go_from_graph_to_graph_without_the_host(count):
+    """Captures in between and rows that go change nothing; what a step chose is what the next one computes."""
+    model = make_model(torch.bfloat16)
+    model.use_kernels(True)
+    forbidden = torch.arange(model.config.language.vocab_size, device=DEVICE) % 3 == 0
+    pools = [filled_pool(model) for _ in range(2)]
+    flying, stepping = (Graphs(model, pool, MOST_ROWS, MOST_TOKENS, True, forbidden) for pool in pools)
+    rows, ids = make_rows(count, ADAPTERS), [(31 * i + 1) % 280 for i in range(count)]
+    free = iter(set(range(1, PAGES)) - {page for row in rows for page in row.pages})
+    rows = [replace(row, pages=(*row.pages, next(free))) for row in rows]
+    chosen = list(ids)
+    for _ in range(4):
+        found = flying.decode(rows, chosen)
+        told = found.chosen.to("cpu", non_blocking=True, copy=True)
+        assert told.is_pinned()
+        defined = stepping.decode(rows, ids)
+        torch.cuda.synchronize()
+        assert told.tolist() == plain_numbers(found.logits, forbidden)
+        assert_near(found.logits, defined.logits, torch.bfloat16)
+        kept = range(0, len(rows), 2) if len(rows) > 2 else range(len(rows))  # Other rows, and another graph.
+        chosen, ids = [Chosen(place) for place in kept], [told.tolist()[place] for place in kept]
+        rows = [replace(rows[place], past=rows[place].past + 1) for place in kept]
+    assert_near(pages_of(model, pools[0]), pages_of(model, pools[1]), torch.bfloat16)
+
+
+def test_the_host_is_a_step_behind(stage, expected, monkeypatch):
+    """All but the first step of a lone answer are launched before the one before was heard."""
+    lone, heard = stage(), []
+    launch, land = Runner.launch, Flight.land
+
+    def note_launch(self, plan, before=None):
+        heard.append("behind" if before is not None else "first")
+        return launch(self, plan, before)
+
+    monkeypatch.setattr(Runner, "launch", note_launch)
+    monkeypatch.setattr(Flight, "land", lambda self: heard.append("heard") or land(self))
+    assert lone.ids(mixed_requests(LONG)[:1]) == expected[:1]
+    assert heard == ["first", *["behind", "heard"] * (LONG.max_tokens - 2), "heard"]
+    record = lone.loop.runner.gauge.monitor.records()["greedy graph step"]
+    assert record.above == 0
+    lone.check_empty()
+
+
+def test_ends_by_stop_ids_among_others_in_flight(stage, expected):
+    stops = tuple({ids[place] for ids, place in zip(expected, (4, 9, 14, 19, 24), strict=True)})
+    requests = mixed_requests(replace(LONG, ignore_eos=False))
+    answers = []
+    for kernels in ("auto", "plain"):
+        ending = stage(kernels=kernels)
+        ending.scheduler.config = replace(ending.scheduler.config, stop_token_ids=stops)
+        answers.append([(result.ids, result.finish_reason) for result in ending.answer(requests)])
+        ending.check_empty()
+    assert answers[0] == answers[1]
 
 
 def test_each_alone_is_the_same(stage, expected):

@@ -8,7 +8,7 @@ from memphi.config import ModelConfig
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import division, gate, norm, paged, rotary
+from memphi.model.kernels import choice, division, gate, norm, paged, rotary
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
 CONFIG = ModelConfig.from_folder(official.folder()).language
@@ -28,6 +28,9 @@ def launch_simple(dtype, rows=4):
     numbers, long = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
     cos, sin = (torch.empty(rows, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
     rotary.tabulate(numbers, long, rotary.rotary_frequencies(CONFIG, CPU), 1.2, cos, sin)
+    logits, pieces = torch.empty(rows, CONFIG.vocab_size, dtype=dtype), choice.pieces_of(CONFIG.vocab_size)
+    best, places = (torch.empty(rows, pieces, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    choice.choose(logits, torch.empty(CONFIG.vocab_size, dtype=torch.bool), numbers.int(), best, places, numbers)
     qkv, query = qkv_of(rows, dtype), query_of(rows, dtype)
     rotary.rotate_and_keep(qkv, cos, sin, query, *layer(dtype), numbers, numbers)
 
@@ -70,7 +73,7 @@ def test_every_kernel_fits(capability):
         launch_attention(dtype, rows=1)
         launch_attention(dtype, rows=64)
     assert {made.name for made in compiled} == {
-        *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_divide", "_attend")
+        *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_find", "_choose", "_divide", "_attend")
     }
     for made in compiled:
         assert_fits(made, capability, SLOW_STACK_BYTES if capability == (7, 5) else 0)

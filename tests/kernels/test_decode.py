@@ -8,7 +8,8 @@ import torch
 from memphi.cache.pool import TensorPool
 from memphi.engine.graphs import Graphs
 from memphi.memory import costs
-from memphi.model.decode import Buffers, DecodeStep
+from memphi.model.decode import Buffers, Chosen, DecodeStep
+from memphi.model.kernels.choice import BLOCK, plain_choose
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_config, tiny_model
 from tests.scenes import GREEDY, Stage, conversation, lively_model, mixed_requests, tiny_tokenizer
@@ -81,6 +82,7 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
     found = step.run()
     assert found.shape == (len(rows) + fillers, model.config.language.vocab_size)
     torch.testing.assert_close(found[: len(rows)], expected, rtol=1e-5, atol=1e-5)
+    assert step.chosen[: len(rows)].tolist() == found[: len(rows)].argmax(-1).tolist()
     torch.testing.assert_close(whole(model, pool), expected_pages, rtol=1e-5, atol=1e-5)
     assert expected.abs().max() > 0.01
     assert not (expected_pages == whole(model, make_pool(model, device))).all()
@@ -122,9 +124,11 @@ def test_a_step_of_nothing_but_fillers_writes_nothing(device):
     pool = make_pool(model, device)
     before = whole(model, pool)
     step = DecodeStep(model.language, pool, Buffers(model.language, 4, MOST_PAGES, PAGE_TOKENS), 4, ["speech"])
+    step.chosen.fill_(7)
     step.fill([], [])
     assert step.run().isfinite().all()
     assert torch.equal(whole(model, pool), before)
+    assert step.chosen.tolist() == [7] * 4  # A graph may be captured between a step and the one that goes on from it.
 
 
 @pytest.mark.parametrize("shape", [{"heads": 4, "kv_heads": 4, "hidden_size": 32}, {"kv_heads": 1, "layers": 3}])
@@ -149,6 +153,30 @@ def test_an_answer_grows_token_by_token(device):
     assert chosen[0] == chosen[1]
 
 
+@torch.inference_mode()
+def test_ids_go_from_step_to_step_without_the_host(device):
+    """Rows go, move to other places and come, and each goes on from what was chosen for it; some ids never are."""
+    model, size = make_model(device), tiny_config().language.vocab_size
+    forbidden = torch.arange(size, device=device) % 3 == 0
+    rows, buffers, pool = make_rows(3), Buffers(model.language, 2, MOST_PAGES, PAGE_TOKENS), make_pool(model, device)
+    expected, answers = make_pool(model, device), {0: [5], 1: [6], 2: [7]}
+    before: list[int] = []
+    for served in ([0, 1], [1], [2, 1]):
+        now = [replace(rows[i], past=rows[i].past + len(answers[i]) - 1) for i in served]
+        step = DecodeStep(model.language, pool, buffers, 2, (), forbidden)
+        step.fill(now, [Chosen(before.index(i)) if i in before else answers[i][-1] for i in served])
+        step.run()
+        logits, _ = defined(model, expected, now, [answers[i][-1] for i in served])
+        chosen = torch.zeros(len(served), dtype=torch.int64, device=device)
+        plain_choose(logits, forbidden, torch.ones(len(served), device=device), chosen)
+        for i, number in zip(served, chosen.tolist(), strict=True):
+            answers[i] = [*answers[i], number]
+        assert step.chosen[: len(served)].tolist() == chosen.tolist()
+        before = served
+    assert all(number % 3 for numbers in answers.values() for number in numbers[1:])
+    torch.testing.assert_close(whole(model, pool), whole(model, expected), rtol=1e-5, atol=1e-5)
+
+
 # --- the engine ----------------------------------------------------------------------------------------------------
 
 
@@ -167,14 +195,16 @@ def test_the_engine_answers_the_same_through_the_kernels(lively, monkeypatch):
     expected = plain.ids(requests)
     assert plain.loop.runner.graphs is None
     decode = Graphs.decode
-    monkeypatch.setattr(Graphs, "decode", lambda self, rows, ids: steps.append(len(rows)) or decode(self, rows, ids))
+    monkeypatch.setattr(Graphs, "decode", lambda self, rows, ids: steps.append(ids) or decode(self, rows, ids))
     fast = Stage(lively, tokenizer, speculation=False, kernels="auto")
     assert fast.ids(requests) == expected
-    assert max(steps) > 4
+    assert max(map(len, steps)) > 4
+    assert any(isinstance(number, Chosen) for ids in steps for number in ids)
     fast.check_empty()
 
 
 def test_what_graphs_take_is_priced(lively):
+    assert costs.PIECE_SCORES == BLOCK
     language = lively.config.language
     for rows, tokens in ((1, 8192), (8, 8192), (64, 1000)):
         buffers = Buffers(lively.language, rows, -(-tokens // PAGE_TOKENS), PAGE_TOKENS)

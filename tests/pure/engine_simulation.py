@@ -13,7 +13,7 @@ from memphi.engine.admission import computed_at_most, refuse, stretched
 from memphi.engine.reservations import Reservations
 from memphi.engine.scheduler import Naming, Scheduler, StepLimits
 from memphi.engine.sequence import Sequence, State
-from memphi.engine.step import StepResult
+from memphi.engine.step import StepPlan, StepResult
 from memphi.memory.budget import Budget
 from memphi.request import (
     ClipFootprint,
@@ -196,17 +196,20 @@ class Device:
         self.encoded_units = 0
         self.computed_tokens = 0
 
-    def run(self, plan):
+    def run(self, plan, before=None):
+        """Do a step; before is what the step before it brought where nobody else knows that yet."""
         for piece in plan.slices:
             self._encode(piece)
         # Everything is read before anything is written: a step's rows do not see each other.
         starts = [self._chain(row) for row in plan.rows]
-        links = [self._compute(row, chain) for row, chain in zip(plan.rows, starts, strict=True)]
+        chosen = before.sampled if before else {}
+        known = [[*row.sequence.ids, *chosen.get(row.sequence.id, ()), *row.drafts] for row in plan.rows]
+        links = [self._compute(*some) for some in zip(plan.rows, starts, known, strict=True)]
         return StepResult(
             {
-                row.sequence.id: foretold([choose(link) for link in some[-row.scored :]], row.drafts)
-                for row, some in zip(plan.rows, links, strict=True)
-                if row.samples
+                row.sequence.id: foretold([choose(link) for link in some[-1 - len(row.drafts) :]], row.drafts)
+                for row, some, ids in zip(plan.rows, links, known, strict=True)
+                if row.past + row.tokens == len(ids)
             }
         )
 
@@ -232,9 +235,9 @@ class Device:
             chain.last = self.links(row)[-1]
         return chain
 
-    def _compute(self, row, chain):
+    def _compute(self, row, chain, ids):
         sequence = row.sequence
-        contents, links = [*sequence.ids, *row.drafts], []
+        contents, links = list(ids), []
         for span, entry in zip(sequence.prompt.spans, sequence.entries, strict=True):
             for place in range(max(span.start, row.past), min(span.start + span.tokens, row.past + row.tokens)):
                 assert sorted(entry.value) == list(range(entry.units)), "an attachment is not encoded"
@@ -275,6 +278,11 @@ class World:
     pauses: dict[int, int] = field(default_factory=dict)
     rounds: int = 0
     operations: int = 0
+    ahead: int = 0
+    """Steps that were planned behind another in flight."""
+    flies: bool = False
+    """Whether steps of answers are launched, and heard of a round later with the next one on its way."""
+    flight: tuple[StepPlan, StepResult] | None = None
     right: float = 0.8
     """How often a guess is right, where there are drafts."""
 
@@ -368,26 +376,59 @@ class World:
 
     # --- the loop
 
-    def _plan(self):
+    def _plan(self, ended=False):
+        """Plan a step; who waited for one that has ended in this round is let in in the next."""
         plan = self.scheduler.plan_step()
         self.check()
         self._check_plan(plan)
+        if not ended:
+            self._check_oldest(plan)
         return plan
 
     def step(self, prepare=True, fault=None):
-        """One round; a fault loses the step: "before" the device did anything, or "after" it did everything."""
+        """One round; a fault loses the step: "before" the device did anything, or "after" it did everything.
+
+        Of a step in flight the fault hits the one behind it or, "landing", what it brought itself. Returns the plan
+        of a step that is to be done again unless nothing was lost.
+        """
         self.operations += 1
         self.preparing += [(s, self.cases[s.id].prompt) for s in self.scheduler.admit()]
         self.check()
         if prepare:
             self.all_prepared()
-        plan = self._plan()
         self.rounds += 1
-        if fault == "before":
+        results = len(self.results)
+        if self.flight is not None:
+            self._land(fault)
+            if self.flight is not None:
+                return StepPlan(())
+        plan = self._plan(ended=len(self.results) > results)
+        if fault in ("before", "landing"):
             return plan
         result = self.device.run(plan)
         if fault == "after":
             return plan
+        if self.flies and plan.rows and not plan.slices and all(_goes_on(row) for row in plan.rows):
+            self.flight = plan, result
+        else:
+            self._commit(plan, result)
+        return plan
+
+    def _land(self, fault):
+        """Launch the step behind the one in flight, then hear what that brought."""
+        (plan, result), self.flight = self.flight, None
+        ahead = self.scheduler.plan_ahead(plan)
+        self.check()
+        if ahead is not None:
+            self._check_ahead(plan, ahead)
+            self.ahead += 1
+            ran = self.device.run(ahead, result) if fault != "before" else None
+            if fault not in ("before", "after"):
+                self.flight = ahead, ran
+        if fault != "landing":
+            self._commit(plan.standing(), result)
+
+    def _commit(self, plan, result):
         sampling = {row.sequence.id for row in plan.rows if row.samples}
         advanced = self.scheduler.commit(plan, result)
         assert {s.id for s in advanced} == sampling
@@ -396,7 +437,6 @@ class World:
             if sequence.finish_reason is not None:
                 self._end(sequence, sequence.finish_reason)
         self.check()
-        return plan
 
     def drain(self):
         """Let everything end undisturbed; the oldest advances in every round, which bounds their number."""
@@ -443,7 +483,20 @@ class World:
     def _check_plan(self, plan):
         self._check_rows(plan)
         self._check_slices(plan)
-        self._check_oldest(plan)
+
+    def _check_ahead(self, plan, ahead):
+        """Each row is the next of one that is computed now; nobody is left out but for an end that is known."""
+        running = [s for s in self.scheduler.sequences if s.state is State.RUNNING]
+        assert {s.id for s in running} == {row.sequence.id for row in plan.standing().rows}
+        going = {s.id for s in running if s.answer_tokens + 1 < s.max_tokens}
+        assert sorted(going) == sorted(row.sequence.id for row in ahead.rows)
+        for row in ahead.rows:
+            sequence, alone = row.sequence, self.expected[row.sequence.id]
+            assert (row.past, row.tokens, row.drafts) == (sequence.computed + 1, 1, ())
+            assert row.past == len(sequence.ids)
+            assert sequence.long == self.scheduler.config.language.is_long(row.past + 1)
+            assert not row.stands
+            self._check_pages(row, alone)
 
     def _check_rows(self, plan):
         limits, running = self.scheduler.limits, [s for s in self.scheduler.sequences if s.state is State.RUNNING]
@@ -484,6 +537,10 @@ class World:
             assert (row.past, row.tokens, row.pages) == (0, len(sequence.ids), ())
             return
         assert row.past == sequence.computed
+        self._check_pages(row, alone)
+
+    def _check_pages(self, row, alone):
+        sequence = row.sequence
         assert len(row.pages) == len(set(row.pages)) == -(-(row.past + row.tokens) // PAGE_TOKENS)
         written = set(row.pages[row.past // PAGE_TOKENS :])
         others = {page for s in self.scheduler.sequences if s is not sequence for page in s.pages}
@@ -516,3 +573,8 @@ class World:
             assert oldest in [piece.sequence for piece in plan.slices]
         else:
             assert oldest in [row.sequence for row in plan.rows]
+
+
+def _goes_on(row):
+    """Whether a row is the newest id of an answer and nothing else."""
+    return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens

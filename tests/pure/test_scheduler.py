@@ -45,8 +45,11 @@ def short_stretch():
         yield
 
 
-def world(**settings):
-    return World(make_scheduler(**settings))
+FAULTS = ("before", "after", "landing")
+
+
+def world(flies=False, **settings):
+    return World(make_scheduler(**settings), flies=flies)
 
 
 # --- anything at any time -------------------------------------------------------------------------------------------
@@ -88,12 +91,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         media_bytes=st.sampled_from([0, 30, 1000]),
         paged=st.sampled_from([True, True, True, False]),
         short_tokens=st.sampled_from([30, 32, 100]),
+        flies=st.booleans(),
     )
-    def start(self, pages, limits, media_bytes, paged, short_tokens):
+    def start(self, pages, limits, media_bytes, paged, short_tokens, flies):
         if not paged:
             limits = replace(limits, step_tokens=120)
+        config = make_config(short_tokens)
         self.world = world(
-            config=make_config(short_tokens), pages=pages, limits=limits, media_bytes=media_bytes, paged=paged
+            flies and paged, config=config, pages=pages, limits=limits, media_bytes=media_bytes, paged=paged
         )
 
     def pick(self, data):
@@ -115,7 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.world.step(prepare)
 
-    @rule(fault=st.sampled_from(["before", "after"]), rung=st.sampled_from(RUNGS))
+    @rule(fault=st.sampled_from(FAULTS), rung=st.sampled_from(RUNGS))
     def lose_a_step(self, fault, rung):
         if self.world.step(fault=fault):
             self.world.lower(rung)
@@ -173,7 +178,7 @@ def act(world, chance):
     elif draw < 0.18 and scheduler.sequences:
         chance.choice((world.cancel, world.cancel, world.fail))(chance.choice(scheduler.sequences))
     elif draw < 0.24:
-        if world.step(fault=chance.choice(("before", "after"))):
+        if world.step(fault=chance.choice(FAULTS)):
             world.lower(chance.choice(RUNGS))
     elif draw < 0.25 and scheduler.paged:
         world.resize(chance.randint(0, world.capacity + 10))
@@ -186,23 +191,27 @@ def act(world, chance):
         world.step(prepare=chance.random() < 0.7)
 
 
-def some_world(chance, paged):
+def some_world(chance, paged, flies=False):
     tokens = chance.choice((3, 12, 40, 120)) if paged else 120
     shared, drafts = min(tokens, chance.choice((2, 8))), chance.choice((0, 12, 40))
     limits = StepLimits(chance.choice((3, 6, 9)), tokens, shared, 3, 2, drafts)
     config = make_config(short_tokens=chance.choice((30, 32)))
-    return world(config=config, pages=chance.choice((40, 64, 96)), limits=limits, media_bytes=40, paged=paged)
+    pages = chance.choice((40, 64, 96))
+    return world(flies, config=config, pages=pages, limits=limits, media_bytes=40, paged=paged)
 
 
-@pytest.mark.parametrize("paged", [True, False], ids=["pages", "no pages"])
+@pytest.mark.parametrize(
+    ("paged", "flies"), [(True, False), (True, True), (False, False)], ids=["pages", "flights", "no pages"]
+)
 @pytest.mark.parametrize("seed", range(12))
-def test_a_long_day(seed, paged):
+def test_a_long_day(seed, paged, flies):
     chance = random.Random(seed)
-    day = some_world(chance, paged)
+    day = some_world(chance, paged, flies)
     for _ in range(700):
         act(day, chance)
     day.drain()
     assert len(day.results) > 20
+    assert bool(day.ahead) == flies
 
 
 # --- nobody waits for ever ------------------------------------------------------------------------------------------
@@ -585,6 +594,143 @@ def test_a_conversation_goes_on_from_pages_that_had_drafts():
     some.drain()
     longer = follow(case, some.results[1][0], 3)
     assert computed_by(some, replace(longer, max_tokens=1)) == 33 - 28
+
+
+# --- a step behind one in flight ------------------------------------------------------------------------------------
+
+
+def flying(*cases, rounds=3, **settings):
+    """A world in which these cases have computed prompts and a step in flight."""
+    some = world(flies=True, **settings)
+    sequences = [some.arrive(case) for case in cases]
+    for _ in range(rounds):
+        some.step()
+    assert some.flight is not None
+    return some, sequences
+
+
+def planned_ahead(some):
+    ahead = some.scheduler.plan_ahead(some.flight[0])
+    return None if ahead is None else [row.sequence.id for row in ahead.rows]
+
+
+def test_answers_fly_from_step_to_step():
+    """Every step but the first of answers, and none beyond an end that is known, is launched behind another."""
+    lone = world(flies=True)
+    lone.arrive(text(6, max_tokens=20, ignore_eos=True))
+    lone.drain()
+    assert lone.ahead == 18  # One token from the prompt, one from the first flight.
+    assert lone.device.computed_tokens == 6 + 19
+
+
+def test_an_answer_that_ends_by_its_length_has_no_row_in_vain():
+    some, (first, second) = flying(text(5, max_tokens=3, ignore_eos=True), text(5, 1, max_tokens=9, ignore_eos=True))
+    assert first.answer_tokens == 2
+    assert planned_ahead(some) == [second.id]
+    some.drain()
+
+
+def test_an_answer_that_ends_by_an_id_has_one_row_in_vain():
+    case = next(
+        case
+        for case in (text(n, family, max_tokens=40) for family in range(3) for n in range(4, 60))
+        if len(ids := answer_alone(case, 40, make_config()).ids) < n_most(case) and ids[-1] == 10
+    )
+    lone = world(flies=True)
+    lone.arrive(case)
+    lone.drain()
+    ids, reason = lone.results[0]
+    assert reason is FinishReason.STOP
+    assert lone.device.computed_tokens == len(case.prompt.ids) + len(ids) - 1 + 1
+
+
+def n_most(case):
+    """How long a case's answer may be for its stop not to fall on its last step, nor on its crossing."""
+    return min(len(case.prompt.ids) + 38, 46)
+
+
+def test_whoever_is_to_be_served_comes_next():
+    some, (first,) = flying(text(5, max_tokens=30, ignore_eos=True))
+    assert planned_ahead(some) == [first.id]
+    some.arrive(text(8, 1, max_tokens=5))
+    some.preparing += [(s, some.cases[s.id].prompt) for s in some.scheduler.admit()]
+    assert planned_ahead(some) == [first.id]  # It is still being prepared.
+    some.all_prepared()
+    assert planned_ahead(some) is None
+    plan = some.step()
+    assert [row.tokens for row in plan.rows] == [1, 8]
+    some.arrive(text(5, media=IMAGES[:1], max_tokens=5))
+    some.preparing += [(s, some.cases[s.id].prompt) for s in some.scheduler.admit()]
+    some.step(prepare=False)
+    assert some.flight is not None
+    some.all_prepared()
+    assert planned_ahead(some) is None  # There is something to encode.
+    some.drain()
+
+
+def test_a_crossing_and_a_pause_are_planned_with_nothing_in_flight():
+    crossing, (first,) = flying(text(43, max_tokens=20, ignore_eos=True), config=make_config(short_tokens=48))
+    while crossing.flight is not None and planned_ahead(crossing) is not None:
+        crossing.step()
+    assert len(first.ids) == 48
+    crossing.drain()
+    tight, _ = flying(*(text(8, n, max_tokens=40, ignore_eos=True) for n in range(2)), pages=17)
+    while tight.flight is not None and planned_ahead(tight) is not None:
+        tight.step()
+    pages = tight.scheduler.reservations.available_pages
+    assert not tight.pauses
+    tight.step()
+    assert tight.pauses == {1: 1}
+    assert pages < 2
+    tight.drain()
+
+
+def test_who_ends_or_is_paused_in_flight_gets_nothing_of_it():
+    some, (first, second, third) = flying(*(text(5, n, max_tokens=30, ignore_eos=True) for n in range(3)))
+    some.cancel(second)
+    some.scheduler.pause(third)
+    plan, _ = some.flight
+    assert [row.sequence for row in plan.standing().rows] == [first]
+    assert planned_ahead(some) == [first.id]
+    answers = [list(s.answer) for s in (second, third)]
+    some.step(prepare=False)
+    assert [s.answer for s in (second, third)] == answers
+    some.drain()
+
+
+def test_what_was_chosen_in_vain_is_in_no_page_that_others_find():
+    """One is cancelled with the step in flight that fills its page: the next one that begins alike computes it."""
+    some, (first,) = flying(text(5, max_tokens=30, ignore_eos=True))
+    while len(first.ids) % PAGE_TOKENS:
+        some.step()
+    pages = some.scheduler.reservations.pages
+    kept = len(first.ids) - PAGE_TOKENS
+    some.cancel(first)
+    assert pages.idle_pages == kept // PAGE_TOKENS
+    some.arrive(follow(some.cases[0], some.results[0][0], 4))
+    some.drain()
+
+
+def test_a_lost_step_costs_nothing_but_itself():
+    for fault in FAULTS:
+        some, _ = flying(*(text(5, n, max_tokens=12, ignore_eos=True) for n in range(2)))
+        while some.scheduler.sequences:
+            some.step(fault=fault if some.rounds % 3 == 0 else None)
+        some.check_end()
+
+
+def test_drafts_that_pay_are_not_flown_past():
+    limits = replace(LIMITS, draft_tokens=16)
+    some = world(flies=True, limits=limits)
+    some.arrive(text(5, max_tokens=6, ignore_eos=True))  # Number 0 guesses for itself, and has nothing to go by.
+    some.drain()
+    assert some.ahead
+    guessing, (_, second) = flying(text(5, max_tokens=1), text(5, 1, max_tokens=30, ignore_eos=True))
+    assert planned_ahead(guessing) == [second.id]
+    guessing.limits = guessing.scheduler.limits = limits
+    assert planned_ahead(guessing) is None
+    guessing.drain()
+    assert second.drafts.noted
 
 
 # --- shared by content ----------------------------------------------------------------------------------------------
