@@ -90,7 +90,8 @@ class VisionTower(nn.Module):
         [crops, patches ** 2, hidden].
         """
         mask = patch_mask.numpy(force=True)
-        x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2)
+        # Sums keep the order of their first term in memory, and the norms of all layers would copy it.
+        x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2).contiguous()
         x = x + self.position_embedding(_upload(self._positions(mask), x.device))
         whole = mask.all(axis=(1, 2))
         if whole.all():

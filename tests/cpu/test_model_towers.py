@@ -102,6 +102,19 @@ def test_crops_without_padding_take_no_mask_and_are_what_each_is_alone(model, va
         assert largest_difference(together[place], alone[0]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("valid", [None, (3, 4)])
+@torch.inference_mode()
+def test_what_layers_add_to_lies_in_order(model, valid):
+    """A norm would copy what does not."""
+    image, orders = make_image(model.config, valid=valid), []
+    hooks = [layer.register_forward_hook(lambda _, args, out: orders.append(out)) for layer in model.vision.layers]
+    model.vision(torch.from_numpy(image.crops), torch.from_numpy(image.patch_mask))
+    for hook in hooks:
+        hook.remove()
+    assert len(orders) == model.config.vision.layers
+    assert all(out.is_contiguous() for out in orders)
+
+
 @torch.inference_mode()
 def test_a_mask_on_all_crops_is_the_definition(model):
     """Crops with and without padding through one mask, as the definition has it, layer by layer."""
