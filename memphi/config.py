@@ -20,6 +20,8 @@ AdapterForm = Literal["plain", "packed", "merged"]
 """How adapters are kept: as W, A and B; A and B beside W, for products over all of them; or one added into W."""
 
 KernelChoice = Literal["auto", "plain"]
+Place = Literal["host", "device"]
+PlaceChoice = Literal["auto", "host", "device"]
 
 LARGEST_SIZE, LARGEST_NUMBER = 2**24, 1e12
 MOST_LAYERS, MOST_CROPS = 1000, 1000
@@ -205,7 +207,14 @@ class EngineConfig:
     kernels: KernelChoice = "plain"
     """auto: memphi's own kernels and CUDA graphs where the card has them (as yet untried on any); plain: torch's."""
 
+    preprocessing: PlaceChoice = "auto"
+    """Where crops are made of decoded pictures; both give the same to the last bit. device: as they are encoded; host:
+    ahead of it; auto: on a CUDA device, else on the host."""
+
     def __post_init__(self) -> None:
+        if self.preprocessing not in get_args(PlaceChoice):
+            choices = ", ".join(get_args(PlaceChoice))
+            raise RequestError(f"preprocessing is {self.preprocessing!r}; it must be one of {choices}")
         if self.kernels not in get_args(KernelChoice):
             raise RequestError(f"kernels is {self.kernels!r}; it must be one of {', '.join(get_args(KernelChoice))}")
         if self.merge is not None and self.merge not in get_args(AdapterName):

@@ -224,15 +224,16 @@ def _images(prompt: Prompt) -> dict[str, Tensor]:
     """Crops padded with zeros, masks with ones, as the official processor does (spec 4.3-10)."""
     if not prompt.images:
         return {}
-    most = max(image.footprint.crops for image in prompt.images)
-    side = prompt.images[0].crops.shape[-1]
-    patches = prompt.images[0].patch_mask.shape[-1]
-    pixels = torch.zeros(len(prompt.images), most, 3, side, side)
-    masks = torch.ones(len(prompt.images), most, patches, patches, dtype=torch.bool)
-    for i, image in enumerate(prompt.images):
+    images = prompt.cropped_images
+    most = max(image.footprint.crops for image in images)
+    side = images[0].crops.shape[-1]
+    patches = images[0].patch_mask.shape[-1]
+    pixels = torch.zeros(len(images), most, 3, side, side)
+    masks = torch.ones(len(images), most, patches, patches, dtype=torch.bool)
+    for i, image in enumerate(images):
         pixels[i, : image.footprint.crops] = torch.from_numpy(image.crops)
         masks[i, : image.footprint.crops] = torch.from_numpy(image.patch_mask)
-    layouts = [(image.footprint.crop_rows, image.footprint.crop_columns) for image in prompt.images]
+    layouts = [(image.footprint.crop_rows, image.footprint.crop_columns) for image in images]
     return {
         "image_pixel_values": pixels,
         "image_attention_mask": masks,

@@ -6,7 +6,7 @@ Knows shapes and names, decides nothing. Every floor shares it; imports no torch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -242,6 +242,30 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How one picture fills a grid of crops, in pixels (spec 4.3, steps 1 to 4)."""
+
+    crop_rows: int
+    crop_columns: int
+    height: int
+    """Height after resizing; padding below fills the grid."""
+    width: int
+    valid_rows: int
+    """Rows of patches that hold picture."""
+    valid_columns: int
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image whose crops the device makes as they are encoded."""
+
+    pixels: Pixels = field(repr=False)  # [height, width, 3]
+    layout: Layout
+    patch_mask: NDArray[np.bool_] = field(repr=False)  # [crops, patches, patches]
+    footprint: ImageFootprint
+
+
+@dataclass(frozen=True)
 class ClipInput:
     """One clip as the audio encoder eats it."""
 
@@ -265,13 +289,19 @@ class Prompt:
 
     ids: tuple[int, ...] = field(repr=False)
     spans: tuple[MediaSpan, ...]
-    images: tuple[ImageInput, ...]
+    images: tuple[ImageInput | DecodedImage, ...]
     clips: tuple[ClipInput, ...]
     footprint: Footprint
 
     @property
     def mode(self) -> InputMode:
         return self.footprint.mode
+
+    @property
+    def cropped_images(self) -> tuple[ImageInput, ...]:
+        """The images of a prompt that was prepared on the host throughout."""
+        assert all(isinstance(image, ImageInput) for image in self.images)
+        return cast(tuple[ImageInput, ...], self.images)
 
 
 class FinishReason(Enum):

@@ -254,6 +254,7 @@ class _Verdict:
             made.windows_per_pass,
             self.dtype_bytes,
             made.page_tokens,
+            made.preprocessing,
         )
 
     @property
@@ -353,8 +354,10 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "crops_per_pass": "crops a pass",
         "windows_per_pass": "windows of sound a pass",
         "adapters": "adapters",
+        "preprocessing": "crops made on",
     }
-    return [(name, str(plan[field]), reasons[field]) for field, name in names.items()]
+    values = {"host": "the host", "device": "the device"}
+    return [(name, values.get(plan[field], str(plan[field])), reasons[field]) for field, name in names.items()]
 
 
 def _example_row(example: dict[str, Any]) -> tuple[str, str, str]:

@@ -155,7 +155,7 @@ class _Row:
         self.adapter = None if off else mode.adapter
         self.asked = len(self.prompt.ids)
         self.ids = np.array([*self.prompt.ids, *answer, tokenizer.end_id], np.int64)
-        self.images = self.prompt.images
+        self.images = self.prompt.cropped_images
         self.patch_mask = np.concatenate(
             [np.zeros((0, *[config.vision.patches] * 2), np.bool_), *(i.patch_mask for i in self.images)]
         )

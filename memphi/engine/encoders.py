@@ -12,8 +12,9 @@ from torch import Tensor
 from memphi.engine.step import EncodeSlice
 from memphi.model.audio import cut_window
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.preprocess import make_crops
 from memphi.model.projector import slice_order
-from memphi.request import Prompt
+from memphi.request import DecodedImage, ImageInput, Prompt
 
 
 class Encoders:
@@ -43,15 +44,26 @@ class Encoders:
             return
         images = [_prompt(piece).images[piece.index] for piece in slices]
         parts = [slice(piece.first, piece.first + piece.units) for piece in slices]
-        crops = [torch.from_numpy(image.crops[part]) for image, part in zip(images, parts, strict=True)]
         masks = [torch.from_numpy(image.patch_mask[part]) for image, part in zip(images, parts, strict=True)]
-        cells = self.model.encode_crops(torch.cat(crops), torch.cat(masks)).split([piece.units for piece in slices])
+        units = [piece.units for piece in slices]
+        cells = self.model.encode_crops(self._crops(images, parts), torch.cat(masks)).split(units)
         separators = self.model.encode_separators()
         for piece, image, encoded in zip(slices, images, cells, strict=True):
             order = slice_order(image, piece.first, piece.units)
             tokens, sources = (torch.from_numpy(numbers).to(self.model.device) for numbers in order)
             rows = torch.cat((encoded.flatten(0, 1), separators))[sources]
             self._rows(piece).index_copy_(0, tokens, rows)
+
+    def _crops(self, images: Sequence[ImageInput | DecodedImage], parts: Sequence[slice]) -> Tensor:
+        """Some crops of each image, on the device: [crops, 3, crop_size, crop_size]."""
+        counts, size = [part.stop - part.start for part in parts], self.model.config.vision.crop_size
+        crops = torch.empty(sum(counts), 3, size, size, dtype=self.model.dtype, device=self.model.device)
+        for image, part, own in zip(images, parts, crops.split(counts), strict=True):
+            if isinstance(image, DecodedImage):
+                make_crops(image, part.start, own)
+            else:
+                own.copy_(torch.from_numpy(image.crops[part]))
+        return crops
 
     def _encode_windows(self, slices: Sequence[EncodeSlice]) -> None:
         if not slices:

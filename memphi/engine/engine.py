@@ -94,8 +94,8 @@ def make_loop(
     )
     grammars = Grammars(tokenizer, model.config)
     preparation = Preparation(
-        lambda sequence: prepare_sequence(sequence, model.config, tokenizer, grammars),
-        lambda sequence: host_media(sequence.footprint, model.config).bytes,
+        lambda sequence: prepare_sequence(sequence, model.config, tokenizer, grammars, plan.preprocessing),
+        lambda sequence: host_media(sequence.footprint, model.config, plan.preprocessing).bytes,
         this_machine().free_bytes // HOST_MEDIA_SHARE,
         on_ready,
     )

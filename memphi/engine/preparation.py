@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from memphi.config import ModelConfig
+from memphi.config import ModelConfig, Place
 from memphi.engine.sequence import Sequence, State
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
@@ -15,11 +15,13 @@ THREADS = 2
 """Attachments decoded at once; decoding lets go of Python's lock."""
 
 
-def prepare_sequence(sequence: Sequence, config: ModelConfig, tokenizer: Tokenizer, grammars: Grammars) -> Prompt:
+def prepare_sequence(
+    sequence: Sequence, config: ModelConfig, tokenizer: Tokenizer, grammars: Grammars, preprocessing: Place
+) -> Prompt:
     """Compile a sequence's grammar, unless it has been, and decode its attachments; raises what these raise."""
     if sequence.sampling.grammar is not None and sequence.matcher is None:
         sequence.matcher = grammars.matcher(sequence.sampling.grammar)
-    return prepare(sequence.request, config, tokenizer)
+    return prepare(sequence.request, config, tokenizer, preprocessing=preprocessing)
 
 
 class Preparation:

@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from memphi.config import VisionConfig
 from memphi.errors import MediaError
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, sniff
-from memphi.request import Detail, Float32, ImageFootprint, ImageInput, Media, Pixels
+from memphi.request import DecodedImage, Detail, Float32, ImageFootprint, ImageInput, Layout, Media, Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,20 +32,6 @@ WHITE = 255
 CUBIC = -0.75
 """The parameter of PyTorch's bicubic kernel."""
 ORIENTATION_TAG = 0x0112
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one picture fills a grid of crops, in pixels (spec 4.3, steps 1 to 4)."""
-
-    crop_rows: int
-    crop_columns: int
-    height: int
-    """Height after resizing; padding below fills the grid."""
-    width: int
-    valid_rows: int
-    """Rows of patches that hold picture."""
-    valid_columns: int
 
 
 def measure_image(
@@ -69,6 +54,22 @@ def prepare_image(
     """Decode a picture and cut it into normalised crops; raises MediaError, naming the attachment."""
     with attached(media.name):
         return preprocess(_decode(media, vision, limits, reference), vision, media.detail)
+
+
+def decode_image(
+    media: Media, vision: VisionConfig, limits: MediaLimits = DEFAULT_LIMITS, reference: bool = False
+) -> DecodedImage:
+    """Decode a picture whose crops the device makes; raises MediaError, naming the attachment."""
+    with attached(media.name):
+        pixels = _decode(media, vision, limits, reference)
+        height, width = pixels.shape[:2]
+        layout = lay_out(width, height, vision, media.detail)
+        return DecodedImage(
+            np.require(pixels, requirements=("C", "W")),  # what torch takes as it is
+            layout,
+            _patch_mask(layout, vision),
+            footprint(width, height, vision, media.detail),
+        )
 
 
 def footprint(width: int, height: int, vision: VisionConfig, detail: Detail = "auto") -> ImageFootprint:
@@ -151,7 +152,7 @@ def preprocess(pixels: Pixels, vision: VisionConfig, detail: Detail = "auto") ->
     layout = lay_out(width, height, vision, detail)
     padded = _resize_and_pad(pixels, layout, vision.crop_size)
     size, rows, columns = vision.crop_size, layout.crop_rows, layout.crop_columns
-    table = _normalised_values()
+    table = normalised_values()
     crops = np.empty((1 + rows * columns, 3, size, size), np.float32)
     crops[0] = bicubic(padded, table, size).transpose(2, 0, 1)
     tiles = padded.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
@@ -163,13 +164,15 @@ def preprocess(pixels: Pixels, vision: VisionConfig, detail: Detail = "auto") ->
 def _resize_and_pad(pixels: Pixels, layout: Layout, size: int) -> Pixels:
     from PIL import Image
 
-    resized = Image.fromarray(pixels).resize((layout.width, layout.height), Image.Resampling.BILINEAR)
+    # Pillow rounds between its two passes, and since version 13 chooses which comes first: here it is always the rows'.
+    narrow = Image.fromarray(pixels).resize((layout.width, pixels.shape[0]), Image.Resampling.BILINEAR)
+    resized = narrow.resize((layout.width, layout.height), Image.Resampling.BILINEAR)
     padded = np.full((layout.crop_rows * size, layout.crop_columns * size, 3), WHITE, np.uint8)
     padded[: layout.height, : layout.width] = np.asarray(resized)
     return padded
 
 
-def _normalised_values() -> Float32:
+def normalised_values() -> Float32:
     """What each of the 256 values of a channel becomes: (x / 255 - 0.5) / 0.5."""
     return (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
@@ -188,8 +191,8 @@ def bicubic(pixels: Pixels, table: Float32, size: int) -> Float32:
 
     No antialiasing, corners not aligned, no clamping; only the rows that count are looked up.
     """
-    rows, row_weights = _cubic_taps(pixels.shape[0], size)
-    columns, column_weights = _cubic_taps(pixels.shape[1], size)
+    rows, row_weights = cubic_taps(pixels.shape[0], size)
+    columns, column_weights = cubic_taps(pixels.shape[1], size)
     partial = sum(w[:, None, None] * table[pixels[r]] for r, w in zip(rows, row_weights, strict=True))
     assert isinstance(partial, np.ndarray)
     result = sum(w[None, :, None] * partial[:, c] for c, w in zip(columns, column_weights, strict=True))
@@ -197,7 +200,7 @@ def bicubic(pixels: Pixels, table: Float32, size: int) -> Float32:
     return result
 
 
-def _cubic_taps(length: int, size: int) -> tuple[NDArray[np.int64], Float32]:
+def cubic_taps(length: int, size: int) -> tuple[NDArray[np.int64], Float32]:
     """Positions and weights of the four samples that make each of `size` outputs: two arrays [4, size]."""
     centre = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5)
     base = np.floor(centre)

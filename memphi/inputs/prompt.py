@@ -6,16 +6,16 @@ parts know the rest. Called by the engine: measure before admission, prepare aft
 
 from collections.abc import Iterable, Sequence
 
-from memphi.config import ModelConfig
+from memphi.config import ModelConfig, Place
 from memphi.errors import DoesNotFitError
 from memphi.inputs.audio import measure_clip, prepare_clip
 from memphi.inputs.chat import Piece, Special, lay_out
-from memphi.inputs.image import measure_image, prepare_image
+from memphi.inputs.image import decode_image, measure_image, prepare_image
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.tokenizer import WHITE_SPACE, Tokenizer
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, Media, MediaKind, MediaSpan, Prompt, Request
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 """Part of every key under which something made from media is kept, in memory or in a file.
 
 Raise it when the same content in the same detail comes to give other crops, masks, log-mel frames or numbers of tokens
@@ -46,9 +46,11 @@ def prepare(
     tokenizer: Tokenizer,
     limits: MediaLimits = DEFAULT_LIMITS,
     reference: bool = False,
+    preprocessing: Place = "host",
 ) -> Prompt:
     """Encode, decode and lay out a request; `reference` prepares pictures as the official processor does.
 
+    preprocessing says where crops are made: pictures of the device's are only decoded here.
     Raises what `measure` raises, and MediaError for content that is damaged behind a good header.
     """
     ids = encode(lay_out(request), tokenizer)
@@ -57,7 +59,8 @@ def prepare(
     measured = [measure_image(media, config.vision, limits, reference) for media in pictures]
     footprint = _footprint(request, config, len(ids), measured, [clip.footprint for clip in clips])
     # Only now, that all is known to fit: pictures are what takes memory.
-    images = [prepare_image(media, config.vision, limits, reference) for media in pictures]
+    make = prepare_image if preprocessing == "host" else decode_image
+    images = [make(media, config.vision, limits, reference) for media in pictures]
     spans = place(ids, request.media, footprint, tokenizer)
     return Prompt(tuple(repeat(ids, spans)), spans, tuple(images), tuple(clips), footprint)
 

@@ -8,7 +8,7 @@ the sdpa attention; eager's scores are not among them.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, Place, VisionConfig
 from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -17,6 +17,8 @@ GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of the pool at once for rows of one token; a longer row goes alone."""
 CONVOLVED_VALUES = 512 * 1024
 """Tokens of sound times channels that are subsampled at once."""
+BAND_VALUES = 4 * MIB
+"""Numbers of a picture that the device resizes at once."""
 FIRST_ANSWER_TOKENS = 256
 """The first stretch of an answer, reserved together with its prompt; further output is reserved as it is needed."""
 METADATA_BYTES = 64
@@ -267,6 +269,21 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     )
 
 
+def cropping(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
+    """Make crops of decoded pixels on the device, before they are encoded: one picture at a time, and in bands."""
+    vision = config.vision
+    crop = 3 * vision.crop_size**2
+    # A band: its pixels, those of one tap, that times its weight and the sum so far in int32, and the last band's.
+    # The global view: of four samples each, bytes, int32 and fp32; and what four such gave before.
+    at_once = max(11 * BAND_VALUES, 52 * crop) + MIB  # and the weights of a line
+    return Cost(
+        "cropping",
+        crops * crop * dtype_bytes + vision.max_crops * crop + at_once,
+        f"where crops are made on the device: {crops} crops x {crop} x {dtype_bytes} bytes, a picture of at most "
+        f"{vision.max_crops} crops in bytes, and {size_text(at_once)} to resize it in bands",
+    )
+
+
 def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int) -> Cost:
     """Encode windows of sound: either the first convolution's output twice, or a conformer layer."""
     audio, hidden = config.audio, config.language.hidden_size
@@ -457,6 +474,7 @@ def price_request(
     windows_per_pass: int = 1,
     dtype_bytes: int = 2,
     page_tokens: int = PAGE_TOKENS,
+    preprocessing: Place = "host",
 ) -> RequestPrice:
     """Price one request with so much of an answer; together they hold no more than the model's context."""
     tokens = min(footprint.prompt_tokens + answer_tokens, config.language.max_tokens)
@@ -475,22 +493,28 @@ def price_request(
         costs=(
             Cost("keys and values", pages * page_bytes, f"{tokens} tokens on {pages} pages of {page_bytes} bytes"),
             media_embeddings(config, media_tokens, dtype_bytes),
-            host_media(footprint, config),
+            host_media(footprint, config, preprocessing),
         ),
     )
 
 
-def host_media(footprint: Footprint, config: ModelConfig) -> Cost:
-    """The host's memory for decoded attachments: crops and mel frames of all, and one of them being decoded."""
+def host_media(footprint: Footprint, config: ModelConfig, preprocessing: Place) -> Cost:
+    """The host's memory for decoded attachments: pixels or crops, and mel frames, of all; and one being decoded."""
     crop_numbers = 3 * config.vision.crop_size**2
-    kept = footprint.crops * crop_numbers * 4 + sum(clip.frames for clip in footprint.clips) * config.audio.mel_bins * 4
-    pictures = (2 * 3 * image.width * image.height + 2 * image.crops * crop_numbers for image in footprint.images)
-    clips = (clip.frames * config.audio.mel_bins * 4 for clip in footprint.clips)
+    pixels = [3 * image.width * image.height for image in footprint.images]
+    frames = [clip.frames * config.audio.mel_bins * 4 for clip in footprint.clips]
+    if preprocessing == "device":
+        pictures, decoded, held = sum(pixels), [2 * n for n in pixels], "pictures' pixels x 3 bytes"
+        beside = "twice its pixels"
+    else:
+        pictures, held = footprint.crops * crop_numbers * 4, f"{footprint.crops} crops x {crop_numbers} x 4 bytes"
+        decoded = [2 * n + 2 * image.crops * crop_numbers for n, image in zip(pixels, footprint.images, strict=True)]
+        beside = "twice its pixels and its crops in bytes"
     return Cost(
         "host memory",
-        kept + _largest((*pictures, *clips)),
-        f"{footprint.crops} crops x {crop_numbers} x 4 bytes, mel frames x {config.audio.mel_bins} x 4 bytes, and "
-        "while one attachment is decoded twice its pixels and its crops in bytes, or its frames again",
+        pictures + sum(frames) + _largest((*decoded, *frames)),
+        f"{held}, mel frames x {config.audio.mel_bins} x 4 bytes, and while one attachment is decoded {beside}, or its "
+        "frames again",
     )
 
 

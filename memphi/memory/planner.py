@@ -11,7 +11,7 @@ never below what the smallest steps need; the pool gets the rest. A larger dial 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from memphi.config import AdapterForm, EngineConfig, ModelConfig
+from memphi.config import AdapterForm, EngineConfig, ModelConfig, Place
 from memphi.errors import DoesNotFitError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
@@ -30,7 +30,8 @@ MOST_PAGES = 1 << 18
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
-ENCODER_PASSES = ("vision pass", "audio pass")
+ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audio pass": "audio pass"}
+"""The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
 """The kinds of steps of which predictions are held against what is observed; a decoder step's scores are in each."""
 HOST_SHARE = 0.8
@@ -64,6 +65,8 @@ class MemoryPlan:
     windows_per_pass: int
     adapters: AdapterForm
     """How they are kept."""
+    preprocessing: Place
+    """Where crops are made of decoded pictures."""
     reasons: dict[str, str]
     """Why each number is what it is, by its name."""
     costs: tuple[Cost, ...]
@@ -100,6 +103,13 @@ def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
     return "packed" if device.kind == "cuda" else "plain"
 
 
+def _preprocessing(device: DeviceFacts, engine: EngineConfig) -> Place:
+    """A GPU makes crops faster than a host can; a CPU is the host, whose threads make them ahead of need."""
+    if engine.preprocessing == "auto":
+        return "device" if device.kind == "cuda" else "host"
+    return engine.preprocessing
+
+
 def reserve_bytes(total_bytes: int) -> int:
     """What a card's memory is left to the screen and others where no dial says otherwise."""
     return max(total_bytes // RESERVE_SHARE, RESERVE_BYTES)
@@ -113,6 +123,7 @@ class _Planner:
     ) -> None:
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
         self.adapters = adapters
+        self.preprocessing = _preprocessing(device, engine)
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
         rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
@@ -159,6 +170,7 @@ class _Planner:
             crops_per_pass=sizes.crops,
             windows_per_pass=sizes.windows,
             adapters=self.adapters,
+            preprocessing=self.preprocessing,
             reasons={},
             costs=(self.context, *self.weights, *self.graphs, *self._transients(sizes, units)),
         )
@@ -267,6 +279,8 @@ class _Planner:
         ]
         if self.engine.kv_cache:
             kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters))
+        if self.preprocessing == "device":
+            kinds.insert(1, costs.cropping(self.config, sizes.crops, size))
         if self.adapters == "merged":
             kinds.append(costs.merging(self.config, size))
         kinds = [self._as_learned(cost) for cost in kinds]
@@ -276,7 +290,7 @@ class _Planner:
 
     def _as_learned(self, cost: Cost) -> Cost:
         """A step's cost, corrected by what was seen on this device."""
-        kinds = (cost.name,) if cost.name in ENCODER_PASSES else DECODER_STEPS
+        kinds = (ENCODER_PASSES[cost.name],) if cost.name in ENCODER_PASSES else DECODER_STEPS
         corrected = max(self.device.learned.price(kind, cost.bytes) for kind in kinds)
         if corrected == cost.bytes:
             return cost
@@ -341,6 +355,7 @@ class _Planner:
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
             "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
             "adapters": self._reason_of_adapters(),
+            "preprocessing": self._reason_of_preprocessing(),
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
@@ -380,6 +395,11 @@ class _Planner:
             "merged": f"{self.engine.merge} is part of the weights and costs nothing; requests without it are refused",
         }
         return reasons[self.adapters]
+
+    def _reason_of_preprocessing(self) -> str:
+        if self.preprocessing == "host":
+            return "crops are made ahead of need by the host's threads"
+        return "pictures are decoded on the host, their crops made on the device as they are encoded"
 
     def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
         takes = f"the {cost.name} takes {size_text(cost.bytes)}"

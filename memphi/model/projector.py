@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from memphi.request import ImageInput
+from memphi.request import DecodedImage, ImageInput
 
 T = TypeVar("T", bound=np.generic)
 
@@ -54,7 +54,7 @@ class ImageProjector(Projector):
         return torch.cat((self.row_separator.flatten(0, 2), self.view_separator.flatten(0, 1)))
 
 
-def token_order(images: Sequence[ImageInput]) -> NDArray[np.int64]:
+def token_order(images: Sequence[ImageInput | DecodedImage]) -> NDArray[np.int64]:
     """Where each token of the images comes from, in order (spec 4.2).
 
     Counts cells of the pooled crops, all images' crops taken as one flat list; the two numbers after the last cell
@@ -70,7 +70,9 @@ def token_order(images: Sequence[ImageInput]) -> NDArray[np.int64]:
     return np.concatenate(pieces)
 
 
-def slice_order(image: ImageInput, first: int, crops: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def slice_order(
+    image: ImageInput | DecodedImage, first: int, crops: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What some of an image's crops, encoded alone, say about its tokens.
 
     Returns the tokens of the image that they decide, and where each comes from: a cell, counted from the crop `first`,
@@ -85,7 +87,7 @@ def slice_order(image: ImageInput, first: int, crops: int) -> tuple[NDArray[np.i
     return tokens, sources[tokens]
 
 
-def _image_order(image: ImageInput, first_crop: int, row_end: int) -> NDArray[np.int64]:
+def _image_order(image: ImageInput | DecodedImage, first_crop: int, row_end: int) -> NDArray[np.int64]:
     layout = (image.footprint.crop_rows, image.footprint.crop_columns)
     mask = image.patch_mask[:, ::2, ::2]
     cells = np.arange(mask.size).reshape(mask.shape) + first_crop * mask[0].size

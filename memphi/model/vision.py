@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memphi.config import VisionConfig
@@ -13,7 +15,11 @@ from memphi.model.attention import Attention
 
 
 class VisionAttention(nn.Module):
-    """Bidirectional attention within one crop; masked patches are not seen and see nothing."""
+    """Bidirectional attention within one crop; masked patches are not seen and see nothing.
+
+    x [crops, patches, hidden]; valid [padded crops, patches] is the mask of the last of them. The others have no
+    padding, and no mask: kernels without one are faster.
+    """
 
     def __init__(self, config: VisionConfig, attention: Attention) -> None:
         super().__init__()
@@ -26,12 +32,16 @@ class VisionAttention(nn.Module):
         query, key, value = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )  # [crops, heads, patches, head_dim]
-        mask = None if valid is None else valid[:, None, None, :]
-        mixed = self.attention.full(query, key, value, mask).transpose(1, 2).flatten(2)
+        whole = len(x) if valid is None else len(x) - len(valid)
+        mixed = []
+        if whole:
+            seen = self.attention.full(query[:whole], key[:whole], value[:whole], None)
+            mixed.append(seen.transpose(1, 2).flatten(2))
         if valid is not None:
+            seen = self.attention.full(query[whole:], key[whole:], value[whole:], valid[:, None, None, :])
             # The reference's flash path leaves zeros here, and odd masks let them into the pooling (spec 4.1).
-            mixed = mixed * valid[:, :, None]
-        return cast(Tensor, self.out(mixed))
+            mixed.append(seen.transpose(1, 2).flatten(2) * valid[:, :, None])
+        return cast(Tensor, self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed)))
 
 
 class VisionMLP(nn.Module):
@@ -70,6 +80,7 @@ class VisionTower(nn.Module):
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.patches**2, config.hidden_size)
         self.layers = nn.ModuleList(VisionLayer(config, attention) for _ in range(config.layers))
+        self._buckets = _bucket_table(config.patches)
 
     def forward(self, crops: Tensor, patch_mask: Tensor) -> Tensor:
         """Encode a flat list of crops.
@@ -78,19 +89,38 @@ class VisionTower(nn.Module):
         left. Either may lie on the host; a mask that does makes nobody wait for the device. Returns features
         [crops, patches ** 2, hidden].
         """
-        x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2)
-        x = x + self.position_embedding(self._positions(patch_mask).to(x.device))
-        valid = None if bool(patch_mask.all()) else patch_mask.flatten(1).to(x.device)
+        mask = patch_mask.numpy(force=True)
+        # Sums keep the order of their first term in memory, and the norms of all layers would copy it.
+        x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2).contiguous()
+        x = x + self.position_embedding(_upload(self._positions(mask), x.device))
+        whole = mask.all(axis=(1, 2))
+        if whole.all():
+            return self._encode(x, None)
+        order = np.argsort(~whole, kind="stable")
+        valid = _upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
+        x = self._encode(x[_upload(order, x.device)], valid)
+        return x[_upload(np.argsort(order), x.device)]
+
+    def _encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
         for layer in cast(Iterable[VisionLayer], self.layers):
             x = layer(x, valid)
-        return cast(Tensor, x)
+        return x
 
-    def _positions(self, patch_mask: Tensor) -> Tensor:
+    def _positions(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Each valid patch's place in the full table, over which a partial crop is stretched: [crops, patches ** 2]."""
-        side = self.config.patches
-        table = torch.zeros(side + 1, side, dtype=torch.int64)
-        for count in range(1, side + 1):
-            table[count, :count] = torch.as_tensor(position_buckets(count, side))
-        table = table.to(patch_mask.device)
-        rows, columns = table[patch_mask[:, :, 0].sum(1)], table[patch_mask[:, 0, :].sum(1)]  # [crops, patches]
-        return ((rows[:, :, None] * side + columns[:, None, :]) * patch_mask).flatten(1)
+        rows, columns = self._buckets[mask[:, :, 0].sum(1)], self._buckets[mask[:, 0].sum(1)]  # [crops, patches]
+        places: NDArray[np.int64] = (rows[:, :, None] * self.config.patches + columns[:, None, :]) * mask
+        return places.reshape(len(mask), -1)
+
+
+def _bucket_table(side: int) -> NDArray[np.int64]:
+    """`position_buckets` of every count of valid rows or columns: [side + 1, side]."""
+    table = np.zeros((side + 1, side), np.int64)
+    for count in range(1, side + 1):
+        table[count, :count] = position_buckets(count, side)
+    return table
+
+
+def _upload(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Bring numbers to the device without waiting for it."""
+    return torch.from_numpy(values).to(device, non_blocking=True)

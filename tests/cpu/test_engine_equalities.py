@@ -77,6 +77,14 @@ def test_without_a_cache_answers_are_the_same(stage, expected, settings):
     whole.check_empty()
 
 
+@pytest.mark.parametrize("crops", [1, 3, 8])
+def test_crops_made_as_they_are_encoded_equal_those_made_ahead(stage, expected, crops):
+    made = stage(preprocessing="device", crops_per_pass=crops)
+    assert made.plan.preprocessing == "device"
+    assert made.ids(mixed_requests()) == expected
+    made.check_empty()
+
+
 def test_a_known_beginning_is_not_computed_again(stage, model, tokenizer):
     shared = stage()
     first, second = conversation(1), conversation(2)

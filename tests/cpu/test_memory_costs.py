@@ -5,6 +5,7 @@ The modules run on the meta device, so at the official sizes; what attention ker
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.demo.shape import demo_config
+from memphi.inputs.image import decode_image
+from memphi.inputs.media import image_media
 from memphi.memory import costs
-from memphi.model import adapters, audio, rows
+from memphi.model import adapters, audio, preprocess, rows
 from memphi.model.attention import SdpaAttention
 from memphi.model.audio import cut_window
 from memphi.model.phi4mm import Phi4MM
@@ -89,9 +92,8 @@ class MetaPool:
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Build a model on the meta device; kernels give empty results, masks are never all true."""
+    """Build a model on the meta device; kernels give empty results."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
-    monkeypatch.setattr(Tensor, "__bool__", lambda _: False)
 
     def build(config, form="plain"):
         with torch.device("meta"):
@@ -127,6 +129,7 @@ def step(model, config, planned):
 def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert costs.GATHER_TOKENS == rows.GATHER_TOKENS
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
+    assert costs.BAND_VALUES == preprocess.BAND_VALUES
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
 
 
@@ -224,12 +227,29 @@ def test_merging(config, stored, meta):
 
 
 @CONFIGS
-@pytest.mark.parametrize("crops", [1, 8])
-def test_a_vision_pass(config, crops, meta):
+@pytest.mark.parametrize(("crops", "padded"), [(1, 0), (1, 1), (8, 0), (8, 3), (8, 8)])
+def test_a_vision_pass(config, crops, padded, meta):
     model, side = meta(config), config.vision.patches
     pixels = torch.empty(crops, 3, config.vision.crop_size, config.vision.crop_size)
     mask = torch.ones(crops, side, side, dtype=torch.bool)
+    mask[:padded, -1] = False
     close(costs.vision_pass(config, crops, 2), peak_of(model, lambda: model.encode_crops(pixels, mask), pixels, mask))
+
+
+@pytest.mark.parametrize("size", [(2688, 2688), (8000, 8000), (448, 16128), (300, 200), (20_000, 300), (1000, 60_000)])
+@pytest.mark.parametrize("crops", [1, 37])
+def test_cropping(size, crops):
+    """A picture as large as its grid takes the whole price; whatever the size, none takes more."""
+    vision = OFFICIAL.vision
+    image = decode_image(image_media(np.broadcast_to(np.uint8(7), (*size, 3))), vision)
+    with Peak([]) as peak:
+        side = vision.crop_size
+        out = torch.empty(min(crops, image.footprint.crops), 3, side, side, dtype=torch.bfloat16, device="meta")
+        preprocess.make_crops(image, 0, out)
+    cost = costs.cropping(OFFICIAL, len(out), 2)
+    assert peak.bytes <= cost.bytes
+    if size == (2688, 2688):
+        close(cost, peak.bytes)
 
 
 @CONFIGS

@@ -73,6 +73,61 @@ def test_a_full_mask_equals_none(model):
     assert largest_difference(features[:2], alone) <= TOLERANCE
 
 
+class Noting(SdpaAttention):
+    """Notes how many crops came with a mask, and how many without."""
+
+    def __init__(self):
+        self.masked = []
+
+    def full(self, query, key, value, mask):
+        self.masked.append((len(query), mask is not None))
+        return super().full(query, key, value, mask)
+
+
+@pytest.mark.parametrize("valid", [[None, None], [(3, 4), (1, 1)], [(3, 4), None, (1, 4), None, None, (4, 1)]])
+@torch.inference_mode()
+def test_crops_without_padding_take_no_mask_and_are_what_each_is_alone(model, valid):
+    """In any order; each view of an image is a crop, its global view without padding."""
+    noting = Noting()
+    tower = with_attention(model, noting).vision
+    images = [make_image(model.config, valid=part, seed=seed) for seed, part in enumerate(valid)]
+    pixels, mask = (torch.cat([torch.from_numpy(part(i)) for i in images]) for part in (crops, masks))
+    together = tower(pixels, mask)
+    padded = sum(part is not None for part in valid)
+    groups = [(len(pixels) - padded, False), (padded, True)]
+    assert noting.masked == [group for group in groups if group[0]] * model.config.vision.layers
+    eager = with_attention(model, EagerAttention()).vision
+    for place in range(len(pixels)):
+        alone = eager(pixels[place : place + 1], mask[place : place + 1])
+        assert largest_difference(together[place], alone[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("valid", [None, (3, 4)])
+@torch.inference_mode()
+def test_what_layers_add_to_lies_in_order(model, valid):
+    """A norm would copy what does not."""
+    image, orders = make_image(model.config, valid=valid), []
+    hooks = [layer.register_forward_hook(lambda _, args, out: orders.append(out)) for layer in model.vision.layers]
+    model.vision(torch.from_numpy(image.crops), torch.from_numpy(image.patch_mask))
+    for hook in hooks:
+        hook.remove()
+    assert len(orders) == model.config.vision.layers
+    assert all(out.is_contiguous() for out in orders)
+
+
+@torch.inference_mode()
+def test_a_mask_on_all_crops_is_the_definition(model):
+    """Crops with and without padding through one mask, as the definition has it, layer by layer."""
+    images = [make_image(model.config, valid=part, seed=seed) for seed, part in enumerate([None, (3, 4), None, (2, 2)])]
+    pixels, mask = (torch.cat([torch.from_numpy(part(i)) for i in images]) for part in (crops, masks))
+    tower, valid = with_attention(model, EagerAttention()).vision, mask.flatten(1)
+    x = tower.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    x = x + tower.position_embedding(torch.from_numpy(tower._positions(mask.numpy())))
+    for layer in tower.layers:
+        x = layer(x, valid)
+    assert largest_difference(model.vision(pixels, mask), x) <= TOLERANCE
+
+
 def crops(image):
     return image.crops
 

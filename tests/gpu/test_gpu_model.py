@@ -16,6 +16,7 @@ from tests.oracle import (
     all_logits,
     cut_media,
     largest_difference,
+    make_image,
     make_row,
     mode_prompts,
     parity_config,
@@ -153,6 +154,23 @@ def test_a_layer_never_waits_for_the_device(source, prompts, dtype):
         model.language.layers[0](x, packing, rotary, pool)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, FP32_TOLERANCE), (torch.bfloat16, BF16_ERROR)])
+@torch.inference_mode()
+def test_crops_with_and_without_padding_equal_the_cpus_and_nobody_waits(source, dtype, limit):
+    side = source.config.vision.patches
+    images = [make_image(source.config, 2, 1, valid, seed=i) for i, valid in enumerate([None, (side + 3, 3), None])]
+    crops = torch.cat([torch.from_numpy(image.crops) for image in images])
+    mask = torch.cat([torch.from_numpy(image.patch_mask) for image in images])
+    expected, model, there = source.encode_crops(crops, mask), on_device(source, dtype), crops.to(DEVICE, dtype)
+    model.encode_crops(there, mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = model.encode_crops(there, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(got.float().cpu(), expected) <= limit
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, BF16_ERROR)])

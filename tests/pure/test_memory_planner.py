@@ -10,7 +10,7 @@ from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.config import EngineConfig
 from memphi.demo.shape import demo_config
-from memphi.errors import DoesNotFitError
+from memphi.errors import DoesNotFitError, RequestError
 from memphi.memory.costs import FIRST_ANSWER_TOKENS, GIB, MIB, price_request, size_text
 from memphi.memory.devices import DeviceFacts
 from memphi.memory.planner import STEP_TOKENS, MemoryPlan, make_plan
@@ -202,6 +202,19 @@ def test_a_request_is_priced_part_by_part():
     assert price.costs[1].bytes == price.media_tokens * 3072 * 2
     assert price.device_bytes == price.costs[0].bytes + price.costs[1].bytes
     assert price.host_bytes >= 14 * 3 * 448**2 * 4 + 9998 * 80 * 4
+    decoded = price_request(footprint, OFFICIAL, preprocessing="device")
+    assert 4 * 1024 * 768 * 3 + 9998 * 80 * 4 <= decoded.host_bytes < price.host_bytes / 2
+
+
+def test_crops_are_made_on_a_gpu_and_priced_there():
+    names = {kind: [cost.name for cost in planned(OFFICIAL, 20 * GIB, kind).costs] for kind in ("cuda", "cpu")}
+    assert "cropping" in names["cuda"]
+    assert "cropping" not in names["cpu"]
+    for kind, usual, other in (("cuda", "device", "host"), ("cpu", "host", "device")):
+        assert planned(OFFICIAL, 20 * GIB, kind).preprocessing == usual
+        assert planned(OFFICIAL, 20 * GIB, kind, preprocessing=other).preprocessing == other
+    with pytest.raises(RequestError, match="auto, host, device"):
+        EngineConfig(preprocessing="gpu")
 
 
 def test_a_text_is_priced_without_media_and_within_the_context():
