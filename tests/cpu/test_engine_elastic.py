@@ -222,7 +222,7 @@ def test_a_pool_grows_by_what_is_there_whatever_was_promised(stage, monkeypatch)
     """Pages without memory behind them would be counted twice, once as free and once as the pool's."""
     shared = Card(stage(pages=52), monkeypatch)
     elastic, pages = shared.stage.loop._elastic, shared.stage.scheduler.reservations.pages
-    shared.neighbour_pages = CARD_PAGES - 4
+    shared.neighbour_pages = CARD_PAGES - 2
     elastic.make_way(*shared._free_memory())
     assert pages.capacity == 1
     shared.neighbour_pages = 20
