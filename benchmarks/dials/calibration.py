@@ -190,10 +190,10 @@ class _Steps:
     def _price(self, plan: "StepPlan") -> tuple[str, int]:
         from memphi.engine.prices import price_rows, price_slices
 
-        size, masked = self._engine.model.dtype.itemsize, self._engine.model.device.type != "cuda"
+        model = self._engine.model
         if plan.slices:
-            return price_slices(plan.slices, self._config, size)
-        return price_rows(plan, self._config, size, masked)
+            return price_slices(plan.slices, self._config, model.dtype.itemsize)
+        return price_rows(plan, self._config, model.dtype.itemsize, model.device.type != "cuda", model.adapter_form)
 
     def _step(self, case: RowCase | SliceCase) -> "StepPlan":
         from memphi.engine.step import StepPlan

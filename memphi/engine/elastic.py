@@ -30,14 +30,19 @@ class Elastic:
         idle_seconds: float,
         free_memory: Callable[[], tuple[int, int]] | None,
         graphs: Graphs | None = None,
+        workspace_bytes: int = 0,
     ) -> None:
-        """free_memory tells the device's free and total bytes; None: others do not matter (there is a dial)."""
+        """free_memory tells the device's free and total bytes; None: others do not matter (there is a dial).
+
+        workspace_bytes is what steps may take, graphs included: the pool never grows into it.
+        """
         self._scheduler = scheduler
         self._pool = pool
         self._gauge = gauge
         self._idle_seconds = idle_seconds
         self._free_memory = free_memory
         self._graphs = graphs
+        self._workspace_bytes = workspace_bytes
         self._most_pages = scheduler.reservations.pages.capacity
         self._idle_since = time.monotonic()
         self._rested = True
@@ -68,11 +73,28 @@ class Elastic:
         if self._pool is None:
             return
         pages, reserve = self._scheduler.reservations.pages, reserve_bytes(total_bytes)
-        if free_bytes < reserve // 2:
-            mapped_pages = self._pool.mapped_bytes // self._pool.page_bytes
-            self._resize(min(mapped_pages, pages.capacity) - -(-(reserve - free_bytes) // self._pool.page_bytes))
-        elif free_bytes > reserve and pages.capacity < self._most_pages:
-            self._resize(min(pages.capacity + (free_bytes - reserve) // self._pool.page_bytes, self._most_pages))
+        spare_bytes, page_bytes = self._spare(free_bytes), self._pool.page_bytes
+        mapped_pages = min(self._pool.mapped_bytes // page_bytes, pages.capacity)
+
+        def leaving(n_bytes: int) -> int:
+            return mapped_pages + (spare_bytes - n_bytes) // page_bytes
+
+        # Half the reserve is enough to be left in peace, so that the pool does not move with every trifle.
+        wanted_pages = self._most_pages if leaving(reserve // 2) >= self._most_pages else leaving(reserve)
+        if spare_bytes < reserve // 2 or pages.capacity < wanted_pages:
+            self._resize(wanted_pages)
+
+    def is_crowded(self) -> bool:
+        """Whether others hold memory that this engine was planned with, so that waiting may help; never with a dial."""
+        if self._free_memory is not None:
+            free_bytes, total_bytes = self._free_memory()
+            if self._spare(free_bytes) < reserve_bytes(total_bytes) // 2:
+                return True
+        return self._scheduler.reservations.pages.capacity < self._most_pages
+
+    def _spare(self, free_bytes: int) -> int:
+        """Of a card's free bytes, those beyond the work space; what the allocator keeps unused of that is free too."""
+        return free_bytes + self._gauge.unused_bytes() - self._workspace_bytes
 
     def _resize(self, capacity_pages: int) -> None:
         """Set the pool's size; the oldest request keeps what it has, so that something always goes on."""

@@ -108,7 +108,8 @@ def make_loop(
     runner = Runner(model, pool, forbidden, gauge, graphs)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
-    elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory, graphs)
+    workspace_bytes = plan.workspace_bytes + plan.graphs_bytes if watches_others else 0
+    elastic = Elastic(scheduler, pool, gauge, config.idle_seconds, free_memory, graphs, workspace_bytes)
     return Loop(runner, scheduler, preparation, tokenizer, elastic)
 
 

@@ -67,6 +67,12 @@ class Gauge:
         """Leave to the allocator what the pool does not hold."""
         cap_allocator(self._device, max(self._allowed_bytes - self._pool_bytes, 0))
 
+    def unused_bytes(self) -> int:
+        """What the allocator holds without a tensor in it; 0 where nothing counts."""
+        if self._device.type != "cuda":
+            return 0
+        return _held(self._device, "reserved_bytes")[0] - _held(self._device, "allocated_bytes")[0]
+
     def peak_bytes(self) -> int | None:
         """The most that pool and allocator held so far; on the CPU, the process; None where nothing counts."""
         if self._device.type == "cuda":

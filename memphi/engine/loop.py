@@ -36,6 +36,11 @@ ANSWERING_ADVICE = (
     "send fewer or smaller attachments, one at a time (--each), ask for a shorter answer (--max-tokens), or choose "
     "another device"
 )
+PATIENCE_SECONDS = 3600.0
+"""How long no step goes well, while others hold the card, before a request is given up: they may leave it late, and
+should it not be they who are in the way, nobody waits for ever."""
+WAITING = "wait for others on the card"
+"""What waiting is called among the moves under memory pressure."""
 
 
 @dataclass(eq=False)
@@ -117,8 +122,9 @@ class Loop:
         self._answers: dict[int, _Answer] = {}
         self._flight: Flight | None = None
         """The step that is on the device now; what it chooses is heard in the next round."""
+        self._waiting_since: float | None = None  # time.monotonic, where others on the card let no step go well.
         self.stalled = True
-        """Whether only a prompt that becomes ready, or a caller, brings the loop on."""
+        """Whether only time, a prompt that becomes ready, or a caller brings the loop on."""
         self._note_state()
 
     @property
@@ -164,7 +170,9 @@ class Loop:
         plan = None if self._flight is not None else self.scheduler.plan_step()
         if plan:
             events += self._launch(plan) if self.runner.can_launch(plan) else self._run(plan)
-        self.stalled = not (admitted or ready or flight or plan)
+        elif flight is None:
+            self._waiting_since = None
+        self.stalled = self._waiting_since is not None or not (admitted or ready or flight or plan)
         self._note_state()
         return events
 
@@ -236,18 +244,34 @@ class Loop:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
         self._ladder.note_success()
+        self._waiting_since = None
         self._count(plan, result)
         advanced = self.scheduler.commit(plan, result)
         events = [self._fail(self._answers[number].sequence, error) for number, error in result.failed.items()]
         return events + [event for sequence in advanced for event in self._advance(self._answers[sequence.id])]
 
     def _recover(self, plan: StepPlan) -> list[Event]:
-        """Go one rung down; where none is left, the newest request of the step cannot be answered."""
+        """Go one rung down; where none is left, wait for others on the card, or give up the step's newest request."""
         if self._ladder.climb_down(plan):
             return []
+        if self._elastic.is_crowded() and self._is_patient():
+            self._ladder.wait()
+            self._elastic.rest()
+            return []
         self._ladder.note_success()
+        self._waiting_since = None
         newest = _sequences(plan)[-1]
         return [self._fail(newest, too_little("this request", self.runner.model.device, ANSWERING_ADVICE))]
+
+    def _is_patient(self) -> bool:
+        """Whether there is time left to wait; the first time that is told and counted."""
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+            self.stats.rungs[WAITING] += 1
+            logging.getLogger(__name__).warning(
+                "out of memory: %s, for %.0f minutes at most", WAITING, PATIENCE_SECONDS / 60
+            )
+        return time.monotonic() - self._waiting_since < PATIENCE_SECONDS
 
     def _advance(self, answer: _Answer) -> Iterator[Event]:
         delta = answer.advance()

@@ -75,6 +75,10 @@ class Ladder:
                 return True
         return False
 
+    def wait(self) -> None:
+        """No rung was left: the next failure begins below those that only give back what is idle, as who waits does."""
+        self._next = next((i for i, rung in enumerate(self._rungs) if rung.repeats), len(self._rungs))
+
     def note_success(self) -> None:
         """A step went well: the next failure begins at the top, and after a while a rung is taken back."""
         self._next = 0

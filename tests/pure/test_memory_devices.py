@@ -8,7 +8,7 @@ from memphi.errors import DeviceError
 from memphi.memory import devices
 from memphi.memory.costs import GIB, MIB
 from memphi.memory.devices import CARDS, DeviceFacts, find_card, present_card, this_machine
-from memphi.memory.learned import Learned, keep, key_of
+from memphi.memory.learned import Excess, Learned, keep, key_of
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def said(text):
 def test_nvidia_smi_tells_of_the_card_that_is_here(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    learned = Learned(key_of("NVIDIA H100 80GB HBM3"), {"vision pass": 5})
+    learned = Learned(key_of("NVIDIA H100 80GB HBM3"), {"vision pass": Excess(5, 0.5)})
     keep(learned)
     monkeypatch.setattr(devices.subprocess, "run", said("NVIDIA H100 80GB HBM3, 81559, 81072, 9.0\n"))
     assert present_card() == DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", 81559 * MIB, 81072 * MIB, (9, 0), learned)
