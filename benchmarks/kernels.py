@@ -25,12 +25,13 @@ from torch import Tensor
 from benchmarks.document import write_document
 from memphi import official
 from memphi.config import LanguageConfig, ModelConfig
-from memphi.model.kernels import division, gate, launch, norm, paged, rotary
+from memphi.model.kernels import choice, division, gate, launch, norm, paged, rotary
 from memphi.model.kernels.division import Division, Tiling
 
 Launch = Callable[[], None]
 
 PAGE_TOKENS = 16
+MOST_SCORED_ROWS = 256
 REPLAYS, LAUNCHES = 15, 64
 """How often a graph is timed, and how many launches it has at least."""
 MOST_COPIES = 64
@@ -287,6 +288,31 @@ def gate_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         )
 
 
+def choice_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    vocabulary, pieces = sizes.config.vocab_size, choice.pieces_of(sizes.config.vocab_size)
+    forbidden = torch.arange(vocabulary, device=device) % 7 == 0
+    for rows in sizes.rows:
+        if rows > MOST_SCORED_ROWS:
+            continue
+        n_bytes = rows * vocabulary * sizes.dtype.itemsize
+        sets = [torch.randn(rows, vocabulary, device=device, dtype=sizes.dtype) for _ in copies_of(n_bytes, sizes)]
+        lengths = torch.ones(rows, dtype=torch.int32, device=device)
+        best, places = (torch.empty(rows, pieces, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
+        found, expected = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+        choice.plain_choose(sets[0], forbidden, lengths, expected)
+        choice.choose(sets[0], forbidden, lengths, best, places, found)
+        yield Case(
+            "choose",
+            f"{rows} rows",
+            n_bytes,
+            error_of([found], [expected]),
+            {
+                "plain": [partial(choice.plain_choose, logits, forbidden, lengths, found) for logits in sets],
+                "kernel": [partial(choice.choose, logits, forbidden, lengths, best, places, found) for logits in sets],
+            },
+        )
+
+
 def rotary_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     config, itemsize = sizes.config, sizes.dtype.itemsize
     frequencies = rotary.rotary_frequencies(config, device)
@@ -492,6 +518,7 @@ CASES: Mapping[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "norm": norm_cases,
     "gate": gate_cases,
     "rotary": rotary_cases,
+    "choice": choice_cases,
     "divide": divide_cases,
     "attention": attention_cases,
     "chain": chain_cases,

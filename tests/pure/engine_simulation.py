@@ -388,8 +388,8 @@ class World:
     def step(self, prepare=True, fault=None):
         """One round; a fault loses the step: "before" the device did anything, or "after" it did everything.
 
-        Of a step in flight the fault hits the one behind it or, "landing", what it brought itself. Returns the plan
-        of a step that is to be done again unless nothing was lost.
+        With a step in flight the fault hits the one launched behind it or, "landing", what it brought itself. Returns
+        the plan that was made last, an empty one where a step went ahead.
         """
         self.operations += 1
         self.preparing += [(s, self.cases[s.id].prompt) for s in self.scheduler.admit()]
