@@ -122,7 +122,7 @@ def make_graphs(
         return None
     on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
     if obstacle is None:
-        return Graphs(model, pool, plan.rows, plan.context_tokens, on_gpu, forbidden)
+        return Graphs(model, pool, min(plan.rows, plan.graph_rows), plan.context_tokens, on_gpu, forbidden)
     if on_gpu:
         logging.getLogger(__name__).warning("PyTorch's kernels are used: %s", obstacle)
     return None

@@ -30,6 +30,8 @@ MOST_PAGES = 1 << 18
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
+FEWEST_GRAPH_ROWS, GRAPHS_SHARE = 16, 8
+"""Graphs are for so many rows at least; for more, one part in so many of what is left beyond the least may go."""
 ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audio pass": "audio pass"}
 """The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
@@ -49,6 +51,8 @@ class MemoryPlan:
     weights_bytes: int
     graphs_bytes: int
     """Decode steps in CUDA graphs; 0 where there are none."""
+    graph_rows: int
+    """Rows at most of such a step."""
     workspace_bytes: int
     pool_bytes: int
     media_bytes: int
@@ -135,14 +139,19 @@ class _Planner:
         self.ladders = self._make_ladders()
         self.smallest = self._pick(lambda ladder: ladder[-1])
         self.largest = self._pick(lambda ladder: ladder[0])
-        self.graphs = self._price_graphs()
-        self.fixed_bytes = self.context.bytes + self.weights_bytes + _sum(self.graphs)
+        self.graph_rows = min(FEWEST_GRAPH_ROWS, self.largest.rows)
+        self.graphs = self._price_graphs(self.graph_rows)
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.context.bytes + self.weights_bytes + _sum(self.graphs)
 
     def plan(self) -> MemoryPlan:
         dial_bytes, dial_reason = self._dial()
         least_bytes = self._least_bytes()
         if dial_bytes > self.device.free_bytes or least_bytes > dial_bytes:
             raise self._does_not_fit(least_bytes, dial_bytes)
+        self._enlarge_graphs(dial_bytes - least_bytes)
         left_bytes = dial_bytes - self.fixed_bytes
         units = self._units(left_bytes)
         kept_bytes = units * self._kept_bytes
@@ -157,6 +166,7 @@ class _Planner:
             context_bytes=self.context.bytes,
             weights_bytes=self.weights_bytes,
             graphs_bytes=_sum(self.graphs),
+            graph_rows=self.graph_rows,
             workspace_bytes=workspace_bytes,
             pool_bytes=pool_bytes,
             media_bytes=kept_bytes - pool_bytes,
@@ -181,12 +191,20 @@ class _Planner:
             return sizes.step_tokens
         return SHARED_STEP_TOKENS.get(self.device.capability or (0, 0), FEWEST_SHARED_STEP_TOKENS)
 
-    def _price_graphs(self) -> tuple[Cost, ...]:
-        """For the most rows and the longest sequence that any dial gives, so that a larger one never leaves less."""
-        engine, rows = self.engine, self.largest.rows
+    def _price_graphs(self, rows: int) -> tuple[Cost, ...]:
+        """For the longest sequence that any dial gives, so that a larger one never leaves less."""
+        engine = self.engine
         if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache:
             return ()
         return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
+
+    def _enlarge_graphs(self, spare_bytes: int) -> None:
+        """Give graphs of more rows a part of what a dial leaves beyond the least; so more of it never leaves less."""
+        price, least = self._price_graphs, _sum(self.graphs)
+        for rows in range(self.largest.rows, self.graph_rows, -1):
+            if _sum(price(rows)) - least <= spare_bytes // GRAPHS_SHARE:
+                self.graph_rows, self.graphs = rows, price(rows)
+                return
 
     # --- the dial ------------------------------------------------------------------------------------------------
 

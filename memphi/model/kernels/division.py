@@ -28,8 +28,8 @@ UNIT_FIELDS = 8
 """Numbers of a unit: its row, or -1 where there is none; the first of its keys and their end; the row's first unit and
 how many it has; the row's length; two that fill up."""
 FEW_ROWS = 16
-"""Up to so many rows programs of one warp are the fastest: they wait for none of their own kind. At one row it pays more
-to read the first keys before the query is there, since nothing else hides the wait."""
+"""Up to so many rows programs of one warp are the fastest: they wait for none of their own kind. At one row it pays
+more to read the first keys before the query is there, since nothing else hides the wait."""
 
 
 @dataclass(frozen=True)
