@@ -372,6 +372,7 @@ class _Planner:
             + (f", the {self.engine.merge} adapter merged into them" if self.engine.merge else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
             "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
+            "graph_rows": f"as many as 1/{GRAPHS_SHARE} of what is left beyond the least has room for",
             "adapters": self._reason_of_adapters(),
             "preprocessing": self._reason_of_preprocessing(),
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
