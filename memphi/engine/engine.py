@@ -81,6 +81,7 @@ def make_loop(
     language = model.config.language
     # Reserved at its largest: page numbers never go beyond. Only what is in use takes memory.
     pool = make_pool(language, plan.pages, model.dtype, model.device) if config.kv_cache else None
+    graphs = make_graphs(model, pool, plan, config)
     embedding_bytes = language.hidden_size * model.dtype.itemsize
     scheduler = Scheduler(
         model.config,
@@ -102,7 +103,6 @@ def make_loop(
     learned = device_facts(model.device).learned
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
-    graphs = make_graphs(model, pool, plan, config)
     runner = Runner(model, pool, ~known.to(model.device), gauge, graphs)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
@@ -132,7 +132,7 @@ def step_limits(plan: MemoryPlan, config: EngineConfig, model: Phi4MM) -> StepLi
         plan.shared_step_tokens,
         plan.crops_per_pass,
         plan.windows_per_pass,
-        draft_step_tokens(plan, model.config, model.dtype.itemsize) if drafts else 0,
+        draft_step_tokens(plan, model.config, model.dtype.itemsize, model.uses_kernels) if drafts else 0,
     )
 
 

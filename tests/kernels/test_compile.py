@@ -9,6 +9,7 @@ from memphi.config import ModelConfig
 pytest.importorskip("triton")
 
 from memphi.model.kernels import division, gate, norm, paged, rotary
+from memphi.model.rows import LINE_TOKENS
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
 CONFIG = ModelConfig.from_folder(official.folder()).language
@@ -28,8 +29,7 @@ def launch_simple(dtype, rows=4):
     numbers, long = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
     cos, sin = (torch.empty(rows, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
     rotary.tabulate(numbers, long, rotary.rotary_frequencies(CONFIG, CPU), 1.2, cos, sin)
-    qkv, query = qkv_of(rows, dtype), query_of(rows, dtype)
-    rotary.rotate_and_keep(qkv, cos, sin, query, *layer(dtype), numbers, numbers)
+    rotary.rotate_and_keep(qkv_of(rows, dtype), cos, sin, *layer(dtype), numbers, numbers)
 
 
 def launch_attention(dtype, rows, new_tokens=1, fresh=True):
@@ -69,6 +69,8 @@ def test_every_kernel_fits(capability):
         launch_simple(dtype)
         launch_attention(dtype, rows=1)
         launch_attention(dtype, rows=64)
+        for new_tokens in (1, LINE_TOKENS):
+            launch_attention(dtype, rows=64, new_tokens=new_tokens, fresh=False)
     assert {made.name for made in compiled} == {
         *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_divide", "_attend")
     }
@@ -82,7 +84,6 @@ def test_drafts_and_other_numbers_fit():
     with compiled_for((9, 0)) as compiled:
         launch_attention(torch.bfloat16, rows=64, new_tokens=8)
         launch_attention(torch.float16, rows=1)
-        launch_attention(torch.bfloat16, rows=64, fresh=False)
     for made in compiled:
         assert_fits(made, (9, 0), 0)
     with compiled_for((8, 6)) as compiled:
