@@ -83,7 +83,7 @@ def meta(monkeypatch):
     monkeypatch.setattr(Tensor, "__bool__", lambda _: False)
     monkeypatch.setattr(sdpa, "_has_flash", lambda _: True)
     monkeypatch.setattr(sdpa, "_takes_cudnn", lambda *_: False)
-    monkeypatch.setattr(sdpa, "_varlen", lambda query, *_: torch.empty(query.shape, dtype=query.dtype, device="meta"))
+    monkeypatch.setattr(sdpa, "varlen", lambda query, *_: torch.empty(query.shape, dtype=query.dtype, device="meta"))
     for name in ("add_norm", "attend", "divide", "gate", "rotate_and_keep", "tabulate"):
         monkeypatch.setattr(prefill, name, lambda *_: None)
     tiling = division.Tiling(4, 64, 32, 5, 4, None, early=False)

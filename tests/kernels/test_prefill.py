@@ -104,7 +104,7 @@ def test_sixteen_bits(device):
     runs = run(model, rows, True), run(model, rows, False), run(exact, rows, False)
     for found, defined, expected in zip(*runs, strict=True):
         error, usual = ((part - expected).norm() / expected.norm() for part in (found, defined))
-        assert 0 < error <= 1.25 * usual + 1e-3
+        assert 0 < error <= 1.5 * usual + 1e-3
 
 
 def test_gradients_have_the_definition_alone(device):

@@ -58,14 +58,14 @@ class SdpaAttention:
     def _whole(self, rows: WholeRows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rows without a past: query and result [tokens, heads, head_dim]."""
         if _has_flash(query) and not _takes_cudnn(query, rows.lengths[0]):
-            return _varlen(query, key, value, (rows.bounds, rows.bounds), (rows.lengths, rows.lengths))
+            return varlen(query, key, value, (rows.bounds, rows.bounds), (rows.lengths, rows.lengths))
         return self._each(query, key, value, rows.lengths, rows.lengths)
 
     def _continued(self, query: Tensor, rows: ContinuedRows, keys: Tensor, values: Tensor) -> Tensor:
         """Rows' new tokens over all their tokens: query and result [tokens, heads, head_dim]."""
         key, value = (rows.gather(kept) for kept in (keys, values))
         if _has_flash(query):
-            return _varlen(query, key, value, (rows.bounds, rows.key_bounds), (rows.lengths, rows.key_lengths))
+            return varlen(query, key, value, (rows.bounds, rows.key_bounds), (rows.lengths, rows.key_lengths))
         return self._each(query, key, value, rows.lengths, rows.key_lengths)
 
     def _each(
@@ -90,7 +90,7 @@ class SdpaAttention:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _varlen(
+def varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
