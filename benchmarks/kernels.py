@@ -340,25 +340,26 @@ def keeping_case(rows: int, table: Sequence[Tensor], sizes: Sizes, device: torch
     """Tokens of one row over pages out of order, as in prefill."""
     config = sizes.config
     pages = -(-rows // PAGE_TOKENS)
-    n_bytes = 2 * rows * qkv_width(config) * sizes.dtype.itemsize
+    turned = rows * (config.heads + config.kv_heads) * config.rotary_dim
+    n_bytes = 2 * (turned + rows * 2 * config.kv_heads * config.head_dim) * sizes.dtype.itemsize
     copies = copies_of(n_bytes, sizes)
     pool, order = make_pool(pages, len(copies), sizes, device), torch.randperm(pages, device=device)
     tokens = torch.arange(rows, device=device)
     places = (order[tokens // PAGE_TOKENS], tokens % PAGE_TOKENS)
     sets = [torch.randn(rows, qkv_width(config), device=device, dtype=sizes.dtype) for _ in copies]
-    found, expected = (torch.empty(rows, config.heads, config.head_dim, device=device, dtype=sizes.dtype) for _ in "12")
-    rotary.plain_rotate_and_keep(sets[0], *table, expected, *layer_of(pool, 0), *places)
+    expected, found = sets[0].clone(), sets[0].clone()
+    rotary.plain_rotate_and_keep(expected, *table, *layer_of(pool, 0), *places)
     kept = pool[:, 0].clone()
-    rotary.rotate_and_keep(sets[0], *table, found, *layer_of(pool, 0), *places)
-    error = error_of([found, pool[:, 0]], [expected, kept])
     run = rotary.rotate_and_keep
+    run(found, *table, *layer_of(pool, 0), *places)
+    error = error_of([found, pool[:, 0]], [expected, kept])
     return Case(
         "rotate_and_keep",
         f"{rows} rows",
         n_bytes,
         error,
         {
-            "kernel": [partial(run, qkv, *table, found, *layer_of(pool, i), *places) for i, qkv in enumerate(sets)],
+            "kernel": [partial(run, qkv, *table, *layer_of(pool, i), *places) for i, qkv in enumerate(sets)],
         },
     )
 

@@ -82,6 +82,8 @@ def make_loop(
     language = model.config.language
     # Reserved at its largest: page numbers never go beyond. Only what is in use takes memory.
     pool = make_pool(language, plan.pages, model.dtype, model.device) if config.kv_cache else None
+    forbidden = ~torch.from_numpy(tokenizer.known_ids(language.vocab_size)).to(model.device)
+    graphs = make_graphs(model, pool, plan, config, forbidden)
     embedding_bytes = language.hidden_size * model.dtype.itemsize
     scheduler = Scheduler(
         model.config,
@@ -99,12 +101,9 @@ def make_loop(
         this_machine().free_bytes // HOST_MEDIA_SHARE,
         on_ready,
     )
-    known = torch.from_numpy(tokenizer.known_ids(language.vocab_size))
     learned = device_facts(model.device).learned
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
-    forbidden = ~known.to(model.device)
-    graphs = make_graphs(model, pool, plan, config, forbidden)
     runner = Runner(model, pool, forbidden, gauge, graphs)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
@@ -137,7 +136,7 @@ def step_limits(plan: MemoryPlan, config: EngineConfig, model: Phi4MM) -> StepLi
         plan.shared_step_tokens,
         plan.crops_per_pass,
         plan.windows_per_pass,
-        draft_step_tokens(plan, model.config, model.dtype.itemsize) if drafts else 0,
+        draft_step_tokens(plan, model.config, model.dtype.itemsize, model.uses_kernels) if drafts else 0,
     )
 
 

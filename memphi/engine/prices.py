@@ -29,21 +29,33 @@ def _is_decoded(piece: EncodeSlice) -> bool:
 
 
 def price_rows(
-    plan: StepPlan, config: ModelConfig, dtype_bytes: int, masked: bool, adapters: AdapterForm = "plain"
+    plan: StepPlan,
+    config: ModelConfig,
+    dtype_bytes: int,
+    masked: bool,
+    adapters: AdapterForm = "plain",
+    kernels: bool = False,
 ) -> tuple[str, int]:
-    """The kind of a step's forward pass, and its bytes: the layers', or the scores' where those take more."""
+    """The kind of a step's forward pass, and its bytes: the layers', or the scores' where those take more.
+
+    kernels: whether it goes through memphi's own.
+    """
     tokens = sum(row.tokens for row in plan.rows)
-    keys = max(row.past + row.tokens for row in plan.rows)
+    pasts = costs.pasts_of([(row.tokens, row.past) for row in plan.rows], in_lines=kernels)
     decoding = sum(row.tokens == 1 for row in plan.rows)
+    kind = "decode step" if tokens == decoding else "mixed step" if decoding else "prefill chunk"
     scores = costs.logits(config, sum(row.scored for row in plan.rows), tokens, dtype_bytes).bytes
-    decode = costs.decode_step(config, decoding, keys, dtype_bytes, adapters).bytes if decoding else 0
+    if kernels:
+        return kind, max(costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters).bytes, scores)
+    keys, all_keys = max(row.past + row.tokens for row in plan.rows), pasts.all_copied
+    decode = costs.decode_step(config, decoding, keys, dtype_bytes, adapters, all_keys).bytes if decoding else 0
     if tokens == decoding:
-        return "decode step", max(decode, scores)
+        return kind, max(decode, scores)
     has_past = any(row.past for row in plan.rows)
     chunk = costs.prefill_chunk(
-        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, adapters
+        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, adapters, all_keys
     ).bytes
-    return ("mixed step" if decoding else "prefill chunk"), max(chunk, decode, scores)
+    return kind, max(chunk, decode, scores)
 
 
 def price_graph(plan: StepPlan, config: ModelConfig) -> tuple[str, int]:
@@ -56,13 +68,17 @@ def price_choice() -> tuple[str, int]:
     return "greedy graph step", 0
 
 
-def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int) -> int:
+def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int, kernels: bool = False) -> int:
     """How many tokens a step with drafts may have, all of them scored, within what the plan's largest step takes."""
     largest_bytes = next(cost.bytes for cost in plan.costs if cost.name == "largest step")
 
     def fits(tokens: int) -> bool:
-        rows = min(plan.rows, tokens)
-        chunk = costs.prefill_chunk(config, tokens, plan.context_tokens, dtype_bytes, rows, True, plan.adapters)
+        rows, keys, all_keys = min(plan.rows, tokens), plan.context_tokens, plan.pages * plan.page_tokens
+        if kernels:
+            pasts = costs.Pasts(keys, rows, keys, all_keys, keys, rows, max(tokens // 2, 1))
+            chunk = costs.kernel_step(config, tokens, pasts, dtype_bytes, plan.adapters)
+        else:
+            chunk = costs.prefill_chunk(config, tokens, keys, dtype_bytes, rows, True, plan.adapters, all_keys)
         return max(chunk.bytes, costs.logits(config, tokens, tokens, dtype_bytes).bytes) <= largest_bytes
 
     return next((n for n in range(min(DRAFT_STEP_TOKENS, plan.step_tokens), 0, -1) if fits(n)), 0)

@@ -112,7 +112,8 @@ class Runner:
         model, masked = self.model, self.model.device.type != "cuda"
         if self._graphs_for(plan):
             return price_graph(plan, model.config)
-        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form)
+        kernels = model.uses_kernels and self.pool is not None
+        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels)
 
     def _graphs_for(self, plan: StepPlan) -> Graphs | None:
         """The graphs, where one of them can do this step: all rows are answers that go on by one id."""

@@ -5,7 +5,7 @@ by these functions, admission prices a request by them, and tests hold each agai
 the sdpa attention; eager's scores are not among them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, Place, VisionConfig
@@ -14,7 +14,11 @@ from memphi.request import Footprint
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE_TOKENS = 16
 GATHER_TOKENS = 32768
-"""Tokens whose keys and values are copied out of the pool at once for rows of one token; a longer row goes alone."""
+"""Tokens whose keys and values are copied out of the pool at once; a longer row goes alone."""
+MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
+"""New tokens at most of a row that a kernel takes over its pages, and how many at once where it has more than one."""
+PLACE_BYTES = 16
+"""Page and place of a token that is copied out of its page."""
 CONVOLVED_VALUES = 512 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
@@ -312,6 +316,41 @@ def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
     return layer + bias * (1 + 2 * windows) + 16 * tokens**2
 
 
+@dataclass(frozen=True)
+class Pasts:
+    """What the rows of a step have behind them, by how it is read."""
+
+    tokens: int = 0
+    """The longest row of all, new tokens included, as in what follows."""
+    rows: int = 0
+    """All rows."""
+    longest_copied: int = 0
+    """Tokens of the longest row whose keys and values are copied out of their pages."""
+    all_copied: int = 0
+    """Tokens of all such rows."""
+    longest_lined: int = 0
+    """Tokens of the longest row that a kernel takes over its pages."""
+    single_lines: int = 0
+    """Such rows of one new token."""
+    lines: int = 0
+    """In how many lines of LINE_TOKENS the others go."""
+
+
+def pasts_of(rows: Sequence[tuple[int, int]], in_lines: bool) -> Pasts:
+    """The pasts of rows of (new tokens, past); in_lines where kernels take rows of few tokens."""
+    lined = [(new, past) for new, past in rows if in_lines and past and new <= MOST_LINED_TOKENS]
+    copied = [new + past for new, past in rows if past and not (in_lines and new <= MOST_LINED_TOKENS)]
+    return Pasts(
+        tokens=_largest(new + past for new, past in rows),
+        rows=len(rows),
+        longest_copied=_largest(copied),
+        all_copied=sum(copied),
+        longest_lined=_largest(new + past for new, past in lined),
+        single_lines=sum(new == 1 for new, _ in lined),
+        lines=sum(-(-new // LINE_TOKENS) for new, _ in lined if new > 1),
+    )
+
+
 def prefill_chunk(
     config: ModelConfig,
     tokens: int,
@@ -320,38 +359,82 @@ def prefill_chunk(
     rows: int = 1,
     masked: bool = False,
     form: AdapterForm = "plain",
+    all_keys: int | None = None,
 ) -> Cost:
     """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
 
-    masked: whether the attention kernel takes a mask of tokens x keys where there is a past (a CPU's does).
+    masked: whether the attention kernel takes a mask of tokens x keys where there is a past (a CPU's does); all_keys is
+    what all rows see, at most.
     """
     language = config.language
     numbers = max(_layer_numbers(config, form))
-    widest = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    attention = _attention_numbers(language) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    gathered = _gather_bytes(language, rows, keys, dtype_bytes) if keys > tokens else 0
-    mask = 2 * tokens * keys if masked and keys > tokens else 0
+    shared = _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    widest, attention = numbers * dtype_bytes + shared, _attention_numbers(language) * dtype_bytes + shared
+    has_past = keys > tokens
+    gathered = _gather_bytes(language, rows, keys, dtype_bytes) if has_past else 0
+    places = _place_bytes(rows, keys, all_keys) if has_past else 0
+    mask = 2 * tokens * keys if masked and has_past else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
     return Cost(
         "prefill chunk",
-        max(tokens * max(widest, norm), tokens * attention + gathered + mask),
+        max(tokens * max(widest, norm), tokens * attention + gathered + mask) + places,
         f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
         f"{keys} tokens of a layer copied out of their pages",
     )
 
 
-def decode_step(config: ModelConfig, rows: int, keys: int, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
-    """Compute one token of each row; keys is the longest row's number of tokens."""
+def decode_step(
+    config: ModelConfig,
+    rows: int,
+    keys: int,
+    dtype_bytes: int,
+    form: AdapterForm = "plain",
+    all_keys: int | None = None,
+) -> Cost:
+    """Compute one token of each row; keys is the longest row's number of tokens, all_keys that of all rows at most."""
     language = config.language
     numbers = max(*_layer_numbers(config, form), _attention_numbers(language))
     each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes)
+    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes) + _place_bytes(rows, keys, all_keys)
     return Cost(
         "decode step",
         rows * each + _gather_bytes(language, rows, keys, dtype_bytes) + masks,
         f"{rows} rows' activations, and one layer's keys and values copied out of their pages, "
         f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {_gathered_tokens(rows, keys)} tokens at once",
     )
+
+
+def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+    """Compute packed tokens of rows, new or not, through memphi's own kernels."""
+    language = config.language
+    numbers, query = max(_kernel_numbers(config, form)), _query_size(language)
+    shared = _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    # The running sum, the product that is turned in place, the next one's operand, and what attention gives.
+    mixing = language.hidden_size + _qkv_size(language) + 2 * query + (_ranks(config) if form == "packed" else 0)
+    longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
+    copied = 2 * _key_size(language) * dtype_bytes * longest
+    asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
+    attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)
+    staying = _lines_bytes(language, pasts) + PLACE_BYTES * pasts.all_copied
+    return Cost(
+        "kernel step",
+        max(tokens * (numbers * dtype_bytes + shared), attention) + staying,
+        f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
+        f"{longest} tokens of a layer copied out of their pages; and what pieces of attention found, for "
+        f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}",
+    )
+
+
+def _lines_bytes(language: LanguageConfig, pasts: Pasts) -> int:
+    """What stays all the step: tables of pages, and for rows in lines their places, and what pieces of them found."""
+    n_bytes = 4 * pasts.rows * -(-pasts.tokens // PAGE_TOKENS)
+    for count, new_tokens in ((pasts.single_lines, 1), (pasts.lines, LINE_TOKENS)):
+        if count:
+            units = count + GRAPH_PROGRAMS // language.kv_heads
+            n_bytes += units * (new_tokens * language.heads * (language.head_dim + 2) * 4 + 32)
+            n_bytes += count * (new_tokens * 24 + 4 + 4 * language.kv_heads)
+            n_bytes += count * 4 * -(-pasts.longest_lined // PAGE_TOKENS)
+    return n_bytes
 
 
 def logits(config: ModelConfig, rows: int, step_tokens: int, dtype_bytes: int) -> Cost:
@@ -405,10 +488,31 @@ def _layer_numbers(config: ModelConfig, form: AdapterForm) -> tuple[int, ...]:
     return (gated, *(others + n_in + outputs * n_out for others, n_in, n_out in linears))
 
 
+def _kernel_numbers(config: ModelConfig, form: AdapterForm) -> tuple[int, ...]:
+    """The same through memphi's own kernels, where the running sum is one tensor and nothing is kept for its parts."""
+    language = config.language
+    hidden, inner, query, qkv = (
+        language.hidden_size,
+        language.intermediate_size,
+        _query_size(language),
+        _qkv_size(language),
+    )
+    ranks = _ranks(config) if form == "packed" else 0
+    outputs = 3 if form == "plain" else 1
+    # Beside its input and output: the running sum, and the product before it.
+    linears = (
+        (hidden, hidden, qkv),
+        (hidden + qkv, query, hidden),
+        (hidden, hidden, 2 * inner),
+        (hidden + 2 * inner, inner, hidden),
+    )
+    return tuple(others + n_in + ranks + outputs * n_out for others, n_in, n_out in linears)
+
+
 def _attention_numbers(language: LanguageConfig) -> int:
-    """Numbers a token while attention runs: keys and values repeated for their query heads, the output twice."""
+    """Numbers a token while attention runs: what a linear beside it has, and the output twice."""
     query = _query_size(language)
-    return 3 * language.hidden_size + _qkv_size(language) + query + _key_size(language) + 2 * query + 2 * query
+    return 3 * language.hidden_size + _qkv_size(language) + query + _key_size(language) + 2 * query
 
 
 def _rotary_bytes(language: LanguageConfig, dtype_bytes: int) -> int:
@@ -423,6 +527,11 @@ def _gathered_tokens(rows: int, keys: int) -> int:
 def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
     """One layer's keys and values copied out of their pages."""
     return _gathered_tokens(rows, keys) * 2 * _key_size(language) * dtype_bytes
+
+
+def _place_bytes(rows: int, keys: int, all_keys: int | None) -> int:
+    """Where the tokens lie that rows see; of each row, if nothing else is known, as many as of the longest."""
+    return PLACE_BYTES * min(rows * keys, rows * keys if all_keys is None else all_keys)
 
 
 def _query_size(language: LanguageConfig) -> int:

@@ -285,18 +285,23 @@ class _Planner:
 
     def _transients(self, sizes: _Sizes, units: int) -> tuple[Cost, ...]:
         """What each kind of step takes, then the largest of them and what the allocator adds to it."""
-        keys = self._context_tokens(units)
+        keys, all_keys = self._context_tokens(units), units * PAGE_TOKENS
         tokens, rows, size = sizes.step_tokens, sizes.rows, self.dtype_bytes
         if not self.engine.kv_cache:
             tokens = keys if self.engine.step_tokens is None else tokens
         kinds = [
             costs.vision_pass(self.config, sizes.crops, size),
             costs.audio_pass(self.config, sizes.windows, size),
-            costs.prefill_chunk(self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters),
+            costs.prefill_chunk(
+                self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters, all_keys
+            ),
             costs.logits(self.config, rows, tokens, size),
         ]
         if self.engine.kv_cache:
-            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters))
+            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters, all_keys))
+        if self.graphs:  # Where kernels are wanted; whether there are any turns out later.
+            pasts = costs.Pasts(keys, rows, keys, min(rows * keys, all_keys), keys, rows, 2 * rows)
+            kinds.append(costs.kernel_step(self.config, tokens, pasts, size, self.adapters))
         if self.preprocessing == "device":
             kinds.insert(1, costs.cropping(self.config, sizes.crops, size))
         if self.adapters == "merged":

@@ -80,7 +80,9 @@ class SelfAttention(nn.Module):
         keys, values = cache.layer(self.layer)
         packing.paging.write(keys, key)
         packing.paging.write(values, value)
-        return self.attention.paged(query, key, value, keys, values, packing)
+        out = torch.empty_like(query)
+        self.attention.paged(query, key, value, keys, values, packing, out)
+        return out
 
 
 class MLP(nn.Module):

@@ -11,8 +11,10 @@ from memphi.config import AdapterForm, AdapterName, ModelConfig
 from memphi.model.adapters import remove_adapters
 from memphi.model.attention import Attention, select_attention
 from memphi.model.audio import AudioEncoder, Window
+from memphi.model.kernels.launch import is_available
 from memphi.model.language import KeyValuePool, LanguageModel
 from memphi.model.packing import PackedLinear, pack_adapters
+from memphi.model.prefill import compute
 from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
@@ -32,6 +34,8 @@ class Phi4MM(nn.Module):
         self.config = config
         self.adapter_form: AdapterForm = "plain"
         self.merged: AdapterName | None = None
+        self.kernels = False
+        """Whether the decoder goes through memphi's own kernels, where the device has them."""
         self.language = LanguageModel(config, attention)
         self.vision = VisionTower(config.vision, attention)
         self.image_projector = ImageProjector(config.vision.hidden_size, hidden)
@@ -48,6 +52,11 @@ class Phi4MM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language.embedding.weight.dtype
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether kernels are wanted and the device has them."""
+        return self.kernels and is_available(self.device)
+
     def keep_adapters(self, packed: bool, merge: AdapterName | None) -> None:
         """Keep adapters beside the weights they adapt, for inference, or none of them: then the caller merges one.
 
@@ -61,7 +70,8 @@ class Phi4MM(nn.Module):
             self.adapter_form = "packed"
 
     def use_kernels(self, wanted: bool) -> None:
-        """Let few tokens of a packed decoder go through memphi's own kernels, where the device has them, or not."""
+        """Let the decoder go through memphi's own kernels, where the device has them, or not."""
+        self.kernels = wanted
         for module in self.language.modules():
             if isinstance(module, PackedLinear):
                 module.kernels = wanted
@@ -130,8 +140,13 @@ class Phi4MM(nn.Module):
         ids [tokens]; media are (first packed token, embeddings [tokens, hidden]); logits_at are the packed tokens to
         score, by default the last of each row; cache as in LanguageModel. Returns logits [len(logits_at), vocab_size].
         """
-        packing = pack(self._as_kept(rows), ids.device, None if cache is None else cache.page_tokens)
-        hidden = self.language(self.embed(ids, media), packing, cache)
+        by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
+        page_tokens = None if cache is None else cache.page_tokens
+        packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
+        if by_kernels and cache is not None:
+            hidden = compute(self.language, self.embed(ids, media), packing, cache)
+        else:
+            hidden = self.language(self.embed(ids, media), packing, cache)
         if logits_at is None:
             return self.language.logits(hidden[packing.bounds[1:] - 1])
         return self.language.logits(hidden[torch.tensor(logits_at, dtype=torch.int64, device=ids.device)])

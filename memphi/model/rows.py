@@ -14,7 +14,13 @@ from torch import Tensor
 from memphi.model.adapters import AdapterTokens
 
 GATHER_TOKENS = 32768
-"""Tokens whose keys and values are copied out of a pool at once for rows of one new token; a longer row goes alone."""
+"""Tokens whose keys and values are copied out of a pool at once; a longer row goes alone."""
+RECURRING_TOKENS, RECURRING_MULTIPLE = 4096, 1024
+"""At four thousand tokens a row fills a large card by itself; so coarse a step leaves a handful of lengths."""
+
+MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
+"""New tokens of a row that goes in lines, at most; and of a line, where a row has more than one. A row of drafts reads
+its past once or twice, and there are two forms of the kernel to compile."""
 
 Integers = NDArray[np.int64]
 
@@ -35,18 +41,32 @@ class Row:
 
 
 @dataclass(frozen=True)
-class GatheredRow:
-    """A row with a past whose keys and values are copied out of the pool by themselves."""
+class WholeRows:
+    """Rows side by side without a past: all that they see is new."""
 
     tokens: slice
-    """The row's new tokens among the packed ones."""
-    keys: int
+    """Their new tokens among the packed ones."""
+    lengths: tuple[int, ...]
+    bounds: Tensor  # [rows + 1] int32: each row's first token among these, then their number
+
+
+@dataclass(frozen=True)
+class ContinuedRows:
+    """Rows side by side with a past, whose keys and values are copied out of the pool end to end."""
+
+    tokens: slice
+    """Their new tokens among the packed ones."""
+    lengths: tuple[int, ...]
+    bounds: Tensor  # [rows + 1] int32, as of whole rows
+    key_lengths: tuple[int, ...]
     """Past and new tokens."""
-    pages: Tensor  # [pages] int64
+    key_bounds: Tensor  # [rows + 1] int32: the same among the keys
+    pages: Tensor  # [keys] int64
+    offsets: Tensor  # [keys] int64: the place within the page
 
     def gather(self, kept: Tensor) -> Tensor:
-        """Copy from [pages, page_tokens, kv_heads, head_dim] what the row sees: [keys, kv_heads, head_dim]."""
-        return kept[self.pages].flatten(0, 1)[: self.keys]
+        """Copy from [pages, page_tokens, kv_heads, head_dim] what the rows see: [keys, kv_heads, head_dim]."""
+        return kept[self.pages, self.offsets]
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,21 @@ class GatheredRows:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Rows of few new tokens over their past, cut into lines of equally many for the kernel that walks the pages."""
+
+    new_tokens: int
+    """Of every line."""
+    tokens: (
+        Tensor  # [lines * new_tokens] int64: the packed token of each place; a place before a row's first repeats it
+    )
+    kept: Tensor | None  # [n] int64: the places that are not such; None: all
+    targets: Tensor  # [n] int64: the packed tokens of the places that are kept
+    lengths: Tensor  # [lines] int32: tokens of the row up to the line's last
+    table: Tensor  # [lines, most pages] int32: the row's pages
+
+
+@dataclass(frozen=True)
 class Paging:
     """Where the rows' keys and values lie in a pool, and how to read them where no kernel walks the pages."""
 
@@ -70,9 +105,9 @@ class Paging:
     token_pages: Tensor  # [tokens] int64
     token_offsets: Tensor  # [tokens] int64: the place within the page
     begun_pages: Tensor | None  # [pages] int64: begun in this step and not filled by it
-    whole: tuple[slice, ...]
-    """The packed tokens of each row without a past: all its keys and values are new."""
-    alone: tuple[GatheredRow, ...]
+    lines: tuple[Lines, ...]
+    """The rows that are left to a kernel; the others with a past are continued, or of one new token and together."""
+    continued: tuple[ContinuedRows, ...]
     together: tuple[GatheredRows, ...]
 
     def write(self, kept: Tensor, new: Tensor) -> None:
@@ -95,6 +130,7 @@ class Packing:
     long: Tensor  # [tokens] bool
     adapter_tokens: AdapterTokens
     """The packed tokens of each adapter that some row uses: all, a slice where they stand side by side, or an index."""
+    whole: tuple[WholeRows, ...]
     paging: Paging | None
     """None where rows are whole and kept nowhere."""
 
@@ -103,8 +139,11 @@ class Packing:
         return [row.tokens for row in self.rows]
 
 
-def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = None) -> Packing:
-    """Lay rows end to end; page_tokens is that of the pool which the rows' pages name, None without one."""
+def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = None, in_lines: bool = False) -> Packing:
+    """Lay rows end to end; page_tokens is that of the pool which the rows' pages name, None without one.
+
+    in_lines: rows of few new tokens over a past are left to the kernel that walks the pages.
+    """
     lengths = np.array([row.tokens for row in rows])
     bounds = np.concatenate(([0], lengths.cumsum()))
     shifts = np.array([row.past for row in rows]) - bounds[:-1]
@@ -118,7 +157,8 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
         adapter_tokens={
             name: _tokens_of(adapters == name, device) for name in sorted({row.adapter for row in rows if row.adapter})
         },
-        paging=None if page_tokens is None else _page(rows, bounds, positions, page_tokens, device),
+        whole=tuple(_whole(group, bounds, device) for group in _divide_whole(rows)),
+        paging=None if page_tokens is None else _page(rows, bounds, positions, page_tokens, device, in_lines),
     )
 
 
@@ -131,15 +171,24 @@ def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> slice | Tensor 
     return torch.from_numpy(places).to(device)
 
 
-def _page(rows: Sequence[Row], bounds: Integers, positions: Integers, page_tokens: int, device: torch.device) -> Paging:
+def _page(
+    rows: Sequence[Row],
+    bounds: Integers,
+    positions: Integers,
+    page_tokens: int,
+    device: torch.device,
+    in_lines: bool,
+) -> Paging:
     ends = np.array([row.past + row.tokens for row in rows])
     counts = -(-ends // page_tokens)
     table = _page_table(rows, counts)
     of_token = np.repeat(np.arange(len(rows)), np.diff(bounds))
     begun = table[np.arange(len(rows)), counts - 1][_are_begun(rows, ends, page_tokens)]
-    single = [i for i, row in enumerate(rows) if row.past and row.tokens == 1]
+    lined = {i for i, row in enumerate(rows) if in_lines and row.past and row.tokens <= MOST_LINED_TOKENS}
+    single = [i for i, row in enumerate(rows) if row.past and row.tokens == 1 and i not in lined]
     groups = _divide(single, counts.tolist(), GATHER_TOKENS // page_tokens)
-    alone = [i for i, row in enumerate(rows) if row.past and row.tokens > 1] + [g[0] for g in groups if len(g) == 1]
+    alone = [i for i, row in enumerate(rows) if row.past and row.tokens > 1 and i not in lined]
+    alone += [group[0] for group in groups if len(group) == 1]
 
     def place(numbers: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(numbers).to(device)
@@ -149,9 +198,17 @@ def _page(rows: Sequence[Row], bounds: Integers, positions: Integers, page_token
         token_pages=place(table[of_token, positions // page_tokens]),
         token_offsets=place(positions % page_tokens),
         begun_pages=place(begun) if begun.size else None,
-        whole=tuple(slice(bounds[i], bounds[i + 1]) for i, row in enumerate(rows) if not row.past),
-        alone=tuple(
-            GatheredRow(slice(bounds[i], bounds[i + 1]), int(ends[i]), place(table[i, : counts[i]])) for i in alone
+        lines=tuple(
+            _line_up(group, rows, bounds, table, page_tokens, new_tokens, device)
+            for new_tokens, group in (
+                (1, [i for i in sorted(lined) if rows[i].tokens == 1]),
+                (LINE_TOKENS, [i for i in sorted(lined) if rows[i].tokens > 1]),
+            )
+            if group
+        ),
+        continued=tuple(
+            _continue(group, bounds, ends, table, page_tokens, device)
+            for group in _divide_continued(sorted(alone), ends.tolist(), GATHER_TOKENS)
         ),
         together=tuple(
             GatheredRows(
@@ -163,6 +220,68 @@ def _page(rows: Sequence[Row], bounds: Integers, positions: Integers, page_token
             if len(group) > 1
         ),
     )
+
+
+def _whole(group: range, bounds: Integers, device: torch.device) -> WholeRows:
+    own = bounds[group.start : group.stop + 1]
+    return WholeRows(slice(int(own[0]), int(own[-1])), tuple(np.diff(own).tolist()), _as_bounds(own, device))
+
+
+def _continue(
+    group: range, bounds: Integers, ends: Integers, table: Integers, page_tokens: int, device: torch.device
+) -> ContinuedRows:
+    own, keys = bounds[group.start : group.stop + 1], ends[group.start : group.stop]
+    key_bounds = np.concatenate(([0], keys.cumsum()))
+    places = np.arange(key_bounds[-1]) - np.repeat(key_bounds[:-1], keys)
+    return ContinuedRows(
+        tokens=slice(int(own[0]), int(own[-1])),
+        lengths=tuple(np.diff(own).tolist()),
+        bounds=_as_bounds(own, device),
+        key_lengths=tuple(keys.tolist()),
+        key_bounds=_as_bounds(key_bounds, device),
+        pages=torch.from_numpy(table[np.repeat(np.array(group), keys), places // page_tokens]).to(device),
+        offsets=torch.from_numpy(places % page_tokens).to(device),
+    )
+
+
+def _line_up(
+    group: Sequence[int],
+    rows: Sequence[Row],
+    bounds: Integers,
+    table: Integers,
+    page_tokens: int,
+    new_tokens: int,
+    device: torch.device,
+) -> Lines:
+    counts = [lines_of(rows[i].tokens) for i in group]
+    of_line = np.repeat(np.array(group), counts)
+    # Lines of a row end where it ends, so that only its first may begin before it.
+    after = np.concatenate([new_tokens * np.arange(count)[::-1] for count in counts])
+    places = (bounds[of_line + 1] - after)[:, None] + np.arange(-new_tokens, 0)  # [lines, new_tokens]
+    kept = (places >= bounds[of_line, None]).ravel()
+    tokens = np.maximum(places, bounds[of_line, None]).ravel()
+    ends = np.array([row.past + row.tokens for row in rows])[of_line] - after
+
+    def place(numbers: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(numbers).to(device)
+
+    return Lines(
+        new_tokens=new_tokens,
+        tokens=place(tokens),
+        kept=None if kept.all() else place(kept.nonzero()[0]),
+        targets=place(tokens[kept]),
+        lengths=place(ends.astype(np.int32)),
+        table=place(table[of_line, : -(-ends.max() // page_tokens)].astype(np.int32)),
+    )
+
+
+def lines_of(tokens: int) -> int:
+    """In how many lines a row of so many new tokens goes."""
+    return -(-tokens // LINE_TOKENS)
+
+
+def _as_bounds(bounds: Integers, device: torch.device) -> Tensor:
+    return torch.from_numpy((bounds - bounds[0]).astype(np.int32)).to(device)
 
 
 def _page_table(rows: Sequence[Row], counts: Integers) -> Integers:
@@ -179,6 +298,35 @@ def _are_begun(rows: Sequence[Row], ends: Integers, page_tokens: int) -> NDArray
     """Whether each row begins its last page in this step and does not fill it."""
     past = np.array([row.past for row in rows])
     return (ends % page_tokens > 0) & (ends // page_tokens * page_tokens >= past)
+
+
+def recurs(tokens: int) -> bool:
+    """Whether whole rows of so many tokens are long, and likely to come again.
+
+    For such lengths it pays to make ready a kernel for that one length, cuDNN's, which takes longer than any step. The
+    first chunk of a prompt that is longer than a step is one.
+    """
+    return tokens >= RECURRING_TOKENS and tokens % RECURRING_MULTIPLE == 0
+
+
+def _divide_whole(rows: Sequence[Row]) -> list[range]:
+    """Rows without a past, as far as they stand side by side; those whose length recurs each alone."""
+    groups: list[range] = []
+    for i, row in enumerate(rows):
+        if row.past:
+            continue
+        follows = groups and groups[-1].stop == i and not recurs(row.tokens) and not recurs(rows[i - 1].tokens)
+        groups[-1:] = [range(groups[-1].start, i + 1)] if follows else [*groups[-1:], range(i, i + 1)]
+    return groups
+
+
+def _divide_continued(rows: Sequence[int], keys: Sequence[int], most_keys: int) -> list[range]:
+    """Such rows as far as they stand side by side and have most_keys keys in all; a longer one goes alone."""
+    groups: list[range] = []
+    for row in rows:
+        follows = groups and groups[-1].stop == row and sum(keys[groups[-1].start : row + 1]) <= most_keys
+        groups[-1:] = [range(groups[-1].start, row + 1)] if follows else [*groups[-1:], range(row, row + 1)]
+    return groups
 
 
 def _divide(rows: Sequence[int], counts: Sequence[int], most_pages: int) -> list[list[int]]:

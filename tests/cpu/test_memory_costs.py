@@ -19,9 +19,10 @@ from memphi.demo.shape import demo_config
 from memphi.inputs.image import decode_image
 from memphi.inputs.media import image_media
 from memphi.memory import costs
-from memphi.model import adapters, audio, preprocess, rows
-from memphi.model.attention import SdpaAttention
+from memphi.model import adapters, audio, prefill, preprocess, rows
+from memphi.model.attention import SdpaAttention, sdpa
 from memphi.model.audio import cut_window
+from memphi.model.kernels import division
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 from memphi.request import SamplingParams
@@ -66,18 +67,6 @@ class Peak(TorchDispatchMode):
             weakref.finalize(storage, self.alive.pop, key)
 
 
-class CudaLikeAttention(SdpaAttention):
-    """Allocates what the CUDA path does around its kernels."""
-
-    def causal(self, query, key, value):
-        return torch.empty_like(query)
-
-    def packed(self, query, key, value, packing):
-        group = query.shape[1] // key.shape[1]
-        _repeated = [part.repeat_interleave(group, dim=1) for part in (key, value)]
-        return torch.empty_like(query)
-
-
 class MetaPool:
     page_tokens = PAGE_TOKENS
 
@@ -92,12 +81,21 @@ class MetaPool:
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Build a model on the meta device; kernels give empty results."""
+    """Build a model on the meta device, taken for a card; kernels compute nothing, masks are never all true."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    monkeypatch.setattr(Tensor, "__bool__", lambda _: False)
+    monkeypatch.setattr(sdpa, "_has_flash", lambda _: True)
+    monkeypatch.setattr(sdpa, "_takes_cudnn", lambda *_: False)
+    monkeypatch.setattr(sdpa, "varlen", lambda query, *_: torch.empty(query.shape, dtype=query.dtype, device="meta"))
+    for name in ("add_norm", "attend", "divide", "gate", "rotate_and_keep", "tabulate"):
+        monkeypatch.setattr(prefill, name, lambda *_: None)
+    tiling = division.Tiling(4, 64, 32, 5, 4, None, early=False)
+    monkeypatch.setattr(prefill, "choose_tiling", lambda *_, **__: tiling)
+    monkeypatch.setattr(division, "multiprocessors", lambda _: costs.GRAPH_PROGRAMS // tiling.programs)
 
     def build(config, form="plain"):
         with torch.device("meta"):
-            model = Phi4MM(config, CudaLikeAttention()).to(torch.bfloat16)
+            model = Phi4MM(config, SdpaAttention()).to(torch.bfloat16)
         model.keep_adapters(form == "packed", "vision" if form == "merged" else None)
         return model
 
@@ -115,19 +113,24 @@ def close(cost, real, slack=0.12):
     assert real <= cost.bytes <= real * (1 + slack) + 2 * costs.MIB, f"{cost.name}: {cost.bytes / real - 1:+.1%}"
 
 
-def step(model, config, planned):
+def step(model, config, planned, kernels=False):
     n = sum(row.tokens for row in planned)
     pool = MetaPool(config, max(page for row in planned for page in row.pages) + 1)
     ids = torch.zeros(n, dtype=torch.int64, device="meta")
 
     def run():
-        model.language(model.embed(ids, ()), rows.pack(planned, ids.device, PAGE_TOKENS), pool)
+        packing = rows.pack(planned, ids.device, PAGE_TOKENS, in_lines=kernels)
+        if kernels:
+            prefill.compute(model.language, model.embed(ids, ()), packing, pool)
+        else:
+            model.language(model.embed(ids, ()), packing, pool)
 
     return peak_of(model, run, pool.tensor)
 
 
 def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert costs.GATHER_TOKENS == rows.GATHER_TOKENS
+    assert (costs.MOST_LINED_TOKENS, costs.LINE_TOKENS) == (rows.MOST_LINED_TOKENS, rows.LINE_TOKENS)
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
     assert costs.BAND_VALUES == preprocess.BAND_VALUES
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
@@ -165,9 +168,7 @@ def test_an_official_page_is_what_cuda_maps_at_once():
     assert costs.page(OFFICIAL, 2).bytes == 2 * costs.MIB
 
 
-@CONFIGS
-@pytest.mark.parametrize("tokens", [128, 2048])
-@pytest.mark.parametrize(
+MODES = pytest.mark.parametrize(
     ("form", "adapters"),
     [
         ("plain", ("vision", "vision")),
@@ -178,6 +179,11 @@ def test_an_official_page_is_what_cuda_maps_at_once():
         ("merged", (None, None)),
     ],
 )
+
+
+@CONFIGS
+@pytest.mark.parametrize("tokens", [128, 2048])
+@MODES
 def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, form, adapters, meta):
     first = tuple(range(tokens // PAGE_TOKENS - 1))
     planned = [
@@ -201,6 +207,43 @@ def test_a_decode_step(config, count, past, meta):
     each = past // PAGE_TOKENS + 1
     planned = [Row(1, past=past, pages=tuple(range(i * each, (i + 1) * each))) for i in range(count)]
     close(costs.decode_step(config, count, past + 1, 2), step(meta(config), config, planned))
+
+
+@CONFIGS
+@pytest.mark.parametrize("tokens", [128, 2048])
+@MODES
+def test_a_chunk_through_the_kernels(config, tokens, form, adapters, meta):
+    first = tuple(range(tokens // PAGE_TOKENS - 1))
+    planned = [
+        Row(tokens - PAGE_TOKENS, adapter=adapters[0], pages=first),
+        Row(PAGE_TOKENS, 0, adapters[1], pages=(len(first),)),
+    ]
+    cost = costs.kernel_step(config, tokens, costs.Pasts(), 2, form)
+    close(cost, step(meta(config, form), config, planned, kernels=True))
+    assert form == "plain" or cost.bytes < 0.75 * costs.prefill_chunk(config, tokens, tokens, 2, form=form).bytes
+
+
+@CONFIGS
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((64, 65536), (64, 65536)),
+        ((1, 2000),) * 64,
+        ((1, 100_000),),
+        ((8, 3000), (2, 70), (16, 9000)) * 4,
+        ((2048, 8192), *((1, 2000),) * 64),
+        ((40, 500), (30, 700), (512, 0), (1, 300), (5, 300)),
+    ],
+    ids=["long pasts", "answers", "a long answer", "drafts", "a chunk beside answers", "all"],
+)
+def test_pasts_through_the_kernels(config, shape, meta):
+    each = max(sum(row) for row in shape) // PAGE_TOKENS + 1
+    planned = [
+        Row(new, past, "vision", pages=tuple(range(i * each, (i + 1) * each))) for i, (new, past) in enumerate(shape)
+    ]
+    pasts = costs.pasts_of([(new, past) for new, past in shape], in_lines=True)
+    cost = costs.kernel_step(config, sum(new for new, _ in shape), pasts, 2, "packed")
+    close(cost, step(meta(config, "packed"), config, planned, kernels=True))
 
 
 @CONFIGS

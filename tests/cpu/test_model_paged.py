@@ -172,18 +172,49 @@ def test_gradients_do_not_flow_into_the_pool(model):
 
 def test_packing_places_every_token():
     rows = [Row(3, past=2, pages=(5, 1, 9)), Row(1, past=3, pages=(7,)), Row(4, pages=(2,)), Row(1, 4, pages=(7, 3))]
-    paging = pack(rows, CPU, page_tokens=4).paging
+    packing = pack(rows, CPU, page_tokens=4)
+    paging = packing.paging
     assert paging.table.tolist() == [[5, 1], [7, 7], [2, 2], [7, 3]]
     assert paging.token_pages.tolist() == [5, 5, 1, 7, 2, 2, 2, 2, 3]
     assert paging.token_offsets.tolist() == [2, 3, 0, 3, 0, 1, 2, 3, 0]
     assert paging.begun_pages.tolist() == [1, 3]
-    assert paging.whole == (slice(4, 8),)
-    assert [(row.tokens, row.keys, row.pages.tolist()) for row in paging.alone] == [(slice(0, 3), 5, [5, 1])]
+    assert [(rows.tokens, rows.lengths) for rows in packing.whole] == [(slice(4, 8), (4,))]
+    (continued,) = paging.continued
+    assert (continued.tokens, continued.key_lengths) == (slice(0, 3), (5,))
+    assert (continued.pages.tolist(), continued.offsets.tolist()) == ([5, 5, 5, 5, 1], [0, 1, 2, 3, 0])
     (pair,) = paging.together
     assert (pair.tokens.tolist(), pair.pages.tolist()) == ([3, 8], [[7, 7], [7, 3]])
     assert pair.seen.tolist() == [[True] * 4 + [False] * 4, [True] * 5 + [False] * 3]
     assert pack(rows, CPU).paging is None
     assert pack(rows[2:3], CPU, page_tokens=4).paging.begun_pages is None
+
+
+def test_rows_side_by_side_go_together_as_far_as_is_good_for_them(monkeypatch):
+    """Whole ones but for those whose length recurs; chunks of others as far as their keys are not too many."""
+    monkeypatch.setattr(rows_module, "GATHER_TOKENS", 100)
+    lengths = [(5, 0), (5, 0), (4096, 0), (8192, 0), (7, 0), (4097, 0), (6, 30), (2, 60), (9, 1), (3, 0), (2, 200)]
+    packing = pack([Row(new, past, pages=tuple(range(600))) for new, past in lengths], CPU, 16)
+    assert [rows.lengths for rows in packing.whole] == [(5, 5), (4096,), (8192,), (7, 4097), (3,)]
+    assert [rows.key_lengths for rows in packing.paging.continued] == [(36, 62), (10,), (202,)]
+    for rows in (*packing.whole, *packing.paging.continued):
+        assert rows.bounds.tolist() == [0, *np.cumsum(rows.lengths)]
+        assert rows.tokens.stop - rows.tokens.start == sum(rows.lengths)
+    for rows in packing.paging.continued:
+        assert rows.key_bounds.tolist() == [0, *np.cumsum(rows.key_lengths)]
+        assert rows.pages.tolist() == [i // 16 for keys in rows.key_lengths for i in range(keys)]
+
+
+def test_rows_of_few_tokens_go_in_lines_that_end_where_they_do():
+    shape = [(1, 5), (17, 4), (9, 7), (3, 0), (2, 1), (1, 9), (16, 2)]
+    packing = pack([Row(new, past, pages=tuple(range(20))) for new, past in shape], CPU, 4, in_lines=True)
+    single, several = packing.paging.lines
+    assert (single.tokens.tolist(), single.kept, single.lengths.tolist()) == ([0, 32], None, [6, 10])
+    assert several.lengths.tolist() == [8, 16, 3, 10, 18]
+    assert several.tokens.tolist()[:16] == [18] * 8 + list(range(19, 27))
+    assert several.tokens[several.kept].tolist() == several.targets.tolist() == [*range(18, 27), 30, 31, *range(33, 49)]
+    assert [rows.key_lengths for rows in packing.paging.continued] == [(21,)]
+    assert packing.paging.together == ()
+    assert [rows.lengths for rows in packing.whole] == [(3,)]
 
 
 def test_too_few_pages_are_refused():
@@ -198,7 +229,7 @@ def test_each_decoding_row_is_gathered_once_and_not_too_many_at_once(monkeypatch
     rows = [Row(1, past, pages=tuple(range(100))) for past in lengths]
     paging = pack(rows, CPU, page_tokens=2).paging
     assert all(group.seen.numel() <= gathered for group in paging.together)
-    places = [row.tokens.start for row in paging.alone] + [
+    places = [row.tokens.start for row in paging.continued] + [
         i for group in paging.together for i in group.tokens.tolist()
     ]
     assert sorted(places) == list(range(30))

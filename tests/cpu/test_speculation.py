@@ -8,10 +8,14 @@ from itertools import count
 import pytest
 import torch
 
+from memphi import official
+from memphi.checkpoint.layout import read_config
 from memphi.config import EngineConfig
 from memphi.engine.prices import draft_step_tokens, price_rows
 from memphi.engine.rungs import make_rungs
 from memphi.memory import costs
+from memphi.memory.devices import DeviceFacts
+from memphi.memory.planner import make_plan
 from memphi.request import FinishReason, Grammar, Message, Request, SamplingParams
 from tests.checkpoints import STOP_TOKEN_IDS, tiny_config, tiny_model
 from tests.scenes import Stage, mixed_requests, plan_of
@@ -287,6 +291,19 @@ def test_a_small_plan_has_room_for_fewer_guesses(model):
     small = replace(large, costs=tuple(replace(cost, bytes=logits) for cost in bounds))
     assert draft_step_tokens(small, model.config, 4) < 10
     assert draft_step_tokens(replace(large, step_tokens=8), model.config, 4) == 8
+
+
+def test_guesses_through_the_kernels_have_their_own_price():
+    """The kernels take less for activations, and something for the pieces of attention that they put together."""
+    config = read_config(official.folder())
+    card = DeviceFacts("cuda", "a card", 24 * costs.GIB, 24 * costs.GIB)
+    plan = make_plan(config, card, EngineConfig(memory_bytes=13 * costs.GIB, kernels="auto"))
+    assert draft_step_tokens(plan, config, 2, kernels=True) == 64
+    keys, all_keys = plan.context_tokens, plan.pages * plan.page_tokens
+    pasts = costs.Pasts(keys, plan.rows, keys, all_keys, keys, plan.rows, 4)
+    priced = costs.kernel_step(config, 9, pasts, 2, plan.adapters).bytes
+    small = replace(plan, costs=(replace(plan.costs[0], name="largest step", bytes=priced),))
+    assert 0 < draft_step_tokens(small, config, 2, kernels=True) <= 9
 
 
 @pytest.mark.parametrize("settings", [{"speculation": False}, {"kv_cache": False, "pages": None}], ids=str)

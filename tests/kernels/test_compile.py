@@ -9,6 +9,7 @@ from memphi.config import ModelConfig
 pytest.importorskip("triton")
 
 from memphi.model.kernels import choice, division, gate, norm, paged, rotary
+from memphi.model.rows import LINE_TOKENS
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
 CONFIG = ModelConfig.from_folder(official.folder()).language
@@ -31,8 +32,7 @@ def launch_simple(dtype, rows=4):
     logits, pieces = torch.empty(rows, CONFIG.vocab_size, dtype=dtype), choice.pieces_of(CONFIG.vocab_size)
     best, places = (torch.empty(rows, pieces, dtype=dtype) for dtype in (torch.float32, torch.int32))
     choice.choose(logits, torch.empty(CONFIG.vocab_size, dtype=torch.bool), numbers.int(), best, places, numbers)
-    qkv, query = qkv_of(rows, dtype), query_of(rows, dtype)
-    rotary.rotate_and_keep(qkv, cos, sin, query, *layer(dtype), numbers, numbers)
+    rotary.rotate_and_keep(qkv_of(rows, dtype), cos, sin, *layer(dtype), numbers, numbers)
 
 
 def launch_attention(dtype, rows, new_tokens=1, fresh=True):
@@ -72,6 +72,8 @@ def test_every_kernel_fits(capability):
         launch_simple(dtype)
         launch_attention(dtype, rows=1)
         launch_attention(dtype, rows=64)
+        for new_tokens in (1, LINE_TOKENS):
+            launch_attention(dtype, rows=64, new_tokens=new_tokens, fresh=False)
     assert {made.name for made in compiled} == {
         *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_find", "_choose", "_divide", "_attend")
     }
@@ -85,7 +87,6 @@ def test_drafts_and_other_numbers_fit():
     with compiled_for((9, 0)) as compiled:
         launch_attention(torch.bfloat16, rows=64, new_tokens=8)
         launch_attention(torch.float16, rows=1)
-        launch_attention(torch.bfloat16, rows=64, fresh=False)
     for made in compiled:
         assert_fits(made, (9, 0), 0)
     with compiled_for((8, 6)) as compiled:

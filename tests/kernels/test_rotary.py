@@ -59,20 +59,20 @@ def test_turning_and_keeping_equals_its_definition(device, data, dtype, seed, kv
     rows = rows_of(data.draw, page_tokens)
     packing = pack(rows, device, page_tokens)
     tokens = len(packing.positions)
-    qkv = strided(normal(tokens, (group + 2) * kv_heads * head_dim, dtype=dtype, device=device, seed=seed))
+    wide = normal(tokens, (group + 2) * kv_heads * head_dim, dtype=dtype, device=device, seed=seed)
     half = (normal(tokens, 1, rotary_dim // 2, dtype=dtype, device=device, seed=seed + i) for i in (1, 2))
     table = [part.repeat(1, 1, 2) for part in half]
     pages = 1 + max(max(row.pages) for row in rows)
     pools = [unwritten(pages, 2, 2, page_tokens, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
-    queries = [unwritten(tokens, group * kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
+    turned = [strided(wide), strided(wide)]
     token_pages = packing.paging.token_pages.clone()
     if data.draw(st.booleans()):
         token_pages[packing.bounds[-2] :] = -1  # The last row only fills up the batch.
-    for run, query, pool in zip((plain_rotate_and_keep, rotate_and_keep), queries, pools, strict=True):
-        run(qkv, *table, query, pool[:, 1, 0], pool[:, 1, 1], token_pages, packing.paging.token_offsets)
+    for run, qkv, pool in zip((plain_rotate_and_keep, rotate_and_keep), turned, pools, strict=True):
+        run(qkv, *table, pool[:, 1, 0], pool[:, 1, 1], token_pages, packing.paging.token_offsets)
     # Rounded after every product, as the definition is; a GPU may fuse products of fp32 and fp16 with their sum.
     fused = {torch.float32: 2, torch.float16: 1, torch.bfloat16: 0}
-    for expected, made in (queries, pools):
+    for expected, made in (turned, pools):
         assert torch.equal(made.isnan(), expected.isnan())
         assert_near(made.nan_to_num(), expected.nan_to_num(), steps=fused[dtype], scale=4.0)
 
@@ -81,15 +81,12 @@ def test_what_is_kept_is_what_paging_writes(device):
     rows = [Row(5, 30, pages=(3, 1, 4)), Row(20, 0, pages=(2, 5))]
     packing = pack(rows, device, 16)
     qkv = normal(25, 4 * 8, dtype=torch.float32, device=device, seed=0)
-    table = rotary_table_of_nothing(25, device)
+    before, table = qkv.clone(), rotary_table_of_nothing(25, device)
     expected, pool = (torch.ones(6, 16, 1, 8, device=device) for _ in range(2))
     packing.paging.write(expected, qkv[:, 24:].unflatten(1, (1, 8)))
-    query = torch.empty(25, 2, 8, device=device)
-    rotate_and_keep(
-        qkv, *table, query, torch.ones_like(pool), pool, packing.paging.token_pages, packing.paging.token_offsets
-    )
+    rotate_and_keep(qkv, *table, torch.ones_like(pool), pool, packing.paging.token_pages, packing.paging.token_offsets)
     assert torch.equal(pool, expected)
-    assert torch.equal(query, qkv[:, :16].unflatten(1, (2, 8)))
+    assert torch.equal(qkv, before)
 
 
 def rotary_table_of_nothing(tokens, device):

@@ -33,13 +33,13 @@ class Attention(Protocol):
         ...
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+    ) -> None:
         """Rows of the decoder over what a pool keeps of them, their new tokens included.
 
         query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim] are the new tokens', all that rows
         without a past need; keys and values [pages, page_tokens, kv_heads, head_dim] are one layer of the pool, where
-        packing.paging finds each row's. Returns [tokens, heads, head_dim].
+        packing.paging finds each row's. What comes of it goes into out [tokens, heads, head_dim].
         """
         ...
 

@@ -21,14 +21,14 @@ class EagerAttention:
         return torch.cat([self.causal(*row)[0] for row in rows])
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+    ) -> None:
         assert packing.paging is not None
         outputs = []
         for row, pages, q in zip(packing.rows, packing.paging.table, query.split(packing.lengths), strict=True):
             k, v = (kept[pages].flatten(0, 1)[: row.past + row.tokens] for kept in (keys, values))
             outputs.append(self.causal(q[None], k[None], v[None])[0])
-        return torch.cat(outputs)
+        out.copy_(torch.cat(outputs))
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)

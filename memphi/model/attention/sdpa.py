@@ -1,59 +1,80 @@
-"""Attention through torch's own kernels: scaled_dot_product_attention, and its variable-length form on CUDA."""
+"""Attention through torch's own kernels: scaled_dot_product_attention, and its variable-length form on CUDA.
+
+Which kernel takes a case is said here and not left to torch: on an H100 it may prefer cuDNN, which makes a kernel ready
+for every new length. That has been seen to take half a second, and a prompt's or an answer's length hardly comes twice.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from memphi.model.rows import GatheredRow, GatheredRows, Packing
+from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, recurs
+
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that take any length as it comes."""
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""How varlen_attn is told that query heads share keys: torch 2.11 takes them untold, 2.12 asks for the word."""
 
 
 class SdpaAttention:
     """Equal to EagerAttention; does not materialise the scores where torch has a kernel for the case."""
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         tokens, keys = query.shape[1], key.shape[1]
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         # One query sees every key, and without a past the plain causal mask is right; both need no mask tensor.
         mask = None if tokens in (1, keys) else _lower_right(q, k)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
-        )
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if _takes_cudnn(query, keys) else ANY_LENGTH):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
+            )
         return out.transpose(1, 2)
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-        if not _has_flash(query):
-            rows = zip(*(part[None].split(packing.lengths, dim=1) for part in (query, key, value)), strict=True)
-            return torch.cat([self.causal(*row)[0] for row in rows])
-        group, longest = query.shape[1] // key.shape[1], max(packing.lengths)
-        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
-        bounds = packing.bounds
-        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
-        assert isinstance(out, Tensor)
-        return out
+        return torch.cat(
+            [self._whole(rows, *(part[rows.tokens] for part in (query, key, value))) for rows in packing.whole]
+        )
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+    ) -> None:
         paging = packing.paging
         assert paging is not None
-        if len(paging.whole) == len(packing.rows):
-            return self.packed(query, key, value, packing)
-        out = torch.empty_like(query)
-        for new in paging.whole:
-            out[new] = self.causal(query[None, new], key[None, new], value[None, new])[0]
+        for whole in packing.whole:
+            out[whole.tokens] = self._whole(whole, *(part[whole.tokens] for part in (query, key, value)))
         # What is copied out of the pages lives inside a call, so that only one copy exists at a time.
-        for row in paging.alone:
-            out[row.tokens] = self._alone(query[row.tokens], row, keys, values)
-        for rows in paging.together:
-            out.index_copy_(0, rows.tokens, self._together(query[rows.tokens], rows, keys, values))
-        return out
+        for rows in paging.continued:
+            out[rows.tokens] = self._continued(query[rows.tokens], rows, keys, values)
+        for group in paging.together:
+            out.index_copy_(0, group.tokens, self._together(query[group.tokens], group, keys, values))
 
-    def _alone(self, query: Tensor, row: GatheredRow, keys: Tensor, values: Tensor) -> Tensor:
-        """A row's new tokens over all its tokens: query and result [tokens, heads, head_dim]."""
-        key, value = (row.gather(kept) for kept in (keys, values))
-        return self.causal(query[None], key[None], value[None])[0]
+    def _whole(self, rows: WholeRows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rows without a past: query and result [tokens, heads, head_dim]."""
+        if _has_flash(query) and not _takes_cudnn(query, rows.lengths[0]):
+            return varlen(query, key, value, (rows.bounds, rows.bounds), (rows.lengths, rows.lengths))
+        return self._each(query, key, value, rows.lengths, rows.lengths)
+
+    def _continued(self, query: Tensor, rows: ContinuedRows, keys: Tensor, values: Tensor) -> Tensor:
+        """Rows' new tokens over all their tokens: query and result [tokens, heads, head_dim]."""
+        key, value = (rows.gather(kept) for kept in (keys, values))
+        if _has_flash(query):
+            return varlen(query, key, value, (rows.bounds, rows.key_bounds), (rows.lengths, rows.key_lengths))
+        return self._each(query, key, value, rows.lengths, rows.key_lengths)
+
+    def _each(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], key_lengths: Sequence[int]
+    ) -> Tensor:
+        """Rows one after the other."""
+        sides = zip((query, key, value), (lengths, key_lengths, key_lengths), strict=True)
+        rows = list(zip(*(part[None].split(list(sizes), dim=1) for part, sizes in sides), strict=True))
+        return self.causal(*rows[0])[0] if len(rows) == 1 else torch.cat([self.causal(*row)[0] for row in rows])
 
     def _together(self, query: Tensor, rows: GatheredRows, keys: Tensor, values: Tensor) -> Tensor:
         """One new token of each row: query and result [rows, heads, head_dim].
@@ -62,10 +83,27 @@ class SdpaAttention:
         """
         k, v = (rows.gather(kept).transpose(1, 2) for kept in (keys, values))  # [rows, kv_heads, keys, head_dim]
         q = query.unflatten(1, (k.shape[1], -1))  # [rows, kv_heads, heads / kv_heads, head_dim]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows.seen[:, None, None, :]).flatten(1, 2)
+        with sdpa_kernel(ANY_LENGTH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=rows.seen[:, None, None, :]).flatten(1, 2)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    lengths: tuple[Sequence[int], Sequence[int]],
+) -> Tensor:
+    """Rows end to end in one launch, of queries and of keys; each row's last query sees all its keys."""
+    longest = [max(side) for side in lengths]
+    if query.requires_grad:  # Gradients of shared heads are untried.
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    out = varlen_attn(query, key, value, *bounds, *longest, window_size=(-1, 0), **GROUPED)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _has_flash(query: Tensor) -> bool:
@@ -73,6 +111,17 @@ def _has_flash(query: Tensor) -> bool:
     if query.device.type != "cuda" or query.dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _takes_cudnn(query: Tensor, keys: int) -> bool:
+    """Whether cuDNN's kernel takes a row of so many queries and keys.
+
+    Measured on an H100: 639 TFLOP/s at 13,704 tokens, flash 332. Elsewhere untried; its gradients have been NaN once.
+    """
+    tokens = query.shape[-3]
+    if query.requires_grad or tokens != keys or not recurs(tokens) or not _has_flash(query):
+        return False
+    return torch.cuda.get_device_capability(query.device)[0] == 9
 
 
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:

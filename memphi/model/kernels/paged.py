@@ -64,9 +64,9 @@ def plain_attend_new(
     positions = division.lengths.long()[:, None] - new + torch.arange(new, device=qkv.device)  # [rows, new tokens]
     places = positions.clamp(min=0)
     pages = torch.where(positions < 0, -1, table.long().gather(1, places // page_tokens))
-    query = torch.empty_like(out)
-    token_places = (pages.flatten(), (places % page_tokens).flatten())
-    plain_rotate_and_keep(qkv, cos, sin, query, keys, values, *token_places)
+    turned = qkv.clone()
+    plain_rotate_and_keep(turned, cos, sin, keys, values, pages.flatten(), (places % page_tokens).flatten())
+    query = turned[:, : out[0].numel()].view_as(out)
     plain_attend(query, keys, values, table, division, out)
 
 

@@ -45,50 +45,36 @@ def tabulate(positions: Tensor, long: Tensor, frequencies: Tensor, scale: float,
 
 
 def plain_rotate_and_keep(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token_pages: Tensor,
-    token_offsets: Tensor,
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, token_pages: Tensor, token_offsets: Tensor
 ) -> None:
-    """Turn queries and keys, and put keys and values into their pages; the definition.
+    """Turn queries and keys where they are, and put keys and values into their pages; the definition.
 
-    qkv [tokens, (heads + 2 * kv_heads) * head_dim], each token contiguous; cos and sin of `tabulate`; query [tokens,
-    heads, head_dim] is written; keys and values are a layer of the pool; token_pages and token_offsets [tokens] as in
-    `Paging`, the tokens of a row in order. A page that is begun here has zeros after the row's end (`Paging.write`). A
-    token whose page is negative, which fills up a batch, goes nowhere.
+    qkv [tokens, (heads + 2 * kv_heads) * head_dim], each token contiguous; cos and sin of `tabulate`; keys and values
+    are a layer of the pool; token_pages and token_offsets [tokens] as in `Paging`, the tokens of a row in order. A page
+    that is begun here has zeros after the row's end (`Paging.write`). A token whose page is negative, which fills up a
+    batch, goes nowhere.
     """
-    heads, kv_heads, head_dim = query.shape[1], keys.shape[2], keys.shape[3]
-    q, key, value = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
-    query.copy_(rotate(q, cos, sin))
+    kv_heads, head_dim = keys.shape[2:]
+    turning, value = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kv_heads,), dim=1)
+    turning.copy_(rotate(turning, cos, sin))
     kept = token_pages >= 0
     begun = token_pages[kept & (token_offsets == 0)]
-    for pages, new in ((keys, rotate(key, cos, sin)), (values, value)):
+    for pages, new in ((keys, turning[:, -kv_heads:]), (values, value)):
         pages.index_fill_(0, begun.long(), 0)
         pages[token_pages[kept].long(), token_offsets[kept].long()] = new[kept]
 
 
 def rotate_and_keep(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token_pages: Tensor,
-    token_offsets: Tensor,
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, token_pages: Tensor, token_offsets: Tensor
 ) -> None:
     """As `plain_rotate_and_keep`, one program for each token and as many of its heads as there are kv_heads."""
-    tokens, heads, head_dim = query.shape
-    page_tokens, kv_heads = keys.shape[1:3]
+    page_tokens, kv_heads, head_dim = keys.shape[1:]
     assert keys.stride() == values.stride()
-    _rotate_and_keep[(tokens, heads // kv_heads + 2)](
-        *(qkv, cos, sin, query, keys, values, token_pages, token_offsets),
-        *(qkv.stride(0), query.stride(0), keys.stride(0), keys.stride(1)),
-        group=heads // kv_heads,
+    parts = qkv.shape[1] // (kv_heads * head_dim)
+    _rotate_and_keep[(len(qkv), parts)](
+        *(qkv, cos, sin, keys, values, token_pages, token_offsets),
+        *(qkv.stride(0), keys.stride(0), keys.stride(1)),
+        group=parts - 2,
         kv_heads=kv_heads,
         head_dim=head_dim,
         half=cos.shape[-1] // 2,
@@ -147,13 +133,11 @@ def _rotate_and_keep(
     qkv: Tile,
     cos: Tile,
     sin: Tile,
-    query: Tile,
     keys: Tile,
     values: Tile,
     token_pages: Tile,
     token_offsets: Tile,
     qkv_stride: Tile,
-    query_stride: Tile,
     page_stride: Tile,
     place_stride: Tile,
     group: constexpr,
@@ -174,18 +158,22 @@ def _rotate_and_keep(
     within = heads * head_dim + dims
     source = qkv + token * qkv_stride + part * kv_heads * head_dim + within
     table = token * 2 * half + dims + heads * 0
+    turns = inside & (dims < 2 * half)
     if part < group:
-        turned = load_rotated(source, inside, cos + table, sin + table, dims, half)
-        tl.store(query + token * query_stride + part * kv_heads * head_dim + within, turned, inside)
+        turned = load_rotated(source, turns, cos + table, sin + table, dims, half)
+        tl.debug_barrier()  # Other threads' partners are read before they are replaced.
+        tl.store(source, turned, turns)
     else:
+        if part == group:
+            new = load_rotated(source, inside, cos + table, sin + table, dims, half)
+            tl.debug_barrier()
+            tl.store(source, new, turns)
+        else:
+            new = tl.load(source, inside, other=0)
         page = tl.load(token_pages + token).to(tl.int64)
         offset = tl.load(token_offsets + token).to(tl.int32)
         if page >= 0:
             pages = keys if part == group else values
-            if part == group:
-                new = load_rotated(source, inside, cos + table, sin + table, dims, half)
-            else:
-                new = tl.load(source, inside, other=0)
             first = pages + page * page_stride + within
             tl.store(first + offset * place_stride, new, inside)
             # The last token in a page that this launch began clears the places after it.

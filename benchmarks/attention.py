@@ -1,0 +1,245 @@
+"""How long a layer's attention over prompts takes, by each of torch's kernels, at the official sizes.
+
+Whole rows: variable-length flash, cuDNN row by row, cuDNN with equal rows as a batch; and how long the first call for
+a length takes, when cuDNN makes a kernel ready. Chunks over a past: all in one launch or row by row, their keys copied
+out of pages in either case, and what that copying takes. Every way is compared with flash attention row by row first,
+then timed under a CUDA graph.
+cuDNN of copies is for TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1, which takes no views.
+Usage: python -m benchmarks.attention --out FILE. Without a GPU small sizes are tried, by the kernels of a CPU.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.document import write_document
+from benchmarks.kernels import LARGEST_ERROR, PAGE_TOKENS, error_of, measure
+from memphi import official
+from memphi.config import LanguageConfig, ModelConfig
+from memphi.model.attention.sdpa import ANY_LENGTH, SdpaAttention, varlen
+from memphi.model.rows import Packing, Row, pack
+
+Way = Callable[[], Tensor]
+
+ENGINE_TOKENS = 8192
+"""Of a step at most; so a batch of prompts is measured as the engine divides it, too."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: rows of (new tokens, past)."""
+
+    config: LanguageConfig
+    dtype: torch.dtype
+    whole: tuple[tuple[int, int], ...]
+    """(rows, tokens of each)"""
+    chunks: tuple[tuple[int, int], ...]
+    """(new tokens, past) of one row"""
+    together: tuple[tuple[int, int], ...]
+    """The same of several rows in one step."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One step of rows in a layer: their products, and pages that hold all their keys and values."""
+
+    packing: Packing
+    query: Tensor  # [tokens, heads, head_dim], as all three a view of the qkv product
+    key: Tensor
+    value: Tensor
+    keys: Tensor  # [pages, page_tokens, kv_heads, head_dim]
+    values: Tensor
+
+    @property
+    def operations(self) -> int:
+        """Of both products, for the keys that each query sees."""
+        seen = sum(row.tokens * row.past + row.tokens * (row.tokens + 1) // 2 for row in self.packing.rows)
+        return 4 * seen * self.query[0].numel()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
+    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    with torch.inference_mode():
+        figures = list(measure_all(sizes, device))
+    write_document(options.out, device, options.commit, {"figures": figures})
+    return 0 if all(figure["relative_error"] < LARGEST_ERROR for figure in figures) else 1
+
+
+def official_sizes() -> Sizes:
+    return Sizes(
+        config=ModelConfig.from_folder(official.folder()).language,
+        dtype=torch.bfloat16,
+        whole=(
+            *((1, tokens) for tokens in (256, 512, 1024, 1713, 2048, 3072, 4096, 6144, 8192, 13704, 16384)),
+            *((ENGINE_TOKENS // tokens, tokens) for tokens in (256, 512, 1024, 2048, 4096)),
+            *((4, 1713), (8, 1713)),
+        ),
+        chunks=(*((512, past) for past in (1024, 2048, 4096, 8192, 16384, 32768)), (2048, 8192), (8192, 8192)),
+        together=((373, 1340), (512, 2048), (512, 8192), (64, 4096)),
+    )
+
+
+def small_sizes() -> Sizes:
+    from tests.checkpoints import tiny_config
+
+    return Sizes(tiny_config().language, torch.float32, ((1, 20), (2, 16)), ((8, 20),), ((3, 40), (20, 5)))
+
+
+def measure_all(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
+    for rows, tokens in sizes.whole:
+        scene = make_scene(((tokens, 0),) * rows, sizes, device)
+        yield measure_scene(f"{rows} x {tokens}", scene, whole_ways(scene), device)
+    for new, past in sizes.chunks:
+        scene = make_scene(((new, past),), sizes, device)
+        yield measure_scene(f"{new} over {past}", scene, chunk_ways(scene), device)
+    scene = make_scene(sizes.together, sizes, device)
+    name = " + ".join(f"{new} over {past}" for new, past in sizes.together)
+    yield measure_scene(name, scene, chunk_ways(scene), device)
+
+
+def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.device) -> Scene:
+    config = sizes.config
+    counts = [-(-(new + past) // PAGE_TOKENS) for new, past in shape]
+    numbers = iter(torch.randperm(sum(counts)).tolist())
+    pages = [tuple(next(numbers) for _ in range(count)) for count in counts]
+    packing = pack(
+        [Row(*row, pages=own) for row, own in zip(shape, pages, strict=True)], device, page_tokens=PAGE_TOKENS
+    )
+    make = partial(torch.randn, device=device, dtype=sizes.dtype)
+    parts = make(len(packing.positions), config.heads + 2 * config.kv_heads, config.head_dim)
+    query, key, value = parts.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+    # Two layers, so that a page's tokens lie apart from the next one's as they do in the pool.
+    pool = make(sum(counts), 2, 2, PAGE_TOKENS, config.kv_heads, config.head_dim)
+    assert packing.paging is not None
+    packing.paging.write(pool[:, 1, 0], key)
+    packing.paging.write(pool[:, 1, 1], value)
+    return Scene(packing, query, key, value, pool[:, 1, 0], pool[:, 1, 1])
+
+
+# --- ways ------------------------------------------------------------------------------------------------------------
+
+
+def whole_ways(scene: Scene) -> Mapping[str, Way]:
+    """As memphi chooses; and each kernel by itself."""
+    ways: dict[str, Way] = {
+        "as chosen": partial(chosen, scene),
+        "flash row by row": partial(row_by_row, scene, ANY_LENGTH),
+    }
+    if scene.query.is_cuda:
+        ways |= {
+            "varlen flash": partial(varlen_flash, scene),
+            "cuDNN row by row": partial(row_by_row, scene, [SDPBackend.CUDNN_ATTENTION]),
+            "cuDNN row by row, of copies": partial(row_by_row, scene, [SDPBackend.CUDNN_ATTENTION], copied=True),
+            "cuDNN as a batch": partial(as_batch, scene, SDPBackend.CUDNN_ATTENTION),
+            "flash as a batch": partial(as_batch, scene, SDPBackend.FLASH_ATTENTION),
+        }
+    return ways
+
+
+def chunk_ways(scene: Scene) -> Mapping[str, Way]:
+    return {
+        "as chosen": partial(chosen, scene),
+        "row by row": partial(chunk_by_chunk, scene),
+        "copying alone": partial(copy_all, scene),
+    }
+
+
+def chosen(scene: Scene) -> Tensor:
+    out = torch.empty_like(scene.query)
+    SdpaAttention().paged(scene.query, scene.key, scene.value, scene.keys, scene.values, scene.packing, out)
+    return out
+
+
+def varlen_flash(scene: Scene) -> Tensor:
+    packing = scene.packing
+    bounds, lengths = (packing.bounds, packing.bounds), (packing.lengths, packing.lengths)
+    return varlen(scene.query, scene.key, scene.value, bounds, lengths)
+
+
+def row_by_row(scene: Scene, backends: list[SDPBackend], copied: bool = False) -> Tensor:
+    parts = (scene.query, scene.key, scene.value)
+    sides = [(part.contiguous() if copied else part)[None].split(scene.packing.lengths, dim=1) for part in parts]
+    with sdpa_kernel(backends):
+        return torch.cat([causal(*row)[0] for row in zip(*sides, strict=True)])
+
+
+def as_batch(scene: Scene, backend: SDPBackend) -> Tensor:
+    """Rows of equal length."""
+    parts = (part.unflatten(0, (len(scene.packing.rows), -1)) for part in (scene.query, scene.key, scene.value))
+    with sdpa_kernel(backend):
+        return causal(*parts).flatten(0, 1)
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    sides = (part.transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(*sides, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def chunk_by_chunk(scene: Scene) -> Tensor:
+    """Each row by itself, with torch's mask type for a chunk over its past."""
+    assert scene.packing.paging is not None
+    outputs = []
+    rows = zip(scene.packing.rows, scene.packing.paging.table, scene.query.split(scene.packing.lengths), strict=True)
+    for row, pages, query in rows:
+        key, value = (kept[pages].flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values))
+        outputs.append(SdpaAttention().causal(query[None], key[None], value[None])[0])
+    return torch.cat(outputs)
+
+
+def copy_all(scene: Scene) -> Tensor:
+    """What attention over pasts copies out of the pages first."""
+    assert scene.packing.paging is not None
+    copies = [rows.gather(kept) for rows in scene.packing.paging.continued for kept in (scene.keys, scene.values)]
+    return torch.cat(copies) if len(copies) > 2 else copies[0]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure_scene(name: str, scene: Scene, ways: Mapping[str, Way], device: torch.device) -> dict[str, Any]:
+    firsts, errors = {}, {}
+    whole = all(row.past == 0 for row in scene.packing.rows)
+    expected = row_by_row(scene, ANY_LENGTH) if whole else chunk_by_chunk(scene)
+    for way, run in ways.items():
+        started = time.perf_counter()
+        found = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        firsts[way] = time.perf_counter() - started
+        if found.shape == expected.shape:
+            errors[way] = error_of([found], [expected])
+    print(f"{name}: error {max(errors.values()):.1e}", flush=True)
+    seconds = {way: measure([partial(discard, run)], device) for way, run in ways.items()}
+    for way, taken in seconds.items():
+        rate = scene.operations / taken / 1e12
+        print(f"    {way:28} {taken * 1e6:9.1f} us {rate:6.0f} TFLOP/s, first {firsts[way] * 1e3:.1f} ms", flush=True)
+    return {
+        "rows": name,
+        "operations": scene.operations,
+        "relative_error": max(errors.values()),
+        "microseconds": {way: round(taken * 1e6, 1) for way, taken in seconds.items()},
+        "first_call_milliseconds": {way: round(taken * 1e3, 2) for way, taken in firsts.items()},
+    }
+
+
+def discard(run: Way) -> None:
+    run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Rows of any number of new tokens through the kernels, over a pool: prompts, their chunks, and answers beside them.
+
+`LanguageModel.forward`, over the same rows, is the definition. What torch does number by number in a pass over memory
+for each operation, a kernel does in one pass, and leaves it where the next product reads it. For gradients there is the
+definition alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
+from memphi.model.kernels.gate import gate
+from memphi.model.kernels.norm import add_norm
+from memphi.model.kernels.paged import attend
+from memphi.model.kernels.rotary import rotary_frequencies, rotate_and_keep, tabulate
+from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, Norm, RMSNorm, SelfAttention
+from memphi.model.rows import Lines, Packing
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of a step share."""
+
+    packing: Packing
+    rotary: tuple[Tensor, Tensor]
+    lines: tuple[tuple[Lines, Division], ...]
+    pool: KeyValuePool
+
+
+class Residual:
+    """The decoder's running sum, and what is yet to be added to it."""
+
+    def __init__(self, x: Tensor) -> None:
+        """x [tokens, hidden] is added to in its place."""
+        self._x = x
+        self.delta: Tensor | None = None
+
+    def normed(self, norm: RMSNorm, out: Tensor | None = None) -> Tensor:
+        """Add what is to be added, and give the norm of the sum; in out, where one is given."""
+        out = torch.empty_like(self._x) if out is None else out
+        add_norm(self._x, self.delta, norm.weight, norm.eps, out)
+        self.delta = None  # Its memory goes before the next product's output comes.
+        return out
+
+
+def compute(model: LanguageModel, embeddings: Tensor, packing: Packing, pool: KeyValuePool) -> Tensor:
+    """The normed hidden states [tokens, hidden] of packed rows; the rows' keys and values go into their pages.
+
+    embeddings [tokens, hidden] are overwritten; packing has the rows of few new tokens in lines.
+    """
+    lines = _divide_lines(model, packing)  # Before `_tabulate`, which is not launched dependently.
+    step = Step(packing, _tabulate(model, packing), lines, pool)
+    residual = Residual(embeddings)
+    for layer in cast(Iterable[DecoderLayer], model.layers):
+        residual.delta = _attend(layer.attention, partial(residual.normed, layer.attention_norm), step)
+        residual.delta = _transform(layer.mlp, partial(residual.normed, layer.mlp_norm), step)
+    return residual.normed(model.norm)
+
+
+def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
+    """A layer's attention: what is to be added to the running sum."""
+    packing, paging = step.packing, step.packing.paging
+    assert paging is not None
+    count, (keys, values) = len(packing.positions), step.pool.layer(attention.layer)
+    qkv = attention.qkv.follow(norm, count, packing.adapter_tokens)
+    rotate_and_keep(qkv, *step.rotary, keys, values, paging.token_pages, paging.token_offsets)
+    parts = (part.unflatten(-1, (-1, attention.head_dim)) for part in qkv.split(attention.widths, dim=-1))
+    query, key, value = parts  # [tokens, heads, head_dim]
+
+    def mix(out: Tensor | None) -> Tensor:
+        out = torch.empty_like(qkv[:, : attention.widths[0]]) if out is None else out
+        heads = out.unflatten(-1, (-1, attention.head_dim))
+        attention.attention.paged(query, key, value, keys, values, packing, heads)
+        for lines, division in step.lines:
+            asked = query[lines.tokens]
+            found = torch.empty_like(asked)
+            attend(asked, keys, values, lines.table, division, found)
+            heads.index_copy_(0, lines.targets, found if lines.kept is None else found[lines.kept])
+        return out
+
+    return attention.out.follow(mix, count, packing.adapter_tokens)
+
+
+def _transform(mlp: MLP, norm: Norm, step: Step) -> Tensor:
+    """The same of a layer's MLP."""
+    packing = step.packing
+    count = len(packing.positions)
+    gate_up = mlp.gate_up.follow(norm, count, packing.adapter_tokens)
+
+    def open_gate(out: Tensor | None) -> Tensor:
+        out = gate_up.new_empty(count, gate_up.shape[1] // 2) if out is None else out
+        gate(gate_up, out)
+        return out
+
+    return mlp.down.follow(open_gate, count, packing.adapter_tokens)
+
+
+def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, Division], ...]:
+    """The keys of each form of lines, divided for the whole card."""
+    assert packing.paging is not None
+    divided = []
+    for lines in packing.paging.lines:
+        rows, dtype, device = len(lines.lengths), model.embedding.weight.dtype, lines.lengths.device
+        tiling = choose_tiling(rows, lines.new_tokens, dtype, device, fresh=False)
+        made = make_division(model.config, rows, lines.new_tokens, tiling, device, fresh=False)
+        divided.append((lines, replace(made, lengths=lines.lengths)))
+        divide(divided[-1][1])
+    return tuple(divided)
+
+
+def _tabulate(model: LanguageModel, packing: Packing) -> tuple[Tensor, Tensor]:
+    config, weight = model.config, model.embedding.weight
+    cos, sin = (weight.new_empty(len(packing.positions), 1, config.rotary_dim) for _ in range(2))
+    frequencies = rotary_frequencies(config, weight.device)
+    tabulate(packing.positions, packing.long, frequencies, config.rope_scale, cos, sin)
+    return cos, sin

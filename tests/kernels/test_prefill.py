@@ -1,0 +1,114 @@
+"""A step of any rows through the kernels equals the decoder's definition, pages included."""
+
+import pytest
+import torch
+
+from memphi.cache.pool import TensorPool
+from memphi.model.attention import EagerAttention
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.rows import Row
+from tests.checkpoints import tiny_config, tiny_model
+from tests.kernels.test_decode import FORMS, SETS
+
+PAGES, PAGE_TOKENS = 120, 16
+SHAPES = {
+    "prompts": ((17, 0), (1, 0), (5, 0)),
+    "chunks": ((17, 16), (20, 31), (18, 1)),
+    "answers": ((1, 37), (1, 15), (1, 16), (1, 64)),
+    "drafts": ((4, 30), (1, 9), (16, 3), (4, 1), (1, 100)),
+    "all at once": ((1, 37), (5, 0), (18, 21), (3, 70), (1, 0), (1, 15)),
+    "few": ((1, 37), (3, 0), (2, 20)),
+}
+
+
+def make_model(device, form="packed", config=None, attention=None):
+    source = tiny_model(config)
+    model = Phi4MM(source.config, attention)
+    model.load_state_dict(source.state_dict())
+    model.keep_adapters(*FORMS[form])
+    return model.to(device).eval()
+
+
+def make_pool(model):
+    """Pages that hold a past, and garbage where there is none."""
+    pool = TensorPool(model.config.language, PAGES, model.dtype, model.device, PAGE_TOKENS)
+    pool.ensure(range(PAGES))
+    generator = torch.Generator().manual_seed(5)
+    for number in range(model.config.language.layers):
+        for kept in pool.layer(number):
+            kept.copy_(torch.randn(kept.shape, generator=generator))
+    return pool
+
+
+def make_rows(shape, adapters=(None,)):
+    """Rows of (new tokens, past) on pages in no order, with more pages than they need."""
+    numbers = (1 + torch.randperm(PAGES - 1, generator=torch.Generator().manual_seed(len(shape)))).tolist()
+    return [
+        Row(
+            new,
+            past,
+            adapters[i % len(adapters)],
+            past >= 64,
+            tuple(numbers.pop() for _ in range((past + new - 1) // PAGE_TOKENS + 1 + i % 2)),
+        )
+        for i, (new, past) in enumerate(shape)
+    ]
+
+
+@torch.inference_mode()
+def run(model, rows, kernels):
+    """Logits at every place, and the pages."""
+    model.use_kernels(kernels)
+    pool, tokens = make_pool(model), sum(row.tokens for row in rows)
+    ids = torch.arange(tokens, device=model.device) * 7 % model.config.language.vocab_size
+    logits = model(ids, rows, cache=pool, logits_at=range(tokens))
+    pages = torch.stack([torch.stack(pool.layer(i)) for i in range(model.config.language.layers)])
+    return logits.float(), pages.float()
+
+
+def assert_equal_steps(model, rows, tolerance=1e-5):
+    for found, expected in zip(run(model, rows, True), run(model, rows, False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert expected.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("shape", list(SHAPES)[:-1])
+def test_rows_of_every_kind_equal_the_definition(device, shape):
+    assert_equal_steps(make_model(device), make_rows(SHAPES[shape], SETS["both and none"]))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_adapters_of_every_set(device, name):
+    assert_equal_steps(make_model(device), make_rows(SHAPES["few"], SETS[name]))
+
+
+@pytest.mark.parametrize(("form", "adapter"), [("plain", None), ("plain", "speech"), ("merged", "vision")])
+def test_models_without_packed_adapters(device, form, adapter):
+    assert_equal_steps(make_model(device, form), make_rows(SHAPES["few"], (adapter,)))
+
+
+def test_beside_eager_attention(device):
+    assert_equal_steps(make_model(device, attention=EagerAttention()), make_rows(SHAPES["all at once"]))
+
+
+@pytest.mark.parametrize("shape", [{"heads": 4, "kv_heads": 4, "hidden_size": 32}, {"kv_heads": 1, "layers": 3}])
+def test_other_shapes(device, shape):
+    model = make_model(device, config=tiny_config(**shape))
+    assert_equal_steps(model, make_rows(SHAPES["few"], SETS["both and none"]))
+
+
+def test_sixteen_bits(device):
+    """As far from fp32 as the definition is: sums in another order are rounded otherwise."""
+    rows, exact = make_rows(SHAPES["all at once"], SETS["both and none"]), make_model(device)
+    model = make_model(device).to(torch.bfloat16)
+    runs = run(model, rows, True), run(model, rows, False), run(exact, rows, False)
+    for found, defined, expected in zip(*runs, strict=True):
+        error, usual = ((part - expected).norm() / expected.norm() for part in (found, defined))
+        assert 0 < error <= 1.5 * usual + 1e-3
+
+
+def test_gradients_have_the_definition_alone(device):
+    model, rows = make_model(device, "plain"), make_rows(SHAPES["prompts"])
+    model.use_kernels(True)
+    ids = torch.arange(sum(row.tokens for row in rows), device=device)
+    assert model(ids, rows, cache=make_pool(model)).requires_grad
