@@ -4,7 +4,7 @@ A clip is cut into windows that do not see each other, but for eight frames at t
 depend on the windows beside it: those of different lengths are masked where they are batched.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -24,7 +24,7 @@ WINDOW_BATCH = 8
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a clip that is encoded alone; `cut_window` makes it."""
+    """A stretch of a clip that is encoded alone; `make_window` makes it."""
 
     frames: Tensor  # [frames, mel_bins] fp32, on any device
     skip: int
@@ -45,12 +45,20 @@ def count_windows(frames: int, config: AudioConfig) -> int:
 
 
 def cut_window(clip: Tensor, index: int, config: AudioConfig) -> Window:
-    """One window of a clip [frames, mel_bins], with eight more frames on either side, which the strides reach into."""
-    size, total = config.window_tokens, -(-clip.shape[0] // 8)
+    """One window of a clip [frames, mel_bins]."""
+    return make_window(clip.shape[0], index, config, lambda first, end: clip[first:end])
+
+
+def make_window(frames: int, index: int, config: AudioConfig, read: Callable[[int, int], Tensor]) -> Window:
+    """One window of a clip of so many frames, with eight more on either side, which the strides reach into.
+
+    read gives the frames from a first one to before an end: [frames, mel_bins].
+    """
+    size, total = config.window_tokens, -(-frames // 8)
     first, end = index * size, min((index + 1) * size, total)
     tokens = end - first
     return Window(
-        frames=clip[max(8 * first - 8, 0) : 8 * end + 8],
+        frames=read(max(8 * first - 8, 0), min(8 * end + 8, frames)),
         skip=min(first, 1),
         tokens=tokens,
         rows=tokens if total <= size or config.mask_tail else size,
