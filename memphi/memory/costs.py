@@ -19,6 +19,8 @@ CONVOLVED_VALUES = 512 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
 """Numbers of a picture that the device resizes at once."""
+BIAS_STEP = 16
+"""Numbers of which a conformer bias' rows begin at multiples."""
 BAND_FRAMES = 1000
 """Log-mel frames that the device makes at once."""
 SAMPLES_A_FRAME, WINDOW_SAMPLES, SPECTRUM = 160, 400, 257
@@ -321,9 +323,9 @@ def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
     """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
     tokens, size = audio.window_tokens, audio.hidden_size
     layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
-    bias = audio.heads * tokens * (tokens + 8) * dtype_bytes
-    # The bias by distance, and for each window a copy with its padding masked and one aligned for the kernel.
-    return layer + bias * (1 + 2 * windows) + 16 * tokens**2
+    bias = audio.heads * tokens * (tokens + BIAS_STEP) * dtype_bytes
+    # The bias by distance, and for windows of different lengths one for each, with its padding masked.
+    return layer + bias * (1 + windows) + 16 * tokens**2
 
 
 def prefill_chunk(

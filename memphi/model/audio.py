@@ -18,6 +18,8 @@ from memphi.model.attention import Attention
 
 CONVOLVED_VALUES = 512 * 1024
 """Tokens times channels subsampled at once: 41 s of sound at full size, 0.2 GB for the first convolution's output."""
+BIAS_STEP = 16
+"""Numbers of which a bias' rows begin at multiples: kernels would copy another bias in every layer."""
 WINDOW_BATCH = 8
 """Conformer windows encoded at once."""
 
@@ -229,19 +231,21 @@ class AudioEncoder(nn.Module):
         """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out."""
         length = max(piece.shape[1] for piece in pieces)
         x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])
-        bias = self._bias(length)
-        seen = [piece.shape[1] for piece in pieces for _ in range(len(piece))]
-        if min(seen) < length:
-            ends = torch.tensor(seen, device=x.device)[:, None, None, None]
-            hidden = torch.arange(length, device=x.device)[None, None, None, :] >= ends
-            bias = bias.expand(len(seen), -1, -1, -1).masked_fill(hidden, float("-inf"))
+        bias = self._bias([piece.shape[1] for piece in pieces for _ in range(len(piece))])
         for layer in cast(Iterable[ConformerLayer], self.layers):
             x = layer(x, bias)
         return list(x.split([len(piece) for piece in pieces]))
 
-    def _bias(self, length: int) -> Tensor:
-        """The bias of every query and key by their distance: [1, heads, length, length]."""
-        reach = self.config.bias_distance
-        steps = torch.arange(length, device=self.relative_bias.weight.device)
-        distance = (steps[None, :] - steps[:, None]).clamp(-reach, reach - 1) + reach
-        return cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None]
+    def _bias(self, lengths: Sequence[int]) -> Tensor:
+        """The bias of every query and key by their distance, for all layers: [1 or windows, heads, longest, longest].
+
+        One for all windows where they are alike; else one for each, without the keys beyond its end.
+        """
+        reach, longest, device = self.config.bias_distance, max(lengths), self.relative_bias.weight.device
+        steps = torch.arange(-(-longest // BIAS_STEP) * BIAS_STEP, device=device)
+        distance = (steps[None, :] - steps[:longest, None]).clamp(-reach, reach - 1) + reach
+        bias = cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None].contiguous()
+        if min(lengths) < longest:
+            ends = torch.tensor(lengths).to(device, non_blocking=True)
+            bias = torch.where(steps < ends[:, None, None, None], bias, float("-inf"))
+        return bias[..., :longest]

@@ -132,6 +132,7 @@ def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
     assert costs.BAND_VALUES == preprocess.BAND_VALUES
     assert costs.BAND_FRAMES == preprocess.BAND_FRAMES
+    assert costs.BIAS_STEP == audio.BIAS_STEP
     assert window_and_hop(RATE) == (costs.WINDOW_SAMPLES, costs.SAMPLES_A_FRAME)
     assert fft_size(RATE)[1] == costs.SPECTRUM
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
