@@ -208,7 +208,7 @@ class EngineConfig:
     """auto: memphi's own kernels and CUDA graphs where the card has them (as yet untried on any); plain: torch's."""
 
     preprocessing: PlaceChoice = "auto"
-    """Where crops are made of decoded pictures; both give the same to the last bit. device: as they are encoded; host:
+    """Where crops and log-mel frames are made of decoded media: on the device, as they are encoded, or on the host,
     ahead of it; auto: on a CUDA device, else on the host."""
 
     def __post_init__(self) -> None:

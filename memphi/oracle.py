@@ -244,7 +244,7 @@ def _images(prompt: Prompt) -> dict[str, Tensor]:
 def _clips(prompt: Prompt) -> dict[str, Tensor]:
     if not prompt.clips:
         return {}
-    features = [torch.from_numpy(clip.features) for clip in prompt.clips]
+    features = [torch.from_numpy(clip.features) for clip in prompt.framed_clips]
     return {
         "audio_input_features": torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
         "audio_embed_sizes": torch.tensor([clip.footprint.tokens for clip in prompt.clips]),

@@ -274,6 +274,16 @@ class ClipInput:
 
 
 @dataclass(frozen=True)
+class DecodedClip:
+    """One clip whose log-mel frames the device makes as they are encoded."""
+
+    samples: Float32 = field(repr=False)  # [samples]
+    rate: int
+    """16 or 8 kHz."""
+    footprint: ClipFootprint
+
+
+@dataclass(frozen=True)
 class MediaSpan:
     """Where one attachment's embeddings stand in the prompt; `index` counts within its kind."""
 
@@ -290,7 +300,7 @@ class Prompt:
     ids: tuple[int, ...] = field(repr=False)
     spans: tuple[MediaSpan, ...]
     images: tuple[ImageInput | DecodedImage, ...]
-    clips: tuple[ClipInput, ...]
+    clips: tuple[ClipInput | DecodedClip, ...]
     footprint: Footprint
 
     @property
@@ -302,6 +312,12 @@ class Prompt:
         """The images of a prompt that was prepared on the host throughout."""
         assert all(isinstance(image, ImageInput) for image in self.images)
         return cast(tuple[ImageInput, ...], self.images)
+
+    @property
+    def framed_clips(self) -> tuple[ClipInput, ...]:
+        """The clips of a prompt that was prepared on the host throughout."""
+        assert all(isinstance(clip, ClipInput) for clip in self.clips)
+        return cast(tuple[ClipInput, ...], self.clips)
 
 
 class FinishReason(Enum):

@@ -354,7 +354,7 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "crops_per_pass": "crops a pass",
         "windows_per_pass": "windows of sound a pass",
         "adapters": "adapters",
-        "preprocessing": "crops made on",
+        "preprocessing": "crops, mel frames on",
     }
     values = {"host": "the host", "device": "the device"}
     return [(name, values.get(plan[field], str(plan[field])), reasons[field]) for field, name in names.items()]

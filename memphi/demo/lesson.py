@@ -106,7 +106,7 @@ def make_lesson(
     cells = np.concatenate(([0], np.cumsum([row.cells for row in rows])))[:-1]
     patches_before = np.concatenate(([0], np.cumsum([row.patch_mask.size for row in rows])))[:-1]
     clips = [(row, start, span) for row, start in zip(rows, starts, strict=True) for span in row.spans("audio")]
-    features = [row.prompt.clips[span.index].features for row, _, span in clips]
+    features = [row.prompt.framed_clips[span.index].features for row, _, span in clips]
     told = [(row, at) for row, at in zip(rows, patches_before, strict=True) if row.letters]
     size, patches, bins = config.vision.crop_size, config.vision.patches, config.audio.mel_bins
     return Lesson(

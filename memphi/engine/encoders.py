@@ -5,16 +5,17 @@ depends on its units only.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from memphi.engine.step import EncodeSlice
-from memphi.model.audio import cut_window
+from memphi.model.audio import make_window
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.preprocess import make_crops
+from memphi.model.preprocess import make_crops, make_frames
 from memphi.model.projector import slice_order
-from memphi.request import DecodedImage, ImageInput, Prompt
+from memphi.request import ClipInput, DecodedClip, DecodedImage, ImageInput, Prompt
 
 
 class Encoders:
@@ -65,6 +66,12 @@ class Encoders:
                 own.copy_(torch.from_numpy(image.crops[part]))
         return crops
 
+    def _frames(self, clip: ClipInput | DecodedClip, first: int, end: int) -> Tensor:
+        """Some of a clip's log-mel frames [frames, mel_bins], where they are made."""
+        if isinstance(clip, DecodedClip):
+            return make_frames(clip, first, end, self.model.config.audio.mel_bins, self.model.device)
+        return torch.from_numpy(clip.features[first:end])
+
     def _encode_windows(self, slices: Sequence[EncodeSlice]) -> None:
         if not slices:
             return
@@ -72,9 +79,9 @@ class Encoders:
         windows, heads, places = [], [], []
         for piece in slices:
             prompt, rows = _prompt(piece), self._rows(piece)
-            clip = torch.from_numpy(prompt.clips[piece.index].features)
+            clip = prompt.clips[piece.index]
             for i in range(piece.first, piece.first + piece.units):
-                window = cut_window(clip, i, config)
+                window = make_window(clip.footprint.frames, i, config, partial(self._frames, clip))
                 windows.append(window)
                 heads.append(prompt.mode.audio_head)
                 places.append(rows[i * config.window_tokens :][: window.tokens])

@@ -6,7 +6,7 @@ from memphi.config import AdapterForm, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
 from memphi.memory.planner import MemoryPlan
-from memphi.request import DecodedImage
+from memphi.request import DecodedClip, DecodedImage
 
 DRAFT_STEP_TOKENS = 64
 """Tokens at most of a step that has drafts. A GPU's arithmetic keeps up with reading the weights for some hundreds of
@@ -19,13 +19,15 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     if slices[0].kind == "image":
         made = costs.cropping(config, units, dtype_bytes).bytes if any(map(_is_decoded, slices)) else 0
         return "vision pass", max(costs.vision_pass(config, units, dtype_bytes).bytes, made)
-    return "audio pass", costs.audio_pass(config, units, dtype_bytes).bytes
+    return "audio pass", costs.audio_pass(config, units, dtype_bytes, any(map(_is_decoded, slices))).bytes
 
 
 def _is_decoded(piece: EncodeSlice) -> bool:
-    """Whether a picture's crops are made on the device, before they are encoded."""
+    """Whether crops or log-mel frames are made on the device, before they are encoded."""
     prompt = piece.sequence.prompt
-    return prompt is not None and isinstance(prompt.images[piece.index], DecodedImage)
+    assert prompt is not None
+    media = prompt.images[piece.index] if piece.kind == "image" else prompt.clips[piece.index]
+    return isinstance(media, DecodedImage | DecodedClip)
 
 
 def price_rows(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from memphi.config import AudioConfig
 from memphi.errors import MediaError
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, check_samples, sniff
-from memphi.request import ClipFootprint, ClipInput, Float32, Media, Samples
+from memphi.request import ClipFootprint, ClipInput, DecodedClip, Float32, Media, Samples
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -63,6 +63,14 @@ def prepare_clip(media: Media, audio: AudioConfig, limits: MediaLimits = DEFAULT
         return ClipInput(features, clip_footprint(len(features), audio))
 
 
+def decode_clip(media: Media, audio: AudioConfig, limits: MediaLimits = DEFAULT_LIMITS) -> DecodedClip:
+    """Decode a clip whose log-mel frames the device makes; raises MediaError, naming the attachment."""
+    with attached(media.name), open_sound(media, limits) as (rate, blocks):
+        samples = np.concatenate([np.empty(0, np.float32), *resample(blocks, rate)])
+        target = _target(rate)
+        return DecodedClip(samples, target, clip_footprint(_count_frames(len(samples), target), audio))
+
+
 def clip_footprint(frames: int, audio: AudioConfig) -> ClipFootprint:
     """What this many frames cost; raises MediaError where there is none."""
     if frames < 1:
@@ -77,7 +85,7 @@ def count_frames(length: Length) -> int:
 
 
 def _count_frames(samples: int, rate: int) -> int:
-    window, hop = _window_and_hop(rate)
+    window, hop = window_and_hop(rate)
     return max(0, (samples - window) // hop + 1)
 
 
@@ -93,7 +101,7 @@ def _target(rate: int) -> int:
     return NARROW_RATE if rate == NARROW_RATE else RATE
 
 
-def _window_and_hop(rate: int) -> tuple[int, int]:
+def window_and_hop(rate: int) -> tuple[int, int]:
     """25 ms and 10 ms, in samples."""
     return rate // 40, rate // 100
 
@@ -302,7 +310,7 @@ def _filter(held: Float32, groups: int, bank: Float32, starts: NDArray[np.int64]
 
 def log_mel(blocks: Iterable[Float32], rate: int, bins: int) -> Float32:
     """Log-mel features float32 [frames, bins] of sound at 16 or 8 kHz (spec 5.1)."""
-    hop = _window_and_hop(rate)[1]
+    hop = window_and_hop(rate)[1]
     mel = mel_matrix(bins)
     features = [np.empty((0, bins), np.float32)]
     held = np.empty(0, np.float32)
@@ -316,19 +324,26 @@ def log_mel(blocks: Iterable[Float32], rate: int, bins: int) -> Float32:
 
 def _log_mel_block(samples: Float32, count: int, rate: int, mel: Float32) -> Float32:
     """Features of the first `count` frames: [count, bins]."""
-    window, hop = _window_and_hop(rate)
+    window, hop = window_and_hop(rate)
     frames = np.lib.stride_tricks.sliding_window_view(samples, window)[::hop][:count]
     before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     emphasised = (frames - np.float32(PRE_EMPHASIS) * before) * np.float32(FULL_SCALE)
-    size = FFT_SIZE * rate // RATE
-    spectrum = np.fft.rfft(_hamming(window) * emphasised, n=size, axis=1).astype(np.complex64)
-    # At 8 kHz the Nyquist bin goes and nothing stands above it, so that the upper half of the mel matrix has no part.
-    kept = FFT_SIZE // 2 + 1 if rate == RATE else size // 2
+    size, kept = fft_size(rate)
+    spectrum = np.fft.rfft(hamming(window) * emphasised, n=size, axis=1).astype(np.complex64)
     power = np.abs(spectrum[:, :kept]) ** 2
     return np.log(np.maximum(power @ mel[:, :kept].T, np.float32(1)))
 
 
-def _hamming(window: int) -> NDArray[np.float64]:
+def fft_size(rate: int) -> tuple[int, int]:
+    """Samples of the FFT, and how many of its bins count.
+
+    At 8 kHz the Nyquist bin goes and nothing stands above it, so that the upper half of the mel matrix has no part.
+    """
+    size = FFT_SIZE * rate // RATE
+    return size, size // 2 + (rate == RATE)
+
+
+def hamming(window: int) -> NDArray[np.float64]:
     """The symmetric Hamming window."""
     return 0.54 - 0.46 * np.cos(2 * np.pi * np.arange(window) / (window - 1))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from memphi.config import ModelConfig, Place
 from memphi.errors import DoesNotFitError
-from memphi.inputs.audio import measure_clip, prepare_clip
+from memphi.inputs.audio import decode_clip, measure_clip, prepare_clip
 from memphi.inputs.chat import Piece, Special, lay_out
 from memphi.inputs.image import decode_image, measure_image, prepare_image
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
@@ -50,17 +50,18 @@ def prepare(
 ) -> Prompt:
     """Encode, decode and lay out a request; `reference` prepares pictures as the official processor does.
 
-    preprocessing says where crops are made: pictures of the device's are only decoded here.
+    preprocessing says where crops and log-mel frames are made: for the device, media are only decoded here.
     Raises what `measure` raises, and MediaError for content that is damaged behind a good header.
     """
     ids = encode(lay_out(request), tokenizer)
-    clips = [prepare_clip(media, config.audio, limits) for media in _of_kind(request, "audio")]
+    hear = prepare_clip if preprocessing == "host" else decode_clip
+    clips = [hear(media, config.audio, limits) for media in _of_kind(request, "audio")]
     pictures = _of_kind(request, "image")
     measured = [measure_image(media, config.vision, limits, reference) for media in pictures]
     footprint = _footprint(request, config, len(ids), measured, [clip.footprint for clip in clips])
     # Only now, that all is known to fit: pictures are what takes memory.
-    make = prepare_image if preprocessing == "host" else decode_image
-    images = [make(media, config.vision, limits, reference) for media in pictures]
+    see = prepare_image if preprocessing == "host" else decode_image
+    images = [see(media, config.vision, limits, reference) for media in pictures]
     spans = place(ids, request.media, footprint, tokenizer)
     return Prompt(tuple(repeat(ids, spans)), spans, tuple(images), tuple(clips), footprint)
 

@@ -23,6 +23,12 @@ CONVOLVED_VALUES = 512 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
 """Numbers of a picture that the device resizes at once."""
+BIAS_STEP = 16
+"""Numbers of which a conformer bias' rows begin at multiples."""
+BAND_FRAMES = 1000
+"""Log-mel frames that the device makes at once."""
+SAMPLES_A_FRAME, WINDOW_SAMPLES, SPECTRUM = 160, 400, 257
+"""Of sound at 16 kHz: a frame's step, its length, and the bins of its spectrum (spec 5.1)."""
 FIRST_ANSWER_TOKENS = 256
 """The first stretch of an answer, reserved together with its prompt; further output is reserved as it is needed."""
 METADATA_BYTES = 64
@@ -288,8 +294,11 @@ def cropping(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     )
 
 
-def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int) -> Cost:
-    """Encode windows of sound: either the first convolution's output twice, or a conformer layer."""
+def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int, decoded: bool = False) -> Cost:
+    """Encode windows of sound: either the first convolution's output twice, or a conformer layer.
+
+    decoded: their log-mel frames are made on the device first, and are there as long as it takes.
+    """
     audio, hidden = config.audio, config.language.hidden_size
     tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * (audio.window_tokens + 2))
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
@@ -298,22 +307,33 @@ def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int) -> Cost:
     features = windows * audio.window_tokens * audio.hidden_size * dtype_bytes
     projected = (windows + 2) * audio.window_tokens * hidden * dtype_bytes
     conformer = _conformer_bytes(audio, windows, dtype_bytes)
+    encoding = features + max(convolved + sound, conformer + features, projected)
+    frames, making = _frames_bytes(audio, windows) if decoded else (0, 0)
     return Cost(
         "audio pass",
-        features + max(convolved + sound, conformer + features, projected),
+        frames + max(encoding, making),
         f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
         f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of {audio.window_tokens} tokens "
-        "with its biases",
+        "with its biases" + (f"; and {size_text(frames)} of log-mel frames" if decoded else ""),
     )
+
+
+def _frames_bytes(audio: AudioConfig, windows: int) -> tuple[int, int]:
+    """Windows' log-mel frames, and what takes the last of them to be made: samples and spectra, in fp64 and fp32."""
+    frames = 8 * (audio.window_tokens + 2)
+    each = frames * audio.mel_bins * 4
+    band = min(frames, BAND_FRAMES) * (16 * WINDOW_SAMPLES + 16 * SPECTRUM)
+    tables = (48 * WINDOW_SAMPLES + 16 * audio.mel_bins) * SPECTRUM
+    return windows * each, each + band + tables + frames * SAMPLES_A_FRAME * 4
 
 
 def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
     """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
     tokens, size = audio.window_tokens, audio.hidden_size
     layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
-    bias = audio.heads * tokens * (tokens + 8) * dtype_bytes
-    # The bias by distance, and for each window a copy with its padding masked and one aligned for the kernel.
-    return layer + bias * (1 + 2 * windows) + 16 * tokens**2
+    bias = audio.heads * tokens * (tokens + BIAS_STEP) * dtype_bytes
+    # The bias by distance, and for windows of different lengths one for each, with its padding masked.
+    return layer + bias * (1 + windows) + 16 * tokens**2
 
 
 @dataclass(frozen=True)
@@ -608,22 +628,33 @@ def price_request(
 
 
 def host_media(footprint: Footprint, config: ModelConfig, preprocessing: Place) -> Cost:
-    """The host's memory for decoded attachments: pixels or crops, and mel frames, of all; and one being decoded."""
-    crop_numbers = 3 * config.vision.crop_size**2
+    """The host's memory for decoded attachments: what is kept of all, and what one takes while it is decoded."""
+    return _decoded_media(footprint) if preprocessing == "device" else _prepared_media(footprint, config)
+
+
+def _decoded_media(footprint: Footprint) -> Cost:
+    """Pixels and samples, of which the device makes the rest."""
     pixels = [3 * image.width * image.height for image in footprint.images]
-    frames = [clip.frames * config.audio.mel_bins * 4 for clip in footprint.clips]
-    if preprocessing == "device":
-        pictures, decoded, held = sum(pixels), [2 * n for n in pixels], "pictures' pixels x 3 bytes"
-        beside = "twice its pixels"
-    else:
-        pictures, held = footprint.crops * crop_numbers * 4, f"{footprint.crops} crops x {crop_numbers} x 4 bytes"
-        decoded = [2 * n + 2 * image.crops * crop_numbers for n, image in zip(pixels, footprint.images, strict=True)]
-        beside = "twice its pixels and its crops in bytes"
+    samples = [(clip.frames * SAMPLES_A_FRAME + WINDOW_SAMPLES) * 4 for clip in footprint.clips]
     return Cost(
         "host memory",
-        pictures + sum(frames) + _largest((*decoded, *frames)),
-        f"{held}, mel frames x {config.audio.mel_bins} x 4 bytes, and while one attachment is decoded {beside}, or its "
-        "frames again",
+        sum(pixels) + sum(samples) + _largest((*(2 * n for n in pixels), *samples)),
+        "pixels x 3 bytes, samples at 16 kHz x 4 bytes, and while one attachment is decoded twice its pixels, or its "
+        "samples again",
+    )
+
+
+def _prepared_media(footprint: Footprint, config: ModelConfig) -> Cost:
+    """Crops and mel frames."""
+    crop_numbers = 3 * config.vision.crop_size**2
+    kept = footprint.crops * crop_numbers * 4 + sum(clip.frames for clip in footprint.clips) * config.audio.mel_bins * 4
+    pictures = (2 * 3 * image.width * image.height + 2 * image.crops * crop_numbers for image in footprint.images)
+    clips = (clip.frames * config.audio.mel_bins * 4 for clip in footprint.clips)
+    return Cost(
+        "host memory",
+        kept + _largest((*pictures, *clips)),
+        f"{footprint.crops} crops x {crop_numbers} x 4 bytes, mel frames x {config.audio.mel_bins} x 4 bytes, and "
+        "while one attachment is decoded twice its pixels and its crops in bytes, or its frames again",
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from memphi.config import AdapterForm, EngineConfig, ModelConfig, Place
-from memphi.errors import DoesNotFitError
+from memphi.errors import DeviceError, DoesNotFitError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
 from memphi.memory.devices import DeviceFacts
@@ -70,7 +70,7 @@ class MemoryPlan:
     adapters: AdapterForm
     """How they are kept."""
     preprocessing: Place
-    """Where crops are made of decoded pictures."""
+    """Where crops and log-mel frames are made of decoded media."""
     reasons: dict[str, str]
     """Why each number is what it is, by its name."""
     costs: tuple[Cost, ...]
@@ -108,9 +108,11 @@ def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
 
 
 def _preprocessing(device: DeviceFacts, engine: EngineConfig) -> Place:
-    """A GPU makes crops faster than a host can; a CPU is the host, whose threads make them ahead of need."""
+    """A GPU makes crops and frames faster than a host; a CPU is the host, whose threads make them ahead of need."""
     if engine.preprocessing == "auto":
         return "device" if device.kind == "cuda" else "host"
+    if engine.preprocessing == "device" and device.kind == "mps":
+        raise DeviceError(f'{device.name} has no fp64, which log-mel frames need; use preprocessing="host"')
     return engine.preprocessing
 
 
@@ -291,7 +293,7 @@ class _Planner:
             tokens = keys if self.engine.step_tokens is None else tokens
         kinds = [
             costs.vision_pass(self.config, sizes.crops, size),
-            costs.audio_pass(self.config, sizes.windows, size),
+            costs.audio_pass(self.config, sizes.windows, size, self.preprocessing == "device"),
             costs.prefill_chunk(
                 self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters, all_keys
             ),
@@ -422,8 +424,10 @@ class _Planner:
 
     def _reason_of_preprocessing(self) -> str:
         if self.preprocessing == "host":
-            return "crops are made ahead of need by the host's threads"
-        return "pictures are decoded on the host, their crops made on the device as they are encoded"
+            return "crops and log-mel frames are made ahead of need by the host's threads"
+        return (
+            "pictures and sound are decoded on the host; crops and log-mel frames are made of them here, just in time"
+        )
 
     def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
         takes = f"the {cost.name} takes {size_text(cost.bytes)}"

@@ -4,7 +4,7 @@ A clip is cut into windows that do not see each other, but for eight frames at t
 depend on the windows beside it: those of different lengths are masked where they are batched.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -18,13 +18,15 @@ from memphi.model.attention import Attention
 
 CONVOLVED_VALUES = 512 * 1024
 """Tokens times channels subsampled at once: 41 s of sound at full size, 0.2 GB for the first convolution's output."""
+BIAS_STEP = 16
+"""Numbers of which a bias' rows begin at multiples: kernels would copy another bias in every layer."""
 WINDOW_BATCH = 8
 """Conformer windows encoded at once."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a clip that is encoded alone; `cut_window` makes it."""
+    """A stretch of a clip that is encoded alone; `make_window` makes it."""
 
     frames: Tensor  # [frames, mel_bins] fp32, on any device
     skip: int
@@ -45,12 +47,20 @@ def count_windows(frames: int, config: AudioConfig) -> int:
 
 
 def cut_window(clip: Tensor, index: int, config: AudioConfig) -> Window:
-    """One window of a clip [frames, mel_bins], with eight more frames on either side, which the strides reach into."""
-    size, total = config.window_tokens, -(-clip.shape[0] // 8)
+    """One window of a clip [frames, mel_bins]."""
+    return make_window(clip.shape[0], index, config, lambda first, end: clip[first:end])
+
+
+def make_window(frames: int, index: int, config: AudioConfig, read: Callable[[int, int], Tensor]) -> Window:
+    """One window of a clip of so many frames, with eight more on either side, which the strides reach into.
+
+    read gives the frames from a first one to before an end: [frames, mel_bins].
+    """
+    size, total = config.window_tokens, -(-frames // 8)
     first, end = index * size, min((index + 1) * size, total)
     tokens = end - first
     return Window(
-        frames=clip[max(8 * first - 8, 0) : 8 * end + 8],
+        frames=read(max(8 * first - 8, 0), min(8 * end + 8, frames)),
         skip=min(first, 1),
         tokens=tokens,
         rows=tokens if total <= size or config.mask_tail else size,
@@ -221,19 +231,21 @@ class AudioEncoder(nn.Module):
         """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out."""
         length = max(piece.shape[1] for piece in pieces)
         x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])
-        bias = self._bias(length)
-        seen = [piece.shape[1] for piece in pieces for _ in range(len(piece))]
-        if min(seen) < length:
-            ends = torch.tensor(seen, device=x.device)[:, None, None, None]
-            hidden = torch.arange(length, device=x.device)[None, None, None, :] >= ends
-            bias = bias.expand(len(seen), -1, -1, -1).masked_fill(hidden, float("-inf"))
+        bias = self._bias([piece.shape[1] for piece in pieces for _ in range(len(piece))])
         for layer in cast(Iterable[ConformerLayer], self.layers):
             x = layer(x, bias)
         return list(x.split([len(piece) for piece in pieces]))
 
-    def _bias(self, length: int) -> Tensor:
-        """The bias of every query and key by their distance: [1, heads, length, length]."""
-        reach = self.config.bias_distance
-        steps = torch.arange(length, device=self.relative_bias.weight.device)
-        distance = (steps[None, :] - steps[:, None]).clamp(-reach, reach - 1) + reach
-        return cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None]
+    def _bias(self, lengths: Sequence[int]) -> Tensor:
+        """The bias of every query and key by their distance, for all layers: [1 or windows, heads, longest, longest].
+
+        One for all windows where they are alike; else one for each, without the keys beyond its end.
+        """
+        reach, longest, device = self.config.bias_distance, max(lengths), self.relative_bias.weight.device
+        steps = torch.arange(-(-longest // BIAS_STEP) * BIAS_STEP, device=device)
+        distance = (steps[None, :] - steps[:longest, None]).clamp(-reach, reach - 1) + reach
+        bias = cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None].contiguous()
+        if min(lengths) < longest:
+            ends = torch.tensor(lengths).to(device, non_blocking=True)
+            bias = torch.where(steps < ends[:, None, None, None], bias, float("-inf"))
+        return bias[..., :longest]

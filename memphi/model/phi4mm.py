@@ -115,7 +115,7 @@ class Phi4MM(nn.Module):
         """Embed a prompt's attachments: for each, in order, the position where it starts and its [tokens, hidden]."""
         embeddings = {
             "image": self.encode_images(prompt.cropped_images),
-            "audio": self.encode_clips(prompt.clips, prompt.mode.audio_head),
+            "audio": self.encode_clips(prompt.framed_clips, prompt.mode.audio_head),
         }
         return [(span.start, embeddings[span.kind][span.index]) for span in prompt.spans]
 

@@ -1,10 +1,13 @@
-"""Crops made on the device from decoded pixels, to the last bit as `inputs.image` makes them on the host (spec 4.3).
+"""Crops of decoded pixels and log-mel frames of samples, made on the device as `inputs` defines them on the host.
 
-Resizing is Pillow's own fixed-point arithmetic, a sum of a few pixels' multiples along rows, then along columns; the
-global view is the host's sums in its order. What is worked on at once is bounded, whatever a picture's size. Nothing
-waits for the device.
+Crops are the same to the last bit (spec 4.3): resizing is Pillow's own fixed-point arithmetic, a sum of a few pixels'
+multiples along rows, then along columns; the global view is the host's sums in its order. Frames (spec 5.1) differ by
+what rounding in fp32 does: their spectrum is a product in fp64 with the Fourier transform's matrix, so that no library
+is loaded for it. What is worked on at once is bounded, whatever a picture's or a clip's size. Nothing waits for the
+device.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memphi.inputs.audio import FULL_SCALE, PRE_EMPHASIS, fft_size, hamming, mel_matrix, window_and_hop
 from memphi.inputs.image import WHITE, cubic_taps, normalised_values
-from memphi.request import DecodedImage
+from memphi.request import DecodedClip, DecodedImage
 
 BAND_VALUES = 4 << 20
 """Numbers of a picture that are resized at once, about eleven bytes each."""
+BAND_FRAMES = 1000
+"""Log-mel frames that are made at once."""
 PRECISION_BITS = 22
 """After the point, of Pillow's weights."""
 
@@ -110,6 +116,33 @@ def _bicubic(pixels: Tensor, table: Tensor, size: int) -> Tensor:
     one, two, three, four = parts
     result: Tensor = one + two + three + four
     return result
+
+
+def make_frames(clip: DecodedClip, first: int, end: int, bins: int, device: torch.device) -> Tensor:
+    """A clip's log-mel frames from `first` to before `end`: fp32 [frames, bins]."""
+    window, hop = window_and_hop(clip.rate)
+    samples = _upload(clip.samples[first * hop : (end - 1) * hop + window], device)
+    basis = _fourier(clip.rate, device)
+    mel = _upload(mel_matrix(bins)[:, : fft_size(clip.rate)[1]].T, device).double()
+    framed = samples.unfold(0, window, hop)
+    return torch.cat([_log_mel(frames, basis, mel) for frames in framed.split(BAND_FRAMES)])
+
+
+def _log_mel(frames: Tensor, basis: Tensor, mel: Tensor) -> Tensor:
+    """Features [frames, bins] of frames [frames, window]."""
+    before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    emphasised = (frames - PRE_EMPHASIS * before) * FULL_SCALE
+    real, imaginary = (emphasised.double() @ basis).float().chunk(2, dim=1)
+    power = torch.hypot(real, imaginary).square()
+    return (power.double() @ mel).float().clamp_(min=1).log_()
+
+
+def _fourier(rate: int, device: torch.device) -> Tensor:
+    """What makes the bins that count of a frame's samples, the Hamming window in it: fp64 [window, 2 * bins]."""
+    (window, _), (size, kept) = window_and_hop(rate), fft_size(rate)
+    samples, bins = torch.arange(window, device=device), torch.arange(kept, device=device)
+    angles = (samples[:, None] * bins % size).double() * (2 * math.pi / size)
+    return torch.cat([angles.cos(), -angles.sin()], dim=1) * _upload(hamming(window), device)[:, None]
 
 
 def _look_up(table: Tensor, pixels: Tensor) -> Tensor:

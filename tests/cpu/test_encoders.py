@@ -10,6 +10,9 @@ from memphi.cache.media import MediaEntry, MediaKey
 from memphi.config import AudioConfig
 from memphi.engine.encoders import Encoders
 from memphi.engine.step import EncodeSlice
+from memphi.inputs.audio import decode_clip, prepare_clip
+from memphi.inputs.image import decode_image, prepare_image
+from memphi.inputs.media import audio_media, image_media
 from memphi.model import audio as audio_module
 from memphi.model.audio import count_windows, cut_window
 from memphi.model.projector import slice_order, token_order
@@ -188,6 +191,23 @@ def test_entries_are_what_the_decoder_takes(model):
     media = [(span.start, entry.value) for _, entry, span, _ in entries]
     ids = torch.tensor(prompt.ids)
     assert largest_difference(model.embed(ids, media), model.embed(ids, model.encode_media(prompt))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+@torch.inference_mode()
+def test_what_is_made_of_decoded_media_equals_what_is_prepared(model, most):
+    """Of a picture with padding and of a clip of three windows."""
+    random, config = np.random.default_rng(0), model.config
+    picture = image_media(random.integers(0, 256, (3 * config.vision.crop_size - 9, 40, 3), np.uint8))
+    sound = audio_media(random.standard_normal(90 * 16_000) * 0.1, 16_000)
+    prepared = make_prompt(config, [prepare_image(picture, config.vision)], [prepare_clip(sound, config.audio)])
+    decoded = make_prompt(config, [decode_image(picture, config.vision)], [decode_clip(sound, config.audio)])
+    entries = entries_of(model, [decoded])
+    assert sorted(units for *_, units in entries) == [3, 4]
+    for slices in slices_of(entries, most):
+        for piece in slices:
+            Encoders(model).run([piece])
+    check(model, [prepared], entries)
 
 
 def test_no_slices_are_no_work(model):

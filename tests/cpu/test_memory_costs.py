@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.demo.shape import demo_config
+from memphi.inputs.audio import RATE, decode_clip, fft_size, window_and_hop
 from memphi.inputs.image import decode_image
-from memphi.inputs.media import image_media
+from memphi.inputs.media import audio_media, image_media
 from memphi.memory import costs
 from memphi.model import adapters, audio, prefill, preprocess, rows
 from memphi.model.attention import SdpaAttention, sdpa
-from memphi.model.audio import cut_window
+from memphi.model.audio import cut_window, make_window
 from memphi.model.kernels import division
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
@@ -133,6 +134,10 @@ def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert (costs.MOST_LINED_TOKENS, costs.LINE_TOKENS) == (rows.MOST_LINED_TOKENS, rows.LINE_TOKENS)
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
     assert costs.BAND_VALUES == preprocess.BAND_VALUES
+    assert costs.BAND_FRAMES == preprocess.BAND_FRAMES
+    assert costs.BIAS_STEP == audio.BIAS_STEP
+    assert window_and_hop(RATE) == (costs.WINDOW_SAMPLES, costs.SAMPLES_A_FRAME)
+    assert fft_size(RATE)[1] == costs.SPECTRUM
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
 
 
@@ -307,6 +312,30 @@ def test_an_audio_pass(config, windows, shorter, meta):
     close(
         costs.audio_pass(config, windows, 2), real, 0.12 if not shorter else 100
     )  # convolved one by one, they take less
+
+
+@CONFIGS
+@pytest.mark.parametrize("windows", [1, 8])
+def test_an_audio_pass_that_begins_with_samples(config, windows, meta):
+    """The middle windows of a long clip, which are the longest."""
+    model, size, rate = meta(config), 8 * config.audio.window_tokens, 160
+    samples = np.zeros((windows + 2) * size * rate, np.float32)
+    clip = decode_clip(audio_media(samples, RATE), config.audio)
+    bins, device = config.audio.mel_bins, torch.device("meta")
+
+    def run():
+        cut = [
+            make_window(
+                clip.footprint.frames,
+                i + 1,
+                config.audio,
+                lambda *part: preprocess.make_frames(clip, *part, bins, device),
+            )
+            for i in range(windows)
+        ]
+        model.encode_windows(cut, ["speech"] * windows)
+
+    close(costs.audio_pass(config, windows, 2, decoded=True), peak_of(model, run))
 
 
 @pytest.mark.parametrize("count", [1, 16])

@@ -160,6 +160,41 @@ def test_long_sound_is_windows_of_500_tokens_that_do_not_see_each_other(model):
     assert not same[500:1000].any()
 
 
+class Watching(SdpaAttention):
+    """Keeps the biases that it was given."""
+
+    def __init__(self):
+        self.biases = []
+
+    def full(self, query, key, value, mask):
+        self.biases.append(mask)
+        return super().full(query, key, value, mask)
+
+
+@pytest.mark.parametrize("frames", [(4000,), (8000, 4000), (90, 4000, 37), (8, 8), (4100, 90)])
+@torch.inference_mode()
+def test_windows_of_all_clips_share_one_bias_that_no_kernel_copies(model, frames):
+    """It is made once for all layers, it is each head's own by distance, and its rows begin where kernels want them."""
+    watching = Watching()
+    encoder = with_attention(model, watching).audio
+    clips = [torch.from_numpy(make_clip(model.config, n, n).features) for n in frames]
+    lengths = [min(500, -(-n // 8)) for n in frames if n <= 4000] + [500] * sum(2 for n in frames if n > 4000)
+    encoder(clips)
+    assert len(watching.biases) == model.config.audio.layers
+    assert len({bias.data_ptr() for bias in watching.biases}) == 1
+    bias, longest = watching.biases[0], max(lengths)
+    assert bias.shape == (len(lengths) if len(set(lengths)) > 1 else 1, model.config.audio.heads, longest, longest)
+    assert bias.stride(-1) == 1
+    assert all(step % 16 == 0 for step in bias.stride()[:-1])
+    table, reach = encoder.relative_bias.weight, model.config.audio.bias_distance
+    ends = sorted((bias[:, 0, 0] > -torch.inf).sum(-1).tolist())
+    assert ends == sorted(lengths if len(bias) > 1 else [longest])
+    for query, key in [(0, 0), (0, longest - 1), (longest - 1, 0), (longest // 2, longest // 3)]:
+        for row in bias[:, :, query, key]:
+            place = min(max(key - query, -reach), reach - 1) + reach
+            assert torch.equal(row, table[place]) or (row == -torch.inf).all()
+
+
 @pytest.mark.parametrize("window_batch", [1, 3, 100])
 @torch.inference_mode()
 def test_windows_in_slices_equal_all_at_once(model, window_batch):

@@ -1,14 +1,16 @@
-"""On CUDA crops are made to the last bit as the host makes them, and nobody waits for the device."""
+"""On CUDA crops are the host's to the last bit, frames but for rounding; nobody waits for the device."""
 
 import numpy as np
 import pytest
 import torch
 
+from memphi.inputs.audio import decode_clip, prepare_clip
 from memphi.inputs.image import decode_image, prepare_image
-from memphi.inputs.media import image_media
+from memphi.inputs.media import audio_media, image_media, open_media
 from memphi.memory import costs
-from memphi.model.preprocess import make_crops
-from tests.pure.inputs_samples import config
+from memphi.model.preprocess import make_crops, make_frames
+from tests.cpu.test_preprocess import FRAME_TOLERANCE
+from tests.pure.inputs_samples import DATA, config
 
 VISION = config().vision
 DEVICE = torch.device("cuda")
@@ -58,3 +60,23 @@ def test_a_picture_takes_no_more_than_its_price(size):
     made(image, torch.bfloat16)
     taken_bytes = torch.cuda.max_memory_allocated() - before_bytes
     assert taken_bytes <= costs.cropping(config(), image.footprint.crops, 2).bytes
+
+
+def noise_clip():
+    return audio_media((np.random.default_rng(0).standard_normal(60 * 16_000) * 0.1).astype(np.float32), 16_000)
+
+
+@pytest.mark.parametrize("name", ["1272-141231-0002.wav", "1272-128104-0004-8k.wav", None])
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "tf32"])
+def test_frames_equal_the_hosts(name, fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", fast)
+    media = open_media(DATA / name) if name else noise_clip()
+    clip, expected = decode_clip(media, config().audio), prepare_clip(media, config().audio)
+    bins = config().audio.mel_bins
+    make_frames(clip, 0, 1, bins, DEVICE)  # loads what products need
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        frames = make_frames(clip, 0, clip.footprint.frames, bins, DEVICE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_allclose(frames.cpu().numpy(), expected.features, rtol=0, atol=FRAME_TOLERANCE)

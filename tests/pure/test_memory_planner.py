@@ -204,7 +204,7 @@ def test_a_request_is_priced_part_by_part():
     assert price.device_bytes == price.costs[0].bytes + price.costs[1].bytes
     assert price.host_bytes >= 14 * 3 * 448**2 * 4 + 9998 * 80 * 4
     decoded = price_request(footprint, OFFICIAL, preprocessing="device")
-    assert 4 * 1024 * 768 * 3 + 9998 * 80 * 4 <= decoded.host_bytes < price.host_bytes / 2
+    assert 4 * 1024 * 768 * 3 + 9998 * 160 * 4 <= decoded.host_bytes < price.host_bytes / 2
 
 
 def test_crops_are_made_on_a_gpu_and_priced_there():
