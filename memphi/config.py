@@ -204,8 +204,8 @@ class EngineConfig:
     merge: AdapterName | None = None
     """Add this adapter into the weights while they are loaded: requests of its mode alone are answered, at no cost."""
 
-    kernels: KernelChoice = "plain"
-    """auto: memphi's own kernels and CUDA graphs where the card has them (as yet untried on any); plain: torch's."""
+    kernels: KernelChoice = "auto"
+    """auto: memphi's own kernels and CUDA graphs where the card has them; plain: torch's."""
 
     preprocessing: PlaceChoice = "auto"
     """Where crops and log-mel frames are made of decoded media: on the device, as they are encoded, or on the host,

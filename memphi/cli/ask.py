@@ -32,7 +32,7 @@ def ask(
     speculation: options.Speculation = True,
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
-    kernels: options.Kernels = "plain",
+    kernels: options.Kernels = "auto",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",

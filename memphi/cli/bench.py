@@ -28,7 +28,7 @@ def bench(
     memory: options.Memory = None,
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
-    kernels: options.Kernels = "plain",
+    kernels: options.Kernels = "auto",
     allocator: options.Allocator = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Times that each is done; the middle one counts.")] = 3,
     seconds: Annotated[

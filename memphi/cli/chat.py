@@ -28,7 +28,7 @@ def chat(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
-    kernels: options.Kernels = "plain",
+    kernels: options.Kernels = "auto",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",

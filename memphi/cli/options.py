@@ -46,7 +46,7 @@ def engine_config(
     pins: list[str],
     merge: "AdapterName | None" = None,
     speculation: bool = True,
-    kernels: "KernelChoice" = "plain",
+    kernels: "KernelChoice" = "auto",
 ) -> "EngineConfig":
     """The dial, pins, and how things are computed; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
@@ -150,7 +150,7 @@ Merge = Annotated[
 Kernels = Annotated[
     Literal["auto", "plain"],
     typer.Option(
-        help="auto: memphi's own kernels and CUDA graphs where the card has them, as yet untried on any; plain: "
+        help="auto: memphi's own kernels and CUDA graphs where the card has them; plain: "
         "PyTorch's."
     ),
 ]

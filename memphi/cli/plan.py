@@ -36,7 +36,7 @@ def plan(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
-    kernels: options.Kernels = "plain",
+    kernels: options.Kernels = "auto",
     gpu: Annotated[str | None, typer.Option(help="Plan for this card, as in `RTX 4060`; none need be here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,

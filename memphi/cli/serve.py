@@ -67,7 +67,7 @@ def serve(
     kv_cache: options.KvCache = "on",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
-    kernels: options.Kernels = "plain",
+    kernels: options.Kernels = "auto",
     allocator: options.Allocator = "default",
     on_pressure: options.OnPressure = "wait",
     max_tokens: MaxTokens = None,
