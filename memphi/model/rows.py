@@ -88,9 +88,7 @@ class Lines:
 
     new_tokens: int
     """Of every line."""
-    tokens: (
-        Tensor  # [lines * new_tokens] int64: the packed token of each place; a place before a row's first repeats it
-    )
+    tokens: Tensor  # [lines * new_tokens] int64: each place's packed token; places before a row's first repeat it
     kept: Tensor | None  # [n] int64: the places that are not such; None: all
     targets: Tensor  # [n] int64: the packed tokens of the places that are kept
     lengths: Tensor  # [lines] int32: tokens of the row up to the line's last

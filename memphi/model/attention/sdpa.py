@@ -1,7 +1,8 @@
 """Attention through torch's own kernels: scaled_dot_product_attention, and its variable-length form on CUDA.
 
-Which kernel takes a case is said here and not left to torch: on an H100 it may prefer cuDNN, which makes a kernel ready
-for every new length. That has been seen to take half a second, and a prompt's or an answer's length hardly comes twice.
+Which kernel of the decoder takes a case is said here and not left to torch: on an H100 it may prefer cuDNN, which makes
+a kernel ready for every new length. Others report 0.4 s for that (torch 2.11, a B200; here it is not measured yet), and
+a prompt's or an answer's length hardly comes twice.
 """
 
 import inspect
@@ -20,7 +21,8 @@ from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, r
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels that take any length as it comes."""
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""How varlen_attn is told that query heads share keys: torch 2.11 takes them untold, 2.12 asks for the word."""
+"""How varlen_attn is told that query heads share keys. Torch asks for the word since 2.12; the operation below it has
+always taken them."""
 
 
 class SdpaAttention:
