@@ -149,10 +149,7 @@ Merge = Annotated[
 ]
 Kernels = Annotated[
     Literal["auto", "plain"],
-    typer.Option(
-        help="auto: memphi's own kernels and CUDA graphs where the card has them; plain: "
-        "PyTorch's."
-    ),
+    typer.Option(help="auto: memphi's own kernels and CUDA graphs where the card has them; plain: PyTorch's."),
 ]
 Detail = Annotated[
     Any,  # a request's Detail: typer takes no such union

@@ -1,8 +1,8 @@
 """Attention through torch's own kernels: scaled_dot_product_attention, and its variable-length form on CUDA.
 
-Which kernel of the decoder takes a case is said here and not left to torch: on an H100 it may prefer cuDNN, which makes
+Which kernel takes a case is said here and not left to torch: on an H100 it may prefer cuDNN, which makes
 a kernel ready for every new length. Others report 0.4 s for that (torch 2.11, a B200; here it is not measured yet), and
-a prompt's or an answer's length hardly comes twice.
+a prompt's or an answer's length, or a number of crops, hardly comes twice.
 """
 
 import inspect
@@ -89,7 +89,8 @@ class SdpaAttention:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=rows.seen[:, None, None, :]).flatten(1, 2)
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        with sdpa_kernel(ANY_LENGTH):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def varlen(
