@@ -1,8 +1,8 @@
 """What a planned step takes of the device's memory beyond what stays, by kind of work; arithmetic only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from memphi.config import AdapterForm, ModelConfig
+from memphi.config import AdapterForm, AudioConfig, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
 from memphi.memory.planner import MemoryPlan
@@ -17,7 +17,18 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     units = sum(piece.units for piece in slices)
     if slices[0].kind == "image":
         return "vision pass", costs.vision_pass(config, units, dtype_bytes).bytes
-    return "audio pass", costs.audio_pass(config, units, dtype_bytes).bytes
+    convolved, lengths = zip(*(sizes for piece in slices for sizes in _windows(piece, config.audio)), strict=True)
+    return "audio pass", costs.audio_pass(config, units, dtype_bytes, max(convolved), max(lengths)).bytes
+
+
+def _windows(piece: EncodeSlice, audio: AudioConfig) -> Iterator[tuple[int, int]]:
+    """Of each window of a slice: its tokens with those at its borders, and what it has in the conformer."""
+    size, frames = audio.window_tokens, piece.sequence.footprint.clips[piece.index].frames
+    total = -(-frames // audio.compression)
+    for first in range(piece.first * size, (piece.first + piece.units) * size, size):
+        tokens = min(total - first, size)
+        borders = (first > 0) + (first + tokens < total)
+        yield tokens + borders, tokens if total <= size or audio.mask_tail else size
 
 
 def price_rows(

@@ -264,28 +264,37 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     )
 
 
-def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int) -> Cost:
-    """Encode windows of sound: either the first convolution's output twice, or a conformer layer."""
+def audio_pass(
+    config: ModelConfig, windows: int, dtype_bytes: int, convolved: int | None = None, length: int | None = None
+) -> Cost:
+    """Encode windows of sound: either the first convolution's output twice, or a conformer layer.
+
+    convolved are the tokens of the longest window with those at its borders, length is what the longest has in the
+    conformer; both as large as they may be where not given.
+    """
     audio, hidden = config.audio, config.language.hidden_size
-    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * (audio.window_tokens + 2))
+    convolved, length = convolved or audio.window_tokens + 2, length or audio.window_tokens
+    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * convolved)
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
-    convolved = 2 * audio.conv_channels * height * width * dtype_bytes
+    output = audio.conv_channels * height * width * dtype_bytes
+    # Measured with PyTorch 2.11 on an H100: cuDNN takes that for a whole window with sound on both sides, else nothing.
+    library = output // 2 if convolved > audio.window_tokens + 1 else 0
     sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
-    features = windows * audio.window_tokens * audio.hidden_size * dtype_bytes
-    projected = (windows + 2) * audio.window_tokens * hidden * dtype_bytes
-    conformer = _conformer_bytes(audio, windows, dtype_bytes)
+    features = windows * length * audio.hidden_size * dtype_bytes
+    projected = (windows + 2) * length * hidden * dtype_bytes
+    conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
     return Cost(
         "audio pass",
-        features + max(convolved + sound, conformer + features, projected),
+        features + max(2 * output + library + sound, conformer + features, projected),
         f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
-        f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of {audio.window_tokens} tokens "
-        "with its biases",
+        f"{width} x {dtype_bytes} bytes, and half of one for cuDNN, and a conformer layer over {windows} windows of "
+        f"{length} tokens with its biases",
     )
 
 
-def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
+def _conformer_bytes(audio: AudioConfig, windows: int, tokens: int, dtype_bytes: int) -> int:
     """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
-    tokens, size = audio.window_tokens, audio.hidden_size
+    size = audio.hidden_size
     layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
     bias = audio.heads * tokens * (tokens + 8) * dtype_bytes
     # The bias by distance, and for each window a copy with its padding masked and one aligned for the kernel.
@@ -401,8 +410,13 @@ def _gathered_tokens(rows: int, keys: int) -> int:
 
 
 def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
-    """One layer's keys and values copied out of their pages."""
-    return _gathered_tokens(rows, keys) * 2 * _key_size(language) * dtype_bytes
+    """One layer's keys and values copied out of their pages, in the blocks that the allocator gives."""
+    return 2 * _block_bytes(_gathered_tokens(rows, keys) * _key_size(language) * dtype_bytes)
+
+
+def _block_bytes(n_bytes: int) -> int:
+    """Of PyTorch's allocator on CUDA, for large tensors: what is left of a multiple of 2 MiB goes along."""
+    return -(-n_bytes // (2 * MIB)) * 2 * MIB if n_bytes >= 10 * MIB else n_bytes
 
 
 def _query_size(language: LanguageConfig) -> int:

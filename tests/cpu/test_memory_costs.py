@@ -241,9 +241,18 @@ def test_an_audio_pass(config, windows, shorter, meta):
     cut = [cut_window(clip, 0, config.audio) for clip in clips]
     heads = ["speech"] * windows
     real = peak_of(model, lambda: model.encode_windows(cut, heads), *clips)
-    close(
-        costs.audio_pass(config, windows, 2), real, 0.12 if not shorter else 100
-    )  # convolved one by one, they take less
+    size = config.audio.window_tokens
+    cost = costs.audio_pass(config, windows, 2, size, size)
+    close(cost, real, 0.12 if not shorter else 100)  # convolved one by one, they take less
+
+
+@CONFIGS
+@pytest.mark.parametrize("seconds", [0.5, 2, 10, 30])
+def test_a_short_clip_is_not_priced_as_a_long_one(config, seconds, meta):
+    model, tokens = meta(config), min(int(seconds * 12.5), config.audio.window_tokens)
+    clip = torch.empty(8 * tokens, config.audio.mel_bins)
+    real = peak_of(model, lambda: model.encode_windows([cut_window(clip, 0, config.audio)], ["speech"]), clip)
+    close(costs.audio_pass(config, 1, 2, tokens, tokens), real, 0.15)
 
 
 @pytest.mark.parametrize("count", [1, 16])
