@@ -72,12 +72,12 @@ def work_calibrate(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + options.seconds
     meter = find_meter(options.device)
     with ThreadPoolExecutor(1) as preparing:
-        prepared = preparing.submit(_prepare_media, options.model)
+        prepared = preparing.submit(prepare_media, options.model)
         _measure_context(options, meter)
         dial_bytes = options.dial[0] if options.dial else None
         engine, notes = load_engine(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
         engine.close()  # What runs from here on runs in this thread; the loop has nothing to do.
-        steps = _Steps(engine, notes, prepared.result())
+        steps = Steps(engine, notes, prepared.result())
     for case in steps.cases():
         late = time.monotonic() > deadline
         tell("case", case=case.name, **({"skipped": "no time left"} if late else steps.run(case)))
@@ -86,7 +86,7 @@ def work_calibrate(options: argparse.Namespace) -> None:
     tell("end")
 
 
-def _prepare_media(model: str) -> Prompt:
+def prepare_media(model: str) -> Prompt:
     """A picture of the most crops and a clip of the most windows, on the host."""
     folder = locate(model).folder
     config = read_config(folder)
@@ -122,7 +122,7 @@ def _measure_context(options: argparse.Namespace, meter: Meter | None) -> None:
     torch.cuda.empty_cache()
 
 
-class _Steps:
+class Steps:
     """Runs single steps through an engine's runner."""
 
     def __init__(self, engine: "Engine", notes: Notes, prompt: Prompt) -> None:
@@ -141,7 +141,7 @@ class _Steps:
         obstacle = self._obstacle(case)
         if obstacle:
             return {"skipped": obstacle}
-        plan = self._step(case)
+        plan = self.step(case)
         kind, predicted_bytes = self._price(plan)
         runs = [self._measure(plan) for _ in range(2)]
         facts = {"kind": kind, "predicted_bytes": predicted_bytes, "runs": runs}
@@ -195,7 +195,8 @@ class _Steps:
             return price_slices(plan.slices, self._config, model.dtype.itemsize)
         return price_rows(plan, self._config, model.dtype.itemsize, model.device.type != "cuda", model.adapter_form)
 
-    def _step(self, case: RowCase | SliceCase) -> "StepPlan":
+    def step(self, case: RowCase | SliceCase) -> "StepPlan":
+        """The plan of a case; puts memory behind its pages."""
         from memphi.engine.step import StepPlan
 
         if isinstance(case, SliceCase):

@@ -1,8 +1,8 @@
 """What a planned step takes of the device's memory beyond what stays, by kind of work; arithmetic only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from memphi.config import AdapterForm, ModelConfig
+from memphi.config import AdapterForm, AudioConfig, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
 from memphi.memory.planner import MemoryPlan
@@ -19,7 +19,9 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     if slices[0].kind == "image":
         made = costs.cropping(config, units, dtype_bytes).bytes if any(map(_is_decoded, slices)) else 0
         return "vision pass", max(costs.vision_pass(config, units, dtype_bytes).bytes, made)
-    return "audio pass", costs.audio_pass(config, units, dtype_bytes, any(map(_is_decoded, slices))).bytes
+    convolved, lengths = zip(*(sizes for piece in slices for sizes in _windows(piece, config.audio)), strict=True)
+    decoded = any(map(_is_decoded, slices))
+    return "audio pass", costs.audio_pass(config, units, dtype_bytes, decoded, max(convolved), max(lengths)).bytes
 
 
 def _is_decoded(piece: EncodeSlice) -> bool:
@@ -28,6 +30,16 @@ def _is_decoded(piece: EncodeSlice) -> bool:
     assert prompt is not None
     media = prompt.images[piece.index] if piece.kind == "image" else prompt.clips[piece.index]
     return isinstance(media, DecodedImage | DecodedClip)
+
+
+def _windows(piece: EncodeSlice, audio: AudioConfig) -> Iterator[tuple[int, int]]:
+    """Of each window of a slice: its tokens with those at its borders, and what it has in the conformer."""
+    size, frames = audio.window_tokens, piece.sequence.footprint.clips[piece.index].frames
+    total = -(-frames // audio.compression)
+    for first in range(piece.first * size, (piece.first + piece.units) * size, size):
+        tokens = min(total - first, size)
+        borders = (first > 0) + (first + tokens < total)
+        yield tokens + borders, tokens if total <= size or audio.mask_tail else size
 
 
 def price_rows(

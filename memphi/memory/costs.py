@@ -19,7 +19,7 @@ MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
 """New tokens at most of a row that a kernel takes over its pages, and how many at once where it has more than one."""
 PLACE_BYTES = 16
 """Page and place of a token that is copied out of its page."""
-CONVOLVED_VALUES = 512 * 1024
+CONVOLVED_VALUES = 256 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
 """Numbers of a picture that the device resizes at once."""
@@ -294,27 +294,39 @@ def cropping(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     )
 
 
-def audio_pass(config: ModelConfig, windows: int, dtype_bytes: int, decoded: bool = False) -> Cost:
+def audio_pass(
+    config: ModelConfig,
+    windows: int,
+    dtype_bytes: int,
+    decoded: bool = False,
+    convolved: int | None = None,
+    length: int | None = None,
+) -> Cost:
     """Encode windows of sound: either the first convolution's output twice, or a conformer layer.
 
-    decoded: their log-mel frames are made on the device first, and are there as long as it takes.
+    decoded: their log-mel frames are made on the device first, and are there as long as it takes. convolved are the
+    tokens of the longest window with those at its borders, length is what the longest has in the conformer; both as
+    large as they may be where not given.
     """
     audio, hidden = config.audio, config.language.hidden_size
-    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * (audio.window_tokens + 2))
+    convolved, length = convolved or audio.window_tokens + 2, length or audio.window_tokens
+    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * convolved)
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
-    convolved = 2 * audio.conv_channels * height * width * dtype_bytes
+    output = audio.conv_channels * height * width * dtype_bytes
+    # Measured with PyTorch 2.11 on an H100: cuDNN takes that for a whole window with sound on both sides, else nothing.
+    library = output // 2 if convolved > audio.window_tokens + 1 else 0
     sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
-    features = windows * audio.window_tokens * audio.hidden_size * dtype_bytes
-    projected = (windows + 2) * audio.window_tokens * hidden * dtype_bytes
-    conformer = _conformer_bytes(audio, windows, dtype_bytes)
-    encoding = features + max(convolved + sound, conformer + features, projected)
+    features = windows * length * audio.hidden_size * dtype_bytes
+    projected = (windows + 2) * length * hidden * dtype_bytes
+    conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
+    encoding = features + max(2 * output + library + sound, conformer + features, projected)
     frames, making = _frames_bytes(audio, windows) if decoded else (0, 0)
     return Cost(
         "audio pass",
         frames + max(encoding, making),
         f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
-        f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of {audio.window_tokens} tokens "
-        "with its biases" + (f"; and {size_text(frames)} of log-mel frames" if decoded else ""),
+        f"{width} x {dtype_bytes} bytes, and half of one for cuDNN, and a conformer layer over {windows} windows of "
+        f"{length} tokens with its biases" + (f"; and {size_text(frames)} of log-mel frames" if decoded else ""),
     )
 
 
@@ -327,9 +339,9 @@ def _frames_bytes(audio: AudioConfig, windows: int) -> tuple[int, int]:
     return windows * each, each + band + tables + frames * SAMPLES_A_FRAME * 4
 
 
-def _conformer_bytes(audio: AudioConfig, windows: int, dtype_bytes: int) -> int:
+def _conformer_bytes(audio: AudioConfig, windows: int, tokens: int, dtype_bytes: int) -> int:
     """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
-    tokens, size = audio.window_tokens, audio.hidden_size
+    size = audio.hidden_size
     layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
     bias = audio.heads * tokens * (tokens + BIAS_STEP) * dtype_bytes
     # The bias by distance, and for windows of different lengths one for each, with its padding masked.
@@ -545,8 +557,13 @@ def _gathered_tokens(rows: int, keys: int) -> int:
 
 
 def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
-    """One layer's keys and values copied out of their pages."""
-    return _gathered_tokens(rows, keys) * 2 * _key_size(language) * dtype_bytes
+    """One layer's keys and values copied out of their pages, in the blocks that the allocator gives."""
+    return 2 * _block_bytes(_gathered_tokens(rows, keys) * _key_size(language) * dtype_bytes)
+
+
+def _block_bytes(n_bytes: int) -> int:
+    """Of PyTorch's allocator on CUDA, for large tensors: what is left of a multiple of 2 MiB goes along."""
+    return -(-n_bytes // (2 * MIB)) * 2 * MIB if n_bytes >= 10 * MIB else n_bytes
 
 
 def _place_bytes(rows: int, keys: int, all_keys: int | None) -> int:

@@ -309,9 +309,18 @@ def test_an_audio_pass(config, windows, shorter, meta):
     cut = [cut_window(clip, 0, config.audio) for clip in clips]
     heads = ["speech"] * windows
     real = peak_of(model, lambda: model.encode_windows(cut, heads), *clips)
-    close(
-        costs.audio_pass(config, windows, 2), real, 0.12 if not shorter else 100
-    )  # convolved one by one, they take less
+    size = config.audio.window_tokens
+    cost = costs.audio_pass(config, windows, 2, size, size)
+    close(cost, real, 0.12 if not shorter else 100)  # convolved one by one, they take less
+
+
+@CONFIGS
+@pytest.mark.parametrize("seconds", [0.5, 2, 10, 30])
+def test_a_short_clip_is_not_priced_as_a_long_one(config, seconds, meta):
+    model, tokens = meta(config), min(int(seconds * 12.5), config.audio.window_tokens)
+    clip = torch.empty(8 * tokens, config.audio.mel_bins)
+    real = peak_of(model, lambda: model.encode_windows([cut_window(clip, 0, config.audio)], ["speech"]), clip)
+    close(costs.audio_pass(config, 1, 2, convolved=tokens, length=tokens), real, 0.15)
 
 
 @CONFIGS
@@ -335,7 +344,9 @@ def test_an_audio_pass_that_begins_with_samples(config, windows, meta):
         ]
         model.encode_windows(cut, ["speech"] * windows)
 
-    close(costs.audio_pass(config, windows, 2, decoded=True), peak_of(model, run))
+    # As if no sound followed: what cuDNN takes where some does, the meta device does not show.
+    price = costs.audio_pass(config, windows, 2, True, config.audio.window_tokens + 1)
+    close(price, peak_of(model, run))
 
 
 @pytest.mark.parametrize("count", [1, 16])

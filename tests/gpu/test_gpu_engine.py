@@ -93,7 +93,7 @@ def nothing_is_left():
 @pytest.fixture(scope="module")
 def stage(model, tokenizer):
     def make(pages=None, memory_bytes=DIAL_BYTES, **settings):
-        return Stage(model, tokenizer, pages, memory_bytes=memory_bytes, **settings)
+        return Stage(model, tokenizer, pages, memory_bytes=memory_bytes, kernels="plain", **settings)
 
     return make
 

@@ -77,7 +77,7 @@ def stage(model, tokenizer):
 @pytest.fixture(scope="module")
 def expected(model, tokenizer):
     """Each request's answer alone, by torch's operations."""
-    settings = {"memory_bytes": DIAL_BYTES, "speculation": False}
+    settings = {"memory_bytes": DIAL_BYTES, "speculation": False, "kernels": "plain"}
     return [Stage(model, tokenizer, **settings).ids([request])[0] for request in mixed_requests(LONG)]
 
 

@@ -192,7 +192,7 @@ def test_the_engine_answers_the_same_through_the_kernels(lively, monkeypatch):
     tokenizer, steps = tiny_tokenizer(), []
     sampling = replace(GREEDY, max_tokens=6)
     requests = mixed_requests(sampling)[:3]
-    plain = Stage(lively, tokenizer, speculation=False)
+    plain = Stage(lively, tokenizer, speculation=False, kernels="plain")
     expected = plain.ids(requests)
     assert plain.loop.runner.graphs is None
     decode = Graphs.decode

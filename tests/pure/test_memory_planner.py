@@ -17,7 +17,7 @@ from memphi.memory.planner import FEWEST_GRAPH_ROWS, STEP_TOKENS, MemoryPlan, ma
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
-ACCOUNTS = ("context_bytes", "weights_bytes", "workspace_bytes", "pool_bytes", "media_bytes")
+ACCOUNTS = ("context_bytes", "weights_bytes", "graphs_bytes", "workspace_bytes", "pool_bytes", "media_bytes")
 DIALS = {OFFICIAL: (12 * GIB, 200 * GIB), DEMO: (GIB, 8 * GIB)}
 
 kinds = st.sampled_from(["cuda", "cpu"])
@@ -47,7 +47,7 @@ def test_the_accounts_add_up_and_stay_within_the_dial(config, kind, share):
     n_bytes = dial(config, share)
     plan = planned(config, n_bytes, kind)
     assert held(plan) == plan.budget_bytes <= n_bytes
-    assert all(getattr(plan, account) > 0 for account in ACCOUNTS)
+    assert all(getattr(plan, name) > 0 for name in ACCOUNTS if name != "graphs_bytes" or kind == "cuda")
     assert plan.pool_bytes == plan.pages * plan.page_bytes
     if config is OFFICIAL and n_bytes < 100 * GIB:
         assert plan.budget_bytes == n_bytes
@@ -56,15 +56,15 @@ def test_the_accounts_add_up_and_stay_within_the_dial(config, kind, share):
 @given(configs, shares, shares)
 def test_graphs_have_an_account_of_their_own(config, one, other):
     smaller, larger = sorted((dial(config, one), dial(config, other)))
-    first, second = (planned(config, n_bytes, kernels="auto") for n_bytes in (smaller, larger))
-    plain = planned(config, smaller)
-    assert held(first) + first.graphs_bytes == first.budget_bytes <= smaller
+    first, second = (planned(config, n_bytes) for n_bytes in (smaller, larger))
+    plain = planned(config, smaller, kernels="plain")
+    assert held(first) == first.budget_bytes <= smaller
     assert second.graphs_bytes >= first.graphs_bytes > plain.graphs_bytes == 0
     assert second.graph_rows >= first.graph_rows >= min(FEWEST_GRAPH_ROWS, first.rows)
     assert first.pages <= second.pages
     assert first.pages <= plain.pages
     assert sum(cost.bytes for cost in first.costs if cost.name == "graphs") == first.graphs_bytes
-    for elsewhere in (planned(config, smaller, "cpu", kernels="auto"), planned(config, smaller, kv_cache=False)):
+    for elsewhere in (planned(config, smaller, "cpu"), planned(config, smaller, kv_cache=False)):
         assert not elsewhere.graphs_bytes
 
 

@@ -1,0 +1,38 @@
+"""What a planned step is priced at, by what is in it."""
+
+import pytest
+
+from memphi.engine.prices import price_slices
+from memphi.memory import costs
+from tests.checkpoints import tiny_config
+from tests.scenes import GREEDY, Request, Stage, clip, lively_model, tiny_tokenizer
+
+CONFIG = tiny_config(short_tokens=4096, max_tokens=8192)
+WINDOW_SECONDS = 8 * CONFIG.audio.window_tokens / 100
+
+
+def priced(windows):
+    """The first audio passes of a request with a clip of so many windows, each of one window."""
+    stage = Stage(lively_model(CONFIG), tiny_tokenizer(), windows_per_pass=1)
+    stage.submit(Request.ask("", [clip(1, windows * WINDOW_SECONDS)], sampling=GREEDY))
+    passes, run = [], stage.loop.runner.run
+    stage.loop.runner.run = lambda plan: passes.append(plan.slices) or run(plan)
+    stage.run()
+    return [price_slices(slices, CONFIG, 4) for slices in passes if slices]
+
+
+def test_an_audio_pass_is_priced_by_the_sound_in_it():
+    most = costs.audio_pass(CONFIG, 1, 4).bytes
+    ((kind, whole),) = priced(1.0)
+    ((_, short),) = priced(0.4)
+    assert kind == "audio pass"
+    assert short < whole < most
+    first, inner, last = (n_bytes for _, n_bytes in priced(2.5))
+    assert first < inner == most
+    assert last < first
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_several_windows_are_priced_by_the_longest(windows):
+    size = CONFIG.audio.window_tokens
+    assert costs.audio_pass(CONFIG, windows, 4, size, size).bytes <= costs.audio_pass(CONFIG, windows, 4).bytes
