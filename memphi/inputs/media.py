@@ -253,5 +253,5 @@ def _mono(values: NDArray[np.floating | np.int16]) -> Float32:
 
 def _array_digest(values: Pixels | Float32, kind: str) -> str:
     digest = hashlib.sha256(f"{kind} {values.shape}".encode())
-    digest.update(np.ascontiguousarray(values).reshape(-1))
+    digest.update(np.ascontiguousarray(values).reshape(-1).data)
     return digest.hexdigest()
