@@ -51,7 +51,7 @@ class Encoders:
         separators = self.model.encode_separators()
         for piece, image, encoded in zip(slices, images, cells, strict=True):
             order = slice_order(image, piece.first, piece.units)
-            tokens, sources = (torch.from_numpy(numbers).to(self.model.device) for numbers in order)
+            tokens, sources = (torch.from_numpy(part).to(self.model.device, non_blocking=True) for part in order)
             rows = torch.cat((encoded.flatten(0, 1), separators))[sources]
             self._rows(piece).index_copy_(0, tokens, rows)
 

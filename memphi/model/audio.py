@@ -247,5 +247,5 @@ class AudioEncoder(nn.Module):
         bias = cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None].contiguous()
         if min(lengths) < longest:
             ends = torch.tensor(lengths).to(device, non_blocking=True)
-            bias = torch.where(steps < ends[:, None, None, None], bias, float("-inf"))
+            bias = bias.masked_fill(steps >= ends[:, None, None, None], float("-inf"))
         return bias[..., :longest]
