@@ -55,11 +55,11 @@ class Gauge:
             self._learned = wiser
             keep(wiser)
 
-    def make_room(self, pages: int) -> None:
-        """Before so many pages are mapped: the allocator gives back what it does not use, if the dial needs it."""
+    def make_room(self, n_bytes: int) -> None:
+        """Before so much is mapped for pages: the allocator gives back what it does not use, if the dial needs it."""
         if self._device.type != "cuda" or self._pool is None:
             return
-        wanted_bytes = self._pool_bytes + pages * self._pool.page_bytes
+        wanted_bytes = self._pool_bytes + n_bytes
         if _held(self._device, "reserved_bytes")[0] + wanted_bytes > self._allowed_bytes:
             torch.cuda.empty_cache()
 

@@ -73,9 +73,10 @@ class Runner:
             self._encode(plan)
             if not plan.rows:
                 return StepResult({})
+            plan = _by_adapter(plan)
             self._map_pages(plan)
             with self.gauge.watching(*self._price(plan)):
-                return self._compute(_by_adapter(plan))
+                return self._compute(plan)
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
@@ -128,7 +129,7 @@ class Runner:
             return
         pages = {page for row in plan.rows for page in _new_pages(row, self.pool.page_tokens)}
         held_bytes = self.pool.mapped_bytes
-        self.gauge.make_room(len(pages))
+        self.gauge.make_room(self.pool.missing_bytes(pages))
         self.pool.ensure(pages)
         if self.pool.mapped_bytes != held_bytes:
             self.gauge.cap()

@@ -13,6 +13,8 @@ from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE_TOKENS = 16
+PADDED_SHARE = 20
+"""The same of a vision pass in which some crops have padding, and are copied apart: at most 4 %."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of the pool at once; a longer row goes alone."""
 MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
@@ -44,9 +46,8 @@ GRAPH_PROGRAMS = 1024
 PIECE_SCORES = 2048
 """Scores of a row in a graph that the likeliest id is first looked for among."""
 CONTEXT_BYTES = {"cuda": 768 * MIB, "mps": 600 * MIB, "cpu": 400 * MIB}
-MEASURED_CONTEXTS = {"H100": 768 * MIB}
-"""The CUDA context with kernels and libraries, by a word of the device's name: 697 MiB after a step of every kind, 728
-after minutes of mixed requests."""
+MEASURED_CONTEXTS = {"H100": 800 * MIB, "H200": 800 * MIB}
+"""The CUDA context with kernels and libraries, by a word of the device's name: up to 779 MiB after mixed requests."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +274,9 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * 4 + patches * 10
     return Cost(
         "vision pass",
-        crops * each,
+        crops * each + crops * each // PADDED_SHARE,
         f"{crops} crops x ({patches} patches x (3 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
-        f"and the crop itself in fp32)",
+        f"and the crop itself in fp32), and 1/{PADDED_SHARE} for crops with padding",
     )
 
 
@@ -313,19 +314,17 @@ def audio_pass(
     tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * convolved)
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
     output = audio.conv_channels * height * width * dtype_bytes
-    # Measured with PyTorch 2.11 on an H100: cuDNN takes that for a whole window with sound on both sides, else nothing.
-    library = output // 2 if convolved > audio.window_tokens + 1 else 0
     sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
     features = windows * length * audio.hidden_size * dtype_bytes
     projected = (windows + 2) * length * hidden * dtype_bytes
     conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
-    encoding = features + max(2 * output + library + sound, conformer + features, projected)
+    encoding = features + max(2 * output + sound, conformer + features, projected)
     frames, making = _frames_bytes(audio, windows) if decoded else (0, 0)
     return Cost(
         "audio pass",
         frames + max(encoding, making),
         f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
-        f"{width} x {dtype_bytes} bytes, and half of one for cuDNN, and a conformer layer over {windows} windows of "
+        f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of "
         f"{length} tokens with its biases" + (f"; and {size_text(frames)} of log-mel frames" if decoded else ""),
     )
 
@@ -366,12 +365,15 @@ class Pasts:
     """Such rows of one new token."""
     lines: int = 0
     """In how many lines of LINE_TOKENS the others go."""
+    copied_at_once: int | None = None
+    """Tokens of rows whose keys and values are copied together; None: as many as may be."""
 
 
 def pasts_of(rows: Sequence[tuple[int, int]], in_lines: bool) -> Pasts:
     """The pasts of rows of (new tokens, past); in_lines where kernels take rows of few tokens."""
     lined = [(new, past) for new, past in rows if in_lines and past and new <= MOST_LINED_TOKENS]
-    copied = [new + past for new, past in rows if past and not (in_lines and new <= MOST_LINED_TOKENS)]
+    sizes = [new + past if past and not (in_lines and new <= MOST_LINED_TOKENS) else 0 for new, past in rows]
+    copied = [size for size in sizes if size]
     return Pasts(
         tokens=_largest(new + past for new, past in rows),
         rows=len(rows),
@@ -380,7 +382,17 @@ def pasts_of(rows: Sequence[tuple[int, int]], in_lines: bool) -> Pasts:
         longest_lined=_largest(new + past for new, past in lined),
         single_lines=sum(new == 1 for new, _ in lined),
         lines=sum(-(-new // LINE_TOKENS) for new, _ in lined if new > 1),
+        copied_at_once=_most_together(sizes),
     )
+
+
+def _most_together(sizes: Sequence[int]) -> int:
+    """The most of neighbouring rows that are copied at once: up to GATHER_TOKENS, or one that is longer; 0 parts."""
+    most = group = 0
+    for size in sizes:
+        group = group + size if size and group + size <= GATHER_TOKENS else size
+        most = max(most, group)
+    return most
 
 
 def prefill_chunk(
@@ -443,7 +455,9 @@ def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int
     shared = _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     # The running sum, the product that is turned in place, the next one's operand, and what attention gives.
     mixing = language.hidden_size + _qkv_size(language) + 2 * query + (_ranks(config) if form == "packed" else 0)
-    longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
+    longest = pasts.copied_at_once
+    if longest is None:
+        longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
     copied = 2 * _key_size(language) * dtype_bytes * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
     attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memphi.cache import pool as pool_module
+from memphi.cache import pool as pools
 from memphi.cache.pool import (
     HOST_GRANULE_BYTES,
     CudaMemory,
@@ -181,7 +182,7 @@ class Driver:
     def __init__(self, free):
         self.free = free
         self.contexts, self.handles, self.retained = [], 0, 0
-        self.mapped, self.readable, self.cleared, self.reserved = set(), set(), [], {}
+        self.mapped, self.readable, self.cleared, self.reserved, self.sizes = set(), set(), [], {}, {}
         self.failing = None
 
     def CUmemAllocationProp(self):  # noqa: N802
@@ -234,10 +235,12 @@ class Driver:
         assert address not in self.mapped
         assert 5000 <= address <= 5000 + self.reserved[5000] - n_bytes
         self.mapped.add(address)
+        self.sizes[address] = n_bytes
         return self.result("map")
 
     def cuMemUnmap(self, address, n_bytes):  # noqa: N802
         self.mapped.remove(address)
+        assert self.sizes.pop(address) == n_bytes
         self.readable.discard(address)
         self.free += 1
         return self.result("unmap")
@@ -248,7 +251,8 @@ class Driver:
         return self.result("access")
 
     def cuMemsetD8Async(self, address, value, n_bytes, stream):  # noqa: N802
-        assert set(range(address, address + n_bytes, 100)) <= self.mapped & self.readable
+        behind = {place for start, size in self.sizes.items() for place in range(start, start + size, 100)}
+        assert set(range(address, address + n_bytes, 100)) <= behind & self.readable
         self.cleared.append((address, n_bytes))
         return self.result("clear")
 
@@ -294,6 +298,18 @@ def test_a_mapping_that_runs_out_of_memory_changes_nothing(driver):
     assert (driver.mapped, driver.free, driver.handles, driver.contexts) == ({5000, 5100}, 6, 0, [])
     memory.map(list(range(2, 8)))
     assert driver.free == 0
+
+
+def test_a_large_pool_is_mapped_in_larger_pieces(driver, monkeypatch):
+    monkeypatch.setattr(pools, "FEWEST_GRANULES", 4)
+    memory = CudaMemory(1050, torch.device("cuda"))
+    assert (memory.granule_bytes, driver.reserved) == (200, {5000: 1100})
+    memory.map([0, 4, 5])
+    assert (driver.mapped, driver.free) == ({5000, 5800, 6000}, 5)
+    assert driver.sizes == {5000: 200, 5800: 200, 6000: 100}
+    assert driver.cleared == [(5000, 200), (5800, 300)]
+    memory.unmap([5])
+    assert driver.sizes == {5000: 200, 5800: 200}
 
 
 @pytest.mark.parametrize("call", ["access", "clear"])

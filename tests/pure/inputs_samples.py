@@ -8,7 +8,6 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import tokenizers
 from PIL import Image
@@ -96,6 +95,8 @@ def tone(samples, rate, channels=1):
 
 
 def sound(container, codec, rate=16000, samples=8000, channels=1, values=None):
+    import av  # Here alone: machines with a GPU may lack it.
+
     file = io.BytesIO()
     layout = "mono" if channels == 1 else "stereo"
     with av.open(file, "w", format=container) as output:
