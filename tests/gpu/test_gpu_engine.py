@@ -176,6 +176,7 @@ def test_an_idle_engine_gives_its_memory_back(stage, long_request):
 
 def test_the_pool_makes_way_for_another_process(stage, expected, neighbour, monkeypatch):
     monkeypatch.setattr("memphi.engine.elastic.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("memphi.cache.pool.MAPPED_AT_ONCE", 1)  # These pages are small.
     shared = stage(memory_bytes=None)
     numbers = [shared.submit(request) for request in mixed_requests(LONG)]
     while any(sequence.state is not State.RUNNING for sequence in shared.scheduler.sequences):

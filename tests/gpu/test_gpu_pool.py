@@ -13,7 +13,7 @@ from tests.checkpoints import tiny_config
 
 DEVICE = torch.device("cuda")
 MIB = 2**20
-SLACK_BYTES = 32 * MIB
+SLACK_BYTES = 96 * MIB
 """The driver takes a little for its own tables and for kernels when they are first used."""
 
 TINY = tiny_config(hidden_size=768, heads=6, kv_heads=2, layers=3).language
