@@ -176,6 +176,10 @@ class MetaPool:
     def layer(self, index: int, /) -> tuple[Tensor, Tensor]:
         return self.tensor[:, index, 0], self.tensor[:, index, 1]
 
+    def missing_bytes(self, pages: Iterable[int]) -> int:
+        """None is ever missing."""
+        return 0
+
     def ensure(self, pages: Iterable[int]) -> None:
         """Nothing to do."""
 

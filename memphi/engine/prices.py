@@ -9,7 +9,7 @@ from memphi.memory.planner import MemoryPlan
 from memphi.request import DecodedClip, DecodedImage
 
 UNEXPLAINED_SHARE, UNEXPLAINED_BYTES = 64, 2 * 2**20
-"""What steps of memphi's own kernels and audio passes took beyond their tensors on an H200: at most 1.1 %, or 1.3 MiB."""
+"""What steps of memphi's own kernels and audio passes took beyond their tensors on an H200: 1.1 % at most."""
 DRAFT_STEP_TOKENS = 64
 """Tokens at most of a step that has drafts. A GPU's arithmetic keeps up with reading the weights for some hundreds of
 tokens, but each is scored over the vocabulary too; and with many rows a step is worth its price without drafts."""
@@ -24,10 +24,11 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     convolved, lengths = zip(*(sizes for piece in slices for sizes in _windows(piece, config.audio)), strict=True)
     decoded = any(map(_is_decoded, slices))
     cost = costs.audio_pass(config, units, dtype_bytes, decoded, max(convolved), max(lengths))
-    return "audio pass", _with_unexplained(cost.bytes)
+    return "audio pass", with_unexplained(cost.bytes)
 
 
-def _with_unexplained(n_bytes: int) -> int:
+def with_unexplained(n_bytes: int) -> int:
+    """A price, and what a card was seen to take beyond it."""
     return n_bytes + n_bytes // UNEXPLAINED_SHARE + UNEXPLAINED_BYTES
 
 
@@ -68,7 +69,7 @@ def price_rows(
     scores = costs.logits(config, sum(row.scored for row in plan.rows), tokens, dtype_bytes).bytes
     if kernels:
         own = costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters).bytes
-        return kind, max(_with_unexplained(own), scores)
+        return kind, max(with_unexplained(own), scores)
     keys, all_keys = max(row.past + row.tokens for row in plan.rows), pasts.all_copied
     decode = costs.decode_step(config, decoding, keys, dtype_bytes, adapters, all_keys).bytes if decoding else 0
     if tokens == decoding:

@@ -8,8 +8,6 @@ from memphi import official
 from memphi.checkpoint.layout import read_config
 
 MEASURED = {
-    "audio pass 1": 329_618_944,
-    "vision pass 8": 199_229_440,
     "decode 1 x 1000": 4_228_096,
     "decode 16 x 1000": 67_967_488,
     "decode 64 x 1000": 137_178_624,
