@@ -25,7 +25,7 @@ def test_what_a_card_took_is_what_is_simulated(simulation, name):
     case = next(case for case in simulation.cases() if case.name == name)
     kind, priced_bytes, simulated_bytes = simulation.weigh(case)
     assert name.startswith(kind.split()[0])
-    assert simulated_bytes == pytest.approx(MEASURED[name], rel=0.015)
+    assert simulated_bytes == pytest.approx(MEASURED[name], rel=0.02)
     assert verdict(priced_bytes, simulated_bytes) == ""
 
 
