@@ -322,4 +322,5 @@ def test_ask_says_what_is_wrong_with_a_schema_before_it_loads(tmp_path, content,
         file.write_text(content, encoding="utf-8", errors="surrogateescape")
     refused = ask("no such model", "--schema", file, *options)
     assert refused.exit_code == 2
-    assert re.search(reason, " ".join(refused.output.replace("│", " ").split()))
+    # Without blanks: a long path is broken anywhere.
+    assert re.search(reason.replace(" ", ""), "".join(refused.output.replace("│", " ").split()))
