@@ -21,9 +21,8 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     if slices[0].kind == "image":
         made = costs.cropping(config, units, dtype_bytes).bytes if any(map(_is_decoded, slices)) else 0
         return "vision pass", max(costs.vision_pass(config, units, dtype_bytes).bytes, made)
-    convolved, lengths = zip(*(sizes for piece in slices for sizes in _windows(piece, config.audio)), strict=True)
-    decoded = any(map(_is_decoded, slices))
-    cost = costs.audio_pass(config, units, dtype_bytes, decoded, max(convolved), max(lengths))
+    sizes = [size for piece in slices for size in _windows(piece, config.audio)]
+    cost = costs.audio_pass(config, units, dtype_bytes, any(map(_is_decoded, slices)), sizes)
     return "audio pass", with_unexplained(cost.bytes)
 
 
@@ -40,14 +39,14 @@ def _is_decoded(piece: EncodeSlice) -> bool:
     return isinstance(media, DecodedImage | DecodedClip)
 
 
-def _windows(piece: EncodeSlice, audio: AudioConfig) -> Iterator[tuple[int, int]]:
-    """Of each window of a slice: its tokens with those at its borders, and what it has in the conformer."""
+def _windows(piece: EncodeSlice, audio: AudioConfig) -> Iterator[costs.WindowSize]:
+    """The sizes of a slice's windows."""
     size, frames = audio.window_tokens, piece.sequence.footprint.clips[piece.index].frames
     total = -(-frames // audio.compression)
     for first in range(piece.first * size, (piece.first + piece.units) * size, size):
         tokens = min(total - first, size)
         borders = (first > 0) + (first + tokens < total)
-        yield tokens + borders, tokens if total <= size or audio.mask_tail else size
+        yield costs.WindowSize(tokens + borders, tokens if total <= size or audio.mask_tail else size)
 
 
 def price_rows(

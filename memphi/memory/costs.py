@@ -7,6 +7,7 @@ the sdpa attention; eager's scores are not among them.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, Place, VisionConfig
 from memphi.request import Footprint
@@ -295,23 +296,31 @@ def cropping(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     )
 
 
+@dataclass(frozen=True)
+class WindowSize:
+    """What a window of sound is encoded as."""
+
+    convolved: int
+    """Its tokens, with those at its borders."""
+    length: int
+    """What it has in the conformer."""
+
+
 def audio_pass(
     config: ModelConfig,
     windows: int,
     dtype_bytes: int,
     decoded: bool = False,
-    convolved: int | None = None,
-    length: int | None = None,
+    sizes: Sequence[WindowSize] = (),
 ) -> Cost:
     """Encode windows of sound: either the first convolution's output twice, or a conformer layer.
 
-    decoded: their log-mel frames are made on the device first, and are there as long as it takes. convolved are the
-    tokens of the longest window with those at its borders, length is what the longest has in the conformer; both as
-    large as they may be where not given.
+    decoded: their log-mel frames are made on the device first, and are there as long as it takes. sizes are the
+    windows' in their order; each is as large as it may be where they are not given.
     """
     audio, hidden = config.audio, config.language.hidden_size
-    convolved, length = convolved or audio.window_tokens + 2, length or audio.window_tokens
-    tokens = min(max(CONVOLVED_VALUES // audio.conv_channels, 1), windows * convolved)
+    sizes = sizes or [WindowSize(audio.window_tokens + 2, audio.window_tokens)] * windows
+    length, tokens = max(size.length for size in sizes), _convolved_at_once(audio, sizes)
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
     output = audio.conv_channels * height * width * dtype_bytes
     sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
@@ -319,7 +328,7 @@ def audio_pass(
     projected = (windows + 2) * length * hidden * dtype_bytes
     conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
     encoding = features + max(2 * output + sound, conformer + features, projected)
-    frames, making = _frames_bytes(audio, windows) if decoded else (0, 0)
+    frames, making = _frames_bytes(audio, [size.convolved for size in sizes]) if decoded else (0, 0)
     return Cost(
         "audio pass",
         frames + max(encoding, making),
@@ -329,13 +338,20 @@ def audio_pass(
     )
 
 
-def _frames_bytes(audio: AudioConfig, windows: int) -> tuple[int, int]:
-    """Windows' log-mel frames, and what takes the last of them to be made: samples and spectra, in fp64 and fp32."""
-    frames = 8 * (audio.window_tokens + 2)
+def _convolved_at_once(audio: AudioConfig, sizes: Sequence[WindowSize]) -> int:
+    """The most tokens that are subsampled at once: of neighbouring windows of one size, or a part of one window."""
+    most = max(CONVOLVED_VALUES // audio.conv_channels, 1)
+    alike = ((size.convolved, sum(1 for _ in group)) for size, group in groupby(sizes))
+    return max(min(tokens * min(count, max(most // tokens, 1)), most) for tokens, count in alike)
+
+
+def _frames_bytes(audio: AudioConfig, convolved: Sequence[int]) -> tuple[int, int]:
+    """Windows' log-mel frames, and what takes the longest of them to be made: samples and spectra, in fp64 and fp32."""
+    frames = 8 * max(convolved)
     each = frames * audio.mel_bins * 4
     band = min(frames, BAND_FRAMES) * (16 * WINDOW_SAMPLES + 16 * SPECTRUM)
     tables = (48 * WINDOW_SAMPLES + 16 * audio.mel_bins) * SPECTRUM
-    return windows * each, each + band + tables + frames * SAMPLES_A_FRAME * 4
+    return 8 * sum(convolved) * audio.mel_bins * 4, each + band + tables + frames * SAMPLES_A_FRAME * 4
 
 
 def _conformer_bytes(audio: AudioConfig, windows: int, tokens: int, dtype_bytes: int) -> int:

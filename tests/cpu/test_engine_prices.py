@@ -38,8 +38,8 @@ def test_an_audio_pass_is_priced_by_the_sound_in_it():
     assert last < first
 
 
-@pytest.mark.parametrize("windows", [1, 4])
-def test_several_windows_are_priced_by_the_longest(windows):
-    size = CONFIG.audio.window_tokens
-    short = costs.audio_pass(CONFIG, windows, 4, convolved=size, length=size)
-    assert short.bytes <= costs.audio_pass(CONFIG, windows, 4).bytes
+def test_windows_of_different_lengths_are_subsampled_apart():
+    long, short = costs.WindowSize(40, 40), costs.WindowSize(8, 8)
+    alike = costs.audio_pass(CONFIG, 3, 4, sizes=[long] * 3)
+    different = costs.audio_pass(CONFIG, 3, 4, sizes=[long, short, long])
+    assert different.bytes < alike.bytes

@@ -309,9 +309,8 @@ def test_an_audio_pass(config, windows, shorter, meta):
     cut = [cut_window(clip, 0, config.audio) for clip in clips]
     heads = ["speech"] * windows
     real = peak_of(model, lambda: model.encode_windows(cut, heads), *clips)
-    size = config.audio.window_tokens
-    cost = costs.audio_pass(config, windows, 2, size, size)
-    close(cost, real, 0.12 if not shorter else 100)  # convolved one by one, they take less
+    tokens = [-(-len(clip) // 8) for clip in clips]
+    close(costs.audio_pass(config, windows, 2, sizes=[costs.WindowSize(n, n) for n in tokens]), real, 0.12)
 
 
 @CONFIGS
@@ -320,7 +319,17 @@ def test_a_short_clip_is_not_priced_as_a_long_one(config, seconds, meta):
     model, tokens = meta(config), min(int(seconds * 12.5), config.audio.window_tokens)
     clip = torch.empty(8 * tokens, config.audio.mel_bins)
     real = peak_of(model, lambda: model.encode_windows([cut_window(clip, 0, config.audio)], ["speech"]), clip)
-    close(costs.audio_pass(config, 1, 2, convolved=tokens, length=tokens), real, 0.15)
+    close(costs.audio_pass(config, 1, 2, sizes=[costs.WindowSize(tokens, tokens)]), real, 0.15)
+
+
+@CONFIGS
+@pytest.mark.parametrize("tokens", [(25, 300, 300), (40, 12, 30), (375, 5, 5)], ids=str)
+def test_windows_of_many_lengths_are_priced_by_each(config, tokens, meta):
+    tokens = [min(n, config.audio.window_tokens) for n in tokens]
+    model, clips = meta(config), [torch.empty(8 * n, config.audio.mel_bins) for n in tokens]
+    cut = [cut_window(clip, 0, config.audio) for clip in clips]
+    real = peak_of(model, lambda: model.encode_windows(cut, ["speech"] * len(cut)), *clips)
+    close(costs.audio_pass(config, 3, 2, sizes=[costs.WindowSize(n, n) for n in tokens]), real, 0.15)
 
 
 @CONFIGS
@@ -345,7 +354,8 @@ def test_an_audio_pass_that_begins_with_samples(config, windows, meta):
         model.encode_windows(cut, ["speech"] * windows)
 
     # As if no sound followed: what cuDNN takes where some does, the meta device does not show.
-    price = costs.audio_pass(config, windows, 2, True, config.audio.window_tokens + 1)
+    sizes = [costs.WindowSize(config.audio.window_tokens + 1, config.audio.window_tokens)] * windows
+    price = costs.audio_pass(config, windows, 2, True, sizes)
     close(price, peak_of(model, run))
 
 
