@@ -24,7 +24,7 @@ from memphi.bench.limits import Card
 from memphi.bench.run import Bench
 from memphi.bench.workloads import WORKLOADS, Workload
 from memphi.config import EngineConfig
-from memphi.engine.engine import load
+from memphi.engine.engine import Engine, load
 from memphi.engine.runner import Flight, Runner
 from memphi.engine.step import StepPlan, StepResult
 
@@ -65,27 +65,31 @@ def main() -> int:
         parser.error("a GPU is needed: a CPU waits for nobody")
     config = EngineConfig(speculation=False, **({"scheme": options.scheme} if options.scheme else {}))
     engine = load(options.model, "cuda", config=config)
-    bench = Bench(engine, Card("", 1, 1), 1, 0, time.perf_counter() + 3600, lambda text: None)
     figures = []
     for name in options.workloads:
-        figures.append(look(bench, WORKLOADS[name]))
+        figures.append(look(engine, WORKLOADS[name]))
         show(figures[-1])
     write_document(options.out, engine.model.device, options.commit, {"workloads": figures})
     engine.close()
     return 0
 
 
-def look(bench: Bench, workload: Workload) -> dict[str, Any]:
-    bench.repeat(workload)
+def look(engine: Engine, workload: Workload) -> dict[str, Any]:
+    def do(seed: int) -> float:
+        """Do it with requests of its own, so that no cache helps; returns its seconds."""
+        bench = Bench(engine, Card("", 1, 1), 1, 10 * seed, time.perf_counter() + 3600, lambda text: None)
+        return bench.repeat(workload)[0].timing.seconds
+
+    do(1)
     with watched() as record:
-        seconds = bench.repeat(workload)[0].timing.seconds
+        seconds = do(2)
         started = time.perf_counter() - seconds
     torch.cuda.synchronize()
     steps = [step for step in record.steps if step.begins > started]  # Without those that warm up.
     with sampled() as lines:
-        bench.repeat(workload)
+        do(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        bench.repeat(workload)
+        do(4)
         torch.cuda.synchronize()
     kernels, calls = Counter[str](), Counter[str]()
     for event in profile.profiler.kineto_results.events():  # `key_averages` takes minutes for so many.

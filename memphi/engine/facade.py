@@ -14,9 +14,10 @@ from typing import Protocol, overload
 
 from memphi.config import ModelConfig
 from memphi.engine.messages import Event, Mailbox, Submission
-from memphi.engine.pressure import Bounds, Listing, Part, endless, relieve
+from memphi.engine.pressure import Bounds, Listing, Measured, Part, endless, relieve
+from memphi.inputs.chat import lay_out
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
-from memphi.inputs.prompt import measure
+from memphi.inputs.prompt import encode, measure, measure_encoded
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.request import Delta, Footprint, Request, Result
 from memphi.sampling.grammar import Grammars
@@ -72,7 +73,12 @@ class Facade:
         may_change = request.on_pressure in ("shrink-images", "one-by-one")
         config = endless(self._model_config) if may_change else self._model_config
         vision, bounds = config.vision, self._worker.bounds
-        return relieve(request, lambda each: measure(each, config, self.tokenizer, limits), bounds, vision)
+
+        def measure_once(each: Request) -> Measured:
+            ids = encode(lay_out(each), self.tokenizer)
+            return measure_encoded(each, ids, config, limits), tuple(ids)
+
+        return relieve(request, measure_once, bounds, vision)
 
     @overload
     def generate(self, requests: Request) -> Result: ...

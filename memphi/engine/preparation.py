@@ -21,7 +21,7 @@ def prepare_sequence(
     """Compile a sequence's grammar, unless it has been, and decode its attachments; raises what these raise."""
     if sequence.sampling.grammar is not None and sequence.matcher is None:
         sequence.matcher = grammars.matcher(sequence.sampling.grammar)
-    return prepare(sequence.request, config, tokenizer, preprocessing=preprocessing)
+    return prepare(sequence.request, config, tokenizer, preprocessing=preprocessing, ids=sequence.text_ids)
 
 
 class Preparation:
@@ -51,13 +51,17 @@ class Preparation:
             self._waiting.append(sequence)
 
     def advance(self) -> list[tuple[Sequence, Future[Prompt]]]:
-        """Begin what the host has room for; returns what has become ready since."""
+        """Begin what the host has room for; returns what has become ready since, and what is ready at once."""
         ready = [pair for pair in self._begun if pair[1].done()]
         self._begun = [pair for pair in self._begun if not pair[1].done()]
         self._kept += [sequence for sequence, _ in ready]
         self._kept = [s for s in self._kept if s.state in (State.PREPARING, State.ENCODING)]
         while self._waiting and self._has_room(self._waiting[0]):
-            self._begin(self._waiting.popleft())
+            sequence = self._waiting.popleft()
+            if _is_quick(sequence):
+                ready.append((sequence, self._prepare_now(sequence)))
+            else:
+                self._begin(sequence)
         return ready
 
     def close(self) -> None:
@@ -68,9 +72,22 @@ class Preparation:
         held = [*self._kept, *(begun for begun, _ in self._begun)]
         return not held or sum(map(self._price, held)) + self._price(sequence) <= self._host_bytes
 
+    def _prepare_now(self, sequence: Sequence) -> Future[Prompt]:
+        prepared: Future[Prompt] = Future()
+        try:
+            prepared.set_result(self._prepare(sequence))
+        except Exception as error:
+            prepared.set_exception(error)
+        return prepared
+
     def _begin(self, sequence: Sequence) -> None:
         if sequence.state is not State.PREPARING:
             return
         future = self._threads.submit(self._prepare, sequence)
         self._begun.append((sequence, future))
         future.add_done_callback(lambda _: self._on_ready())
+
+
+def _is_quick(sequence: Sequence) -> bool:
+    """Whether there is nothing to decode, to compile or to encode: a burst of such begins in one step."""
+    return bool(sequence.text_ids) and not sequence.request.media and sequence.sampling.grammar is None

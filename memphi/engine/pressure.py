@@ -29,7 +29,9 @@ from memphi.request import (
     SamplingParams,
 )
 
-Measure = Callable[[Request], Footprint]
+Measured = tuple[Footprint, tuple[int, ...]]
+"""What a request costs, and its ids."""
+Measure = Callable[[Request], Measured]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Part:
 
     request: Request
     footprint: Footprint
+    ids: tuple[int, ...]
+    """The request's, one for each attachment."""
     degraded: tuple[str, ...] = ()
 
 
@@ -85,7 +89,7 @@ def relieve(request: Request, measure: Measure, bounds: Bounds, vision: VisionCo
     that it allows helps, and RequestError for a mode whose adapter is not the merged one.
     """
     _check_choice(request)
-    whole = Part(request, measure(request))
+    whole = _part(request, measure)
     check_mode(whole.footprint.mode, bounds.merged)
     if bounds.refuse(whole.footprint, request.sampling) is None:
         return (whole,)
@@ -94,6 +98,10 @@ def relieve(request: Request, measure: Measure, bounds: Bounds, vision: VisionCo
     if request.on_pressure == "one-by-one":
         return _divide(whole, measure, bounds)
     raise too_large(whole, bounds)
+
+
+def _part(request: Request, measure: Measure) -> Part:
+    return Part(request, *measure(request))
 
 
 def _check_choice(request: Request) -> None:
@@ -163,7 +171,7 @@ def _limit(whole: Part, most: int, bounds: Bounds, vision: VisionConfig) -> Part
     )
     images = tuple(after for _, after in forms)
     request = _replace_pictures(whole.request, [media for media, _ in forms])
-    return Part(request, replace(whole.footprint, images=images), told)
+    return replace(whole, request=request, footprint=replace(whole.footprint, images=images), degraded=told)
 
 
 def _see(media: Media, image: ImageFootprint, most: int, vision: VisionConfig) -> tuple[Media, ImageFootprint]:
@@ -214,7 +222,7 @@ def _divide(whole: Part, measure: Measure, bounds: Bounds) -> tuple[Part, ...]:
         f"the {count} pictures are answered one by one: together they need {refused.needed_tokens:,} tokens, the "
         f"question and the answer included, and {bounds}"
     )
-    parts = tuple(Part(request, measure(request), (told,)) for request in requests)
+    parts = tuple(replace(_part(request, measure), degraded=(told,)) for request in requests)
     for part in parts:
         if bounds.refuse(part.footprint, part.request.sampling) is not None:
             raise too_large(part, bounds, f"picture {picture_name(part.request)}, even alone,")

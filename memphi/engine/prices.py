@@ -9,7 +9,7 @@ from memphi.memory.planner import MemoryPlan
 from memphi.request import DecodedClip, DecodedImage
 
 UNEXPLAINED_SHARE, UNEXPLAINED_BYTES = 64, 2 * 2**20
-"""What steps of memphi's own kernels and audio passes took beyond their tensors on an H200: 1.1 % at most."""
+"""What steps of memphi's own kernels and passes of encoders took beyond their tensors on an H200: 1.1 % at most."""
 DRAFT_STEP_TOKENS = 64
 """Tokens at most of a step that has drafts. A GPU's arithmetic keeps up with reading the weights for some hundreds of
 tokens, but each is scored over the vocabulary too; and with many rows a step is worth its price without drafts."""
@@ -20,7 +20,7 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
     units = sum(piece.units for piece in slices)
     if slices[0].kind == "image":
         made = costs.cropping(config, units, dtype_bytes).bytes if any(map(_is_decoded, slices)) else 0
-        return "vision pass", max(costs.vision_pass(config, units, dtype_bytes).bytes, made)
+        return "vision pass", with_unexplained(max(costs.vision_pass(config, units, dtype_bytes).bytes, made))
     sizes = [size for piece in slices for size in _windows(piece, config.audio)]
     cost = costs.audio_pass(config, units, dtype_bytes, any(map(_is_decoded, slices)), sizes)
     return "audio pass", with_unexplained(cost.bytes)

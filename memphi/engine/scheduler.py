@@ -28,7 +28,7 @@ class StepLimits:
     rows: int
     step_tokens: int
     shared_step_tokens: int
-    """Prompt tokens in a step that also decodes."""
+    """Prompt tokens in a step that also decodes, unless fewer decode than wait for their first token."""
     crops: int
     windows: int
     draft_tokens: int = 0
@@ -215,7 +215,9 @@ class Scheduler:
         most_drafts = self._most_drafts(running, prefilling)
         for sequence in decoding:
             yield self._row(sequence, sequence.computed, 1, self._draft(sequence, most_drafts))
-        room = self.limits.shared_step_tokens if decoding else self.limits.step_tokens
+        # While more wait for their first token than have one, the step is theirs.
+        shares = len(decoding) >= len(prefilling)
+        room = self.limits.shared_step_tokens if shares else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
         for sequence, tokens in _divide(prefilling, max(min(room, self.limits.step_tokens - len(decoding)), 1)):
             yield self._row(sequence, sequence.computed, tokens)

@@ -98,7 +98,9 @@ def _sequence(submission: Submission, config: LanguageConfig, bounds: Bounds) ->
     part = submission.part
     wanted, room = part.request.sampling.max_tokens, bounds.answer_tokens(part.footprint)
     max_tokens = room if wanted is None else min(wanted, room)
-    return Running(submission.id, part.request, part.footprint, config, max_tokens, degraded=part.degraded)
+    return Running(
+        submission.id, part.request, part.footprint, config, max_tokens, text_ids=part.ids, degraded=part.degraded
+    )
 
 
 def wake(inbox: Inbox) -> Callable[[], None]:

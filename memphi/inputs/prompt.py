@@ -34,7 +34,17 @@ def measure(
 
     Raises RequestError for a wrong conversation, MediaError for an attachment, DoesNotFitError beyond the context.
     """
-    ids = encode(lay_out(request), tokenizer)
+    return measure_encoded(request, encode(lay_out(request), tokenizer), config, limits, reference)
+
+
+def measure_encoded(
+    request: Request,
+    ids: Sequence[int],
+    config: ModelConfig,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    reference: bool = False,
+) -> Footprint:
+    """As `measure`, of a request whose ids `encode` has given."""
     images = [measure_image(media, config.vision, limits, reference) for media in _of_kind(request, "image")]
     clips = [measure_clip(media, config.audio, limits) for media in _of_kind(request, "audio")]
     return _footprint(request, config, len(ids), images, clips)
@@ -47,13 +57,15 @@ def prepare(
     limits: MediaLimits = DEFAULT_LIMITS,
     reference: bool = False,
     preprocessing: Place = "host",
+    ids: Sequence[int] = (),
 ) -> Prompt:
     """Encode, decode and lay out a request; `reference` prepares pictures as the official processor does.
 
-    preprocessing says where crops and log-mel frames are made: for the device, media are only decoded here.
+    preprocessing says where crops and log-mel frames are made: for the device, media are only decoded here. ids are
+    the request's, where `encode` has given them already.
     Raises what `measure` raises, and MediaError for content that is damaged behind a good header.
     """
-    ids = encode(lay_out(request), tokenizer)
+    ids = ids or encode(lay_out(request), tokenizer)
     hear = prepare_clip if preprocessing == "host" else decode_clip
     clips = [hear(media, config.audio, limits) for media in _of_kind(request, "audio")]
     pictures = _of_kind(request, "image")

@@ -1,7 +1,5 @@
 """What a planned step is priced at, by what is in it."""
 
-import pytest
-
 from memphi.engine.prices import price_slices, with_unexplained
 from memphi.memory import costs
 from tests.checkpoints import tiny_config

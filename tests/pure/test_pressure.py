@@ -66,7 +66,7 @@ def ask(media, on_pressure, sampling=SAMPLING):
 
 
 def run(request, tokens, context_tokens=CONTEXT):
-    return relieve(request, measure, Bounds(tokens, context_tokens), VISION)
+    return relieve(request, lambda each: (measure(each), ()), Bounds(tokens, context_tokens), VISION)
 
 
 def limited(request, most):

@@ -277,8 +277,10 @@ def test_half_a_step_is_the_oldest_prompt_s_and_the_rest_goes_to_the_shortest_fi
     for tokens in (200, 60, 20):
         some.arrive(text(tokens, max_tokens=9))
     assert [(row.sequence.id, row.tokens) for row in some.step().rows] == [(0, 32), (2, 20), (1, 12)]
-    # The short one answers now, so that less of a prompt is computed.
-    assert [(row.sequence.id, row.tokens) for row in some.step().rows] == [(2, 1), (0, 8), (1, 8)]
+    assert [(row.sequence.id, row.tokens) for row in some.step().rows] == [(2, 1), (0, 32), (1, 31)]
+    assert sorted((row.sequence.id, row.tokens) for row in some.step().rows) == [(0, 46), (1, 17), (2, 1)]
+    # More answer now than wait, so that less of a prompt is computed.
+    assert sorted((row.sequence.id, row.tokens) for row in some.step().rows) == [(0, 16), (1, 1), (2, 1)]
     some.drain()
 
 
@@ -288,6 +290,16 @@ def test_a_lone_prompt_has_the_whole_step():
     some.arrive(text(5, 1, max_tokens=1))
     assert [row.tokens for row in some.step().rows] == [59, 5]
     assert [row.tokens for row in some.step().rows] == [41]
+
+
+def test_a_step_is_theirs_who_wait_while_they_are_more_than_those_who_answer():
+    some = world(config=make_config(400, 500), pages=200)
+    some.arrive(text(10, max_tokens=40, ignore_eos=True))
+    some.step()
+    for number in (1, 2):
+        some.arrive(text(40, number, max_tokens=40, ignore_eos=True))
+    first, *others = (row.tokens for row in some.step().rows)
+    assert (first, sum(others)) == (1, LIMITS.step_tokens - 1)
 
 
 def test_one_grows_page_by_page_before_another_is_paused_for_it():
