@@ -78,6 +78,9 @@ def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
         attention.attention.paged(query, key, value, keys, values, packing, heads)
         for lines, division in step.lines:
             asked = query[lines.tokens]
+            if isinstance(lines.tokens, slice):
+                attend(asked, keys, values, lines.table, division, heads[lines.tokens])
+                continue
             found = torch.empty_like(asked)
             attend(asked, keys, values, lines.table, division, found)
             heads.index_copy_(0, lines.targets, found if lines.kept is None else found[lines.kept])

@@ -88,7 +88,9 @@ class Lines:
 
     new_tokens: int
     """Of every line."""
-    tokens: Tensor  # [lines * new_tokens] int64: each place's packed token; places before a row's first repeat it
+    tokens: slice | Tensor
+    """Each place's packed token, [lines * new_tokens]; places before a row's first repeat it. A slice where they
+    stand side by side."""
     kept: Tensor | None  # [n] int64: the places that are not such; None: all
     targets: Tensor  # [n] int64: the packed tokens of the places that are kept
     lengths: Tensor  # [lines] int32: tokens of the row up to the line's last
@@ -265,7 +267,7 @@ def _line_up(
 
     return Lines(
         new_tokens=new_tokens,
-        tokens=place(tokens),
+        tokens=slice(int(tokens[0]), int(tokens[-1]) + 1) if (np.diff(tokens) == 1).all() else place(tokens),
         kept=None if kept.all() else place(kept.nonzero()[0]),
         targets=place(tokens[kept]),
         lengths=place(ends.astype(np.int32)),

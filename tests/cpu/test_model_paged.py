@@ -217,6 +217,12 @@ def test_rows_of_few_tokens_go_in_lines_that_end_where_they_do():
     assert [rows.lengths for rows in packing.whole] == [(3,)]
 
 
+def test_lines_side_by_side_are_a_slice():
+    rows = [Row(new, past, pages=tuple(range(20))) for new, past in [(3, 0), (1, 5), (1, 9), (1, 2), (2, 0)]]
+    (lines,) = pack(rows, CPU, 4, in_lines=True).paging.lines
+    assert (lines.tokens, lines.kept, lines.targets.tolist()) == (slice(3, 6), None, [3, 4, 5])
+
+
 def test_too_few_pages_are_refused():
     with pytest.raises(AssertionError, match="2 pages cannot hold 9 tokens"):
         pack([Row(1, past=8, pages=(1, 2))], CPU, page_tokens=4)
