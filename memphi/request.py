@@ -4,7 +4,7 @@ Knows shapes and names, decides nothing. Every floor shares it; imports no torch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, cast, get_args
 
@@ -343,7 +343,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to one answer: whole characters only."""
+    """What a step added to one answer, or several did: whole characters only."""
 
     text: str
     ids: tuple[int, ...]
@@ -352,6 +352,12 @@ class Delta:
     """As in a Result; with the finish reason."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of the ids, where they were asked for."""
+
+    def followed_by(self, later: "Delta") -> "Delta":
+        """Both as one."""
+        return replace(
+            later, text=self.text + later.text, ids=self.ids + later.ids, logprobs=self.logprobs + later.logprobs
+        )
 
 
 @dataclass(frozen=True)

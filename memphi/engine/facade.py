@@ -104,7 +104,8 @@ class Facade:
     async def submit(self, request: Request | tuple[Part, ...]) -> AsyncGenerator[Delta, None]:
         """The same for asyncio: `async for delta in engine.submit(request)`; closing it ends the request.
 
-        Takes what was accepted too, and does not measure that again.
+        Takes what was accepted too, and does not measure that again. Pieces that come faster than they are taken are
+        joined, so that a slow reader does not fall behind.
         """
         parts = request if isinstance(request, tuple) else await asyncio.to_thread(self.accept, request)
         listing = _listing(parts)
@@ -183,7 +184,12 @@ class Facade:
         event: Event | None = None
         try:
             while (event := await mailbox.get()).delta is not None:
-                yield event.delta
+                delta = event.delta
+                while not mailbox.empty() and (event := mailbox.get_nowait()).delta is not None:
+                    delta = delta.followed_by(event.delta)
+                yield delta
+                if event.delta is None:
+                    break
             if event.error is not None:
                 raise event.error
         finally:

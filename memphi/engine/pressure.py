@@ -40,8 +40,8 @@ class Part:
 
     request: Request
     footprint: Footprint
-    ids: tuple[int, ...]
-    """The request's, one for each attachment."""
+    ids: tuple[int, ...] = ()
+    """The request's, one for each attachment; none: it is encoded once more."""
     degraded: tuple[str, ...] = ()
 
 

@@ -116,6 +116,24 @@ def test_tasks_share_an_engine_and_may_leave(engine, expected):
     wait_for_rest(engine)
 
 
+def test_pieces_that_wait_for_their_reader_are_joined(engine):
+    request = mixed_requests()[0]
+    whole = engine.generate(request)
+
+    async def listen_late():
+        pieces = []
+        async for delta in engine.submit(request):
+            time.sleep(0.2)  # The event loop too is held up.
+            pieces.append(delta)
+        return pieces
+
+    pieces = asyncio.run(listen_late())
+    assert len(pieces) < len(whole.ids)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(number for piece in pieces for number in piece.ids) == whole.ids
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [whole.finish_reason]
+
+
 def test_errors_reach_a_task(engine):
     async def listen(request):
         return [delta async for delta in engine.submit(request)]

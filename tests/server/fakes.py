@@ -1,6 +1,7 @@
 """An engine without a model: it measures like the real one and says what it is told to."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from memphi.checkpoint.layout import read_config
@@ -16,6 +17,7 @@ from memphi.memory.planner import make_plan
 from memphi.request import Delta, FinishReason, Request
 
 GIB = 1 << 30
+PIECE_SECONDS = 0.002
 Say = Callable[[Request], Sequence[Delta | Exception]]
 """What is answered to a request; without a last piece that has a finish reason or an error it goes on for ever."""
 
@@ -28,7 +30,7 @@ def said(text: str, reason: FinishReason = FinishReason.STOP, pieces: int = 3) -
 
 
 class FakeWorker:
-    """Answers at once, in the thread that asks."""
+    """Answers in the event loop that asks."""
 
     def __init__(self, say: Say, bounds: Bounds) -> None:
         self.say = say
@@ -39,13 +41,24 @@ class FakeWorker:
     def submit(self, submission: Submission, mailbox: Mailbox) -> None:
         request = submission.part.request
         self.requests.append(request)
+        events = self._events(submission.id, request)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # A thread of the test's own.
+            for event in events:
+                mailbox(event)
+            return
+        for place, event in enumerate(events):  # One after another, so that none is joined to the one before.
+            loop.call_later(place * PIECE_SECONDS, mailbox, event)
+
+    def _events(self, number: int, request: Request) -> Iterator[Event]:
         for piece in self.say(request):
             if isinstance(piece, Exception):
-                mailbox(Event(submission.id, error=piece))
+                yield Event(number, error=piece)
                 continue
-            mailbox(Event(submission.id, piece))
+            yield Event(number, piece)
             if piece.finish_reason is not None:
-                mailbox(Event(submission.id))
+                yield Event(number)
 
     def cancel(self, number: int) -> None:
         self.cancelled.append(number)
