@@ -56,10 +56,10 @@ class Engine(Facade):
     ) -> None:
         """Without a plan one is made for the device that the model is on, as `load` does before it loads.
 
-        Whether an adapter is merged the model knows, whatever config says.
+        Whether an adapter is merged, and the scheme, the model knows, whatever config says.
         """
         self.model = model
-        self.config = config = replace(config or EngineConfig(), merge=model.merged)
+        self.config = config = replace(config or EngineConfig(), merge=model.merged, scheme=model.config.scheme)
         self.plan = plan or make_plan(
             model.config, device_facts(model.device), config, model.dtype.itemsize, model.adapter_form
         )
@@ -87,7 +87,7 @@ def make_loop(
         step_limits(plan, config, model),
         _reservations(plan),
         MediaCache(plan.media_bytes),
-        Naming("loaded", str(model.dtype), str(model.dtype), PREPROCESSING_VERSION),
+        Naming("loaded", str(model.dtype), f"{model.dtype} {model.config.scheme}", PREPROCESSING_VERSION),
         embedding_bytes,
         config.kv_cache,
     )
@@ -116,6 +116,8 @@ def make_graphs(model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: 
     if config.kernels == "plain" or pool is None:
         return None
     on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
+    if model.config.scheme != "bf16":
+        obstacle = f"memphi's own have no products with weights in {model.config.scheme} yet"
     if obstacle is None:
         return Graphs(model, pool, plan.rows, plan.context_tokens, capture=on_gpu)
     if on_gpu:
@@ -193,7 +195,7 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     with told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             config = read_config(location.folder)
-            network = random_model(config, where, number, 0, backend, progress, packed, merge)
+            network = random_model(config, where, number, 0, backend, progress, packed, merge, plan.scheme)
         else:
-            network = load_model(location.folder, where, number, backend, progress, packed, merge)
+            network = load_model(location.folder, where, number, backend, progress, packed, merge, plan.scheme)
         return Parts(network, Tokenizer.from_folder(location.folder), plan)
