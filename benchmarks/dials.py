@@ -256,6 +256,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="random", help="random, demo or a folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--scheme", default="bf16", help="of the weights; auto: what the plan chooses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="tiny requests, to try the benchmark itself")
     parser.add_argument("--child", choices=("dial", "calibrate"), help=argparse.SUPPRESS)  # what each process does
@@ -509,7 +510,7 @@ def work_dial(options: argparse.Namespace) -> None:
     builders = ThreadPoolExecutor(BUILDERS)
     requests = [builders.submit(make_request, i, options.seed, sizes) for i in range(options.requests)]
     try:
-        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
+        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False, scheme=options.scheme))
     except DoesNotFitError as refusal:
         _tell("no plan", sentence=str(refusal))
         return
@@ -702,7 +703,7 @@ def work_calibrate(options: argparse.Namespace) -> None:
         prepared = preparing.submit(_prepare_media, options.model)
         _measure_context(options, meter)
         dial_bytes = options.dial[0] if options.dial else None
-        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
+        engine, notes = _load(options, EngineConfig(memory_bytes=dial_bytes, speculation=False, scheme=options.scheme))
         engine.close()  # What runs from here on runs in this thread; the loop has nothing to do.
         steps = _Steps(engine, notes, prepared.result())
     for case in steps.cases():

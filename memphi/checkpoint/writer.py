@@ -22,6 +22,7 @@ from memphi.checkpoint.reader import DTYPES, blocks
 from memphi.config import ModelConfig
 from memphi.errors import CheckpointError
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.host import HostInt4Weight
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _PIECE_BYTES = 32 * 2**20
@@ -41,6 +42,10 @@ def write_checkpoint(
     """
     if model.merged is not None:
         raise CheckpointError(f"the {model.merged} adapter is merged into this model; load it anew to write it")
+    if any(isinstance(module, HostInt4Weight) for module in model.modules()):
+        raise CheckpointError(
+            "this model's weights are in the order that a CPU computes with; load it anew to write it"
+        )
     tensors = {official_name(ours): tensor for ours, tensor in model.state_dict().items()}
     with _finished_folder(folder) as partial:
         write_configs(model.config, model.dtype, partial)

@@ -42,6 +42,7 @@ from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
 from memphi.model.kernels.launch import why_not_available
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.host import use_host_products
 from memphi.sampling.grammar import Grammars
 
 HOST_MEDIA_SHARE = 4
@@ -198,4 +199,6 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
             network = random_model(config, where, number, 0, backend, progress, packed, merge, plan.scheme)
         else:
             network = load_model(location.folder, where, number, backend, progress, packed, merge, plan.scheme)
+        if where.type == "cpu" and number is torch.bfloat16:
+            use_host_products(network)
         return Parts(network, Tokenizer.from_folder(location.folder), plan)

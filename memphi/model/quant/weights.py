@@ -74,7 +74,8 @@ class Int8Weight(QuantisedWeight):
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
-        return torch.mul(self.codes[first:last], self.scale[first:last, None].float(), out=rows)
+        torch.mul(self.codes[first:last], self.scale[first:last, None].float(), out=rows)
+        return rows
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -110,9 +111,13 @@ class Int4Weight(QuantisedWeight):
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         part = slice(first, last)
-        codes = torch.cat((self.codes[part] & 15, self.codes[part] >> 4), -1)  # [outputs, groups, group]
+        codes: Tensor = self.unpacked(first, last).unflatten(1, (-1, self.group))
         scale, shift = self.scale[part, :, None].float(), self.shift[part, :, None].float()
         return codes.float().sub_(8).mul_(scale).add_(shift).to(dtype).flatten(1)[:, : self.in_features]
+
+    def unpacked(self, first: int, last: int) -> Tensor:
+        """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
+        return torch.cat((self.codes[first:last] & 15, self.codes[first:last] >> 4), -1).flatten(1)
 
     def _filled(self, rows: Tensor) -> Tensor:
         """Rows of whole groups."""
