@@ -365,7 +365,7 @@ def _run_child(
     options: argparse.Namespace, work: str, meter: Meter | None, seconds: float, dial_bytes: int | None
 ) -> Child:
     """Run a fresh process for so long, and a little longer at most, while the meter is read."""
-    passed = ("requests", "model", "device", "dtype", "seed")
+    passed = ("requests", "model", "device", "dtype", "scheme", "seed")
     command = [sys.executable, "-m", "benchmarks.dials", "--child", work, "--seconds", str(seconds)]
     command += [f"--{name}={getattr(options, name)}" for name in passed]
     command += [f"--dial={dial_bytes}"] if dial_bytes else []
