@@ -92,7 +92,7 @@ def make_plan(
     adapters: AdapterForm | None = None,
 ) -> MemoryPlan:
     """Share the dial out, and choose the scheme; raises DoesNotFitError, with what is needed and what would work, for a
-    dial too small, and RequestError for a scheme that the folder's cannot be made.
+    dial too small, and RequestError for a scheme or a merged adapter that quantised weights cannot be given.
 
     adapters says how those of a model that is loaded already are kept; None leaves that to the plan. The config has the
     scheme of the folder's weights, or of the loaded model's; where that is bf16, these can be quantised.
@@ -106,6 +106,11 @@ def make_plan(
         if engine.scheme not in ("auto", config.scheme):
             raise RequestError(
                 f"these weights are in {config.scheme} and cannot be made {engine.scheme}; leave --scheme out, or "
+                "give the folder that they were made from"
+            )
+        if engine.merge and adapters is None:
+            raise RequestError(
+                f"these weights are in {config.scheme}, into which no adapter can be merged; leave --merge out, or "
                 "give the folder that they were made from"
             )
         return planner(config.scheme, "as the weights are stored").plan()

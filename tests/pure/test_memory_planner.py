@@ -220,6 +220,8 @@ def test_a_quantised_folder_stays_as_it_is():
     assert (plan.scheme, plan.reasons["scheme"]) == ("int4", "as the weights are stored")
     with pytest.raises(RequestError, match="these weights are in int4 and cannot be made int8; leave --scheme out"):
         planned(SMALL, 40 * GIB, scheme="int8")
+    with pytest.raises(RequestError, match="these weights are in int4, into which no adapter can be merged; leave"):
+        planned(SMALL, 40 * GIB, merge="vision")
 
 
 def test_a_dial_beyond_what_is_free_is_refused():
