@@ -38,6 +38,7 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, adapters: Mapping[str, AdapterConfig]) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.adapters = nn.ModuleDict(
             {name: Adapter(in_features, out_features, config) for name, config in adapters.items()}
@@ -48,10 +49,14 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_tokens: AdapterTokens) -> Tensor:
         """Apply to packed tokens: [tokens, in] -> [tokens, out]."""
-        y = F.linear(x, self.weight)
+        y = self.base(x)
         for name, tokens in adapter_tokens.items():
             y = _add(y, self.adapter(name), x, tokens)
         return y
+
+    def base(self, x: Tensor) -> Tensor:
+        """W x by itself: [tokens, in] -> [tokens, out]."""
+        return F.linear(x, self.weight)
 
     def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
         """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""

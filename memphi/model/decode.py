@@ -126,7 +126,7 @@ class Buffers:
     """
 
     def __init__(self, model: LanguageModel, rows: int, most_pages: int, page_tokens: int) -> None:
-        config, weight = model.config, model.embedding.weight
+        config, weight = model.config, model.norm.weight
         dtype, device = weight.dtype, weight.device
         first = cast(DecoderLayer, model.layers[0])
 
@@ -143,8 +143,8 @@ class Buffers:
         self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
         # The inputs of the linears, of which all but one are as wide as the model, with room for adapters.
         self.operand, self.inner = room(_width(first.mlp.gate_up)), room(_width(first.mlp.down))
-        self.qkv = room(len(first.attention.qkv.weight))
-        self.gate_up = room(len(first.mlp.gate_up.weight))
+        self.qkv = room(first.attention.qkv.out_features)
+        self.gate_up = room(first.mlp.gate_up.out_features)
         self.normed, self.logits = room(config.hidden_size), room(config.vocab_size)
         pieces = pieces_of(config.vocab_size)
         self.best = torch.empty((rows, pieces), dtype=torch.float32, device=device)
@@ -254,7 +254,7 @@ class DecodeStep:
 
 def _width(linear: AdaptedLinear) -> int:
     """Of the linear's operand."""
-    return (linear.wide if isinstance(linear, PackedLinear) else linear.weight).shape[1]
+    return linear.width if isinstance(linear, PackedLinear) else linear.in_features
 
 
 def _place_of_x(linear: AdaptedLinear, operand: Tensor) -> Tensor:

@@ -117,13 +117,21 @@ class DecoderLayer(nn.Module):
         return cast(Tensor, x + self.mlp(lambda out: self.mlp_norm(x, out), packing))
 
 
+class TiedEmbedding(nn.Embedding):
+    """Ids to embeddings, and hidden states to scores by the same matrix."""
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocab_size]"""
+        return F.linear(hidden, self.weight)
+
+
 class LanguageModel(nn.Module):
     """Embedding, decoder layers, final norm; the embedding is also the output head."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.config: LanguageConfig = config.language
-        self.embedding = nn.Embedding(config.language.vocab_size, config.language.hidden_size)
+        self.embedding = TiedEmbedding(config.language.vocab_size, config.language.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, attention) for i in range(config.language.layers))
         self.norm = RMSNorm(config.language.hidden_size, config.language.norm_eps)
 
@@ -142,4 +150,4 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary for the hidden states given: [rows, hidden] -> [rows, vocab_size]."""
-        return F.linear(hidden, self.embedding.weight)
+        return self.embedding.score(hidden)
