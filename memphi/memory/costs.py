@@ -188,7 +188,7 @@ def _stored_as(n_in: int, n_out: int, scheme: Scheme, dtype_bytes: int) -> tuple
     return {
         "bf16": (n_in * n_out * dtype_bytes,),
         "int8": (n_in * n_out, 2 * n_out),
-        "int4": (groups * group // 2 * n_out, 2 * groups * n_out, 2 * groups * n_out),
+        "int4": (groups * group // 2 * n_out, 4 * groups * n_out),
         "fp8": (n_in * n_out, 4 * n_out),
     }[scheme]
 

@@ -92,8 +92,8 @@ def test_a_number_that_is_none_is_told(scheme, wrong):
 def test_groups_of_four_bits(n_in, group, groups):
     assert group_size(n_in) == group
     weight = Int4Weight(16, n_in)
-    assert weight.codes.shape == (16, groups, group // 2)
-    assert weight.scale.shape == weight.shift.shape == (16, groups)
+    assert weight.words.shape == (16, groups, group // 8)
+    assert weight.affine.shape == (16, groups, 2)
 
 
 def test_a_ragged_group_is_as_good_as_a_full_one():

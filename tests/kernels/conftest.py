@@ -12,7 +12,13 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OUTSIDE = {"test_compile.py", "test_compile_skinny.py", "test_interpreter.py", "test_launch.py"}
+OUTSIDE = {
+    "test_compile.py",
+    "test_compile_coded.py",
+    "test_compile_skinny.py",
+    "test_interpreter.py",
+    "test_launch.py",
+}
 """Files that have nothing to do in the interpreter."""
 
 

@@ -25,7 +25,7 @@ class HostProduct(QuantisedWeight):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, x: Tensor, out: Tensor) -> None:
+    def multiply_many(self, x: Tensor, out: Tensor) -> None:
         out.copy_(self.product(x.contiguous()))
 
 
@@ -57,7 +57,7 @@ class HostInt4Weight(HostProduct):
             for first in range(0, weight.out_features, PACKED_ROWS)
         ]
         self.register_buffer("codes", torch.cat(parts))
-        self.register_buffer("affine", torch.stack((weight.scale, weight.shift), -1).transpose(0, 1).contiguous())
+        self.register_buffer("affine", weight.affine.transpose(0, 1).contiguous())
 
     def product(self, x: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.affine)
