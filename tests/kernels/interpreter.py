@@ -1,8 +1,8 @@
 """Triton 3.6's interpreter, mended: import this, with TRITON_INTERPRET=1 set, before anything is run in it.
 
 As it comes it cuts off what fp32 has beyond bf16, multiplies the bits of bf16 as if they were integers, makes integers
-the bits of bf16 instead of numbers, and fails at loops of a length that a kernel computes, since NumPy 2.4 takes no array
-of one number for an integer.
+the bits of bf16 instead of its numbers, and fails at loops of a length that a kernel computes, since NumPy 2.4 takes no
+array of one number for an integer.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What products with a matrix in codes of few bits share: for how many rows they are, and adapters' columns beside it."""
+"""What products with a matrix in codes share: for how many rows they are, and adapters' columns beside it."""
 
 from __future__ import annotations
 
