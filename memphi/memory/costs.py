@@ -325,12 +325,14 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
     attention = units * (language.heads * (language.head_dim + 2) * 4 + 32) + rows * language.kv_heads * 4
     choice = -(-language.vocab_size // PIECE_SCORES) * (4 + 4)
     each = (activations + language.vocab_size) * dtype_bytes + choice + 2 * pages * 4 + METADATA_BYTES
+    products = _kernel_product_bytes(config, rows, dtype_bytes)
     return Cost(
         "graphs",
-        rows * each + attention + GRAPHS_BYTES,
+        rows * each + attention + products + GRAPHS_BYTES,
         f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, "
-        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, and "
-        f"{size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
+        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, "
+        + (f"{size_text(products)} for a block of weights in {config.scheme}, dequantised, " if products else "")
+        + f"and {size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
     )
 
 
@@ -378,6 +380,16 @@ def _input_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
         return 0
     numbers = tokens * max(n_in for n_in, _ in _linears(config.language))
     return numbers + 4 * tokens + min(numbers, DEQUANTISED_NUMBERS) * (5 + dtype_bytes)
+
+
+def _kernel_product_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+    """What a product with a quantised weight needs beside its output through memphi's own kernels, which make a block
+    16 bits again in one pass; in e4m3 as without them, where a card has no units for it.
+    """
+    if config.scheme == "bf16":
+        return 0
+    numbers = min(DEQUANTISED_NUMBERS, _largest_matrix(config))
+    return numbers * (dtype_bytes + (4 if config.scheme == "fp8" else 0)) + _input_bytes(config, tokens, dtype_bytes)
 
 
 def _largest_matrix(config: ModelConfig) -> int:
@@ -590,13 +602,15 @@ def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int
     copied = 2 * _key_size(language) * dtype_bytes * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
     attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)
+    products = _kernel_product_bytes(config, tokens, dtype_bytes)
     staying = _lines_bytes(language, pasts) + PLACE_BYTES * pasts.all_copied
     return Cost(
         "kernel step",
-        max(tokens * (numbers * dtype_bytes + shared), attention) + staying,
+        max(tokens * (numbers * dtype_bytes + shared) + products, attention) + staying,
         f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
         f"{longest} tokens of a layer copied out of their pages; and what pieces of attention found, for "
-        f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}",
+        f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}"
+        + (f"; and {size_text(products)} for a block of weights in {config.scheme}, dequantised" if products else ""),
     )
 
 

@@ -254,8 +254,8 @@ class _Planner:
 
     def _price_graphs(self, rows: int) -> tuple[Cost, ...]:
         """For the longest sequence that any dial gives, so that a larger one never leaves less."""
-        engine, quantised = self.engine, self.config.scheme != "bf16"
-        if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache or quantised:
+        engine = self.engine
+        if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache:
             return ()
         return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
 

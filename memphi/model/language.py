@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import LanguageConfig, ModelConfig
-from memphi.model.adapters import AdaptedLinear
+from memphi.model.adapters import AdaptedLinear, multiply
 from memphi.model.attention import Attention
 from memphi.model.rotary import rotary_table, rotate
 from memphi.model.rows import Packing
@@ -120,9 +120,13 @@ class DecoderLayer(nn.Module):
 class TiedEmbedding(nn.Embedding):
     """Ids to embeddings, and hidden states to scores by the same matrix."""
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocab_size]"""
-        return F.linear(hidden, self.weight)
+    def look_up(self, ids: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [tokens, hidden]; for inference."""
+        torch.index_select(self.weight, 0, ids, out=out)
+
+    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, hidden] -> [rows, vocab_size]; in out, where one is given, by memphi's own kernels."""
+        return F.linear(hidden, self.weight) if out is None else multiply(hidden, self.weight, out, kernels=True)
 
 
 class LanguageModel(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, multiply
 from memphi.model.kernels import skinny
 from memphi.model.kernels.skinny import Narrow
 
@@ -30,9 +30,6 @@ class PackedLinear(AdaptedLinear):
 
     Whoever computes x may do so in its place in an operand: `operand`, `x_of`, then `apply_to`.
     """
-
-    kernels = False
-    """Whether few tokens go through memphi's own kernels, where the device has them."""
 
     def __init__(self, linear: AdaptedLinear) -> None:
         """Copy a linear of at most two adapters; on the meta device, its shapes."""
@@ -110,6 +107,8 @@ class PackedLinear(AdaptedLinear):
     def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens) -> None:
         """Put every t = scale * A x in its place, scaled before it is rounded; zeros for tokens without the adapter."""
         names = [name for name in self.adapters if name in adapter_tokens]
+        if not names:
+            return
         masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])]
         few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
         if few and len(masks) == len(names):
@@ -158,15 +157,6 @@ def pack_adapters(model: nn.Module, forms: Mapping[type[nn.Module], Callable[[An
         linear = getattr(parent, name)
         setattr(parent, name, forms[type(linear)](linear))
         del linear
-
-
-def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
-    """x W^T into out, by the fastest there is for so many tokens."""
-    if kernels and len(x) <= skinny.most_rows(x.device):
-        skinny.multiply(x, weight, out)
-    else:
-        skinny.plain_multiply(x, weight, out)
-    return out
 
 
 def _length(span: slice) -> int:

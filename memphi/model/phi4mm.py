@@ -19,6 +19,7 @@ from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.quant.linears import QuantisedAdaptedLinear
 from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.swap import quantise
+from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput, Prompt
@@ -82,13 +83,14 @@ class Phi4MM(nn.Module):
             self.adapter_form = "packed"
 
     def use_kernels(self, wanted: bool) -> None:
-        """Let the decoder go through memphi's own kernels, where the device has them, or not; quantised, it never does.
+        """Let the decoder, and products with quantised weights, go through memphi's own kernels, where the device has
+        them, or not.
 
         To be said after `quantise` and `keep_adapters`.
         """
-        self.kernels = wanted = wanted and self.config.scheme == "bf16"
-        for module in self.language.modules():
-            if isinstance(module, PackedLinear):
+        self.kernels = wanted
+        for module in self.modules():
+            if isinstance(module, AdaptedLinear | QuantisedWeight):
                 module.kernels = wanted
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:

@@ -22,6 +22,9 @@ class HostProduct(QuantisedWeight):
         """x W^T: contiguous [rows, in] bf16 -> [rows, out]."""
         raise NotImplementedError
 
+    def most_rows(self, device: torch.device) -> int:
+        return 0
+
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
 

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 
@@ -31,8 +31,17 @@ class QuantisedAdaptedLinear(AdaptedLinear):
         self.weight = weight  # type: ignore[assignment]  # a module in the parameter's place
         self.adapters = linear.adapters
 
+    @property
+    def base_weight(self) -> QuantisedWeight:
+        return cast(QuantisedWeight, self.weight)
+
     def base(self, x: Tensor) -> Tensor:
-        return cast(Tensor, cast(nn.Module, self.weight)(x))
+        return cast(Tensor, self.base_weight(x))
+
+    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
+        assert not adapter_tokens, "a step with adapters needs them packed"
+        self.base_weight.multiply(operand, out)
+        return out
 
 
 class QuantisedEmbedding(nn.Module):
@@ -45,9 +54,16 @@ class QuantisedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight.look_up(ids, self.dtype)
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocab_size]"""
-        return cast(Tensor, self.weight(hidden))
+    def look_up(self, ids: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [tokens, hidden]."""
+        self.weight.look_up_into(ids, out)
+
+    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, hidden] -> [rows, vocab_size]; in out, where one is given."""
+        if out is None:
+            return cast(Tensor, self.weight(hidden))
+        self.weight.multiply(hidden, out)
+        return out
 
 
 def quantised(module: nn.Module, weight: type[QuantisedWeight], others: type[QuantisedWeight]) -> nn.Module | None:

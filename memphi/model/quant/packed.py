@@ -4,8 +4,8 @@
     narrow [first + second, in]            A of the first above A of the second
     operand [tokens, first + second + in]  t of the first | t of the second | x
 
-A product with adapters is the base's, then one that adds t B^T of the columns in use to it: over packed weights of 16
-bits that is one product; here y is read and written once more, and rounded once more.
+A product with adapters is the base's, and t B^T of the columns in use: by one kernel for few rows; for many a second
+product adds it, and y is read, written and rounded once more.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
+from memphi.model.kernels.coded import Columns
 from memphi.model.packing import PackedLinear
 from memphi.model.quant.linears import QuantisedAdaptedLinear
 from memphi.model.quant.weights import QuantisedWeight
@@ -54,11 +55,17 @@ class PackedQuantisedLinear(PackedLinear):
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
         self._narrow(operand, adapter_tokens)
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
+        products = [
+            (Columns(self.wide[:, self.columns(names)], operand[span, self.columns(names)]), span)
+            for names, span in self._products(adapter_tokens, len(operand))
+            if names
+        ]
+        if len(products) == 1 and len(products[0][0].t) == len(operand):
+            self.base_weight.multiply(self.x_of(operand), y, products[0][0])
+            return y
         self.base_weight.multiply(self.x_of(operand), y)
-        for names, span in self._products(adapter_tokens, len(operand)):
-            columns = self.columns(names)
-            if names:
-                y[span].addmm_(operand[span, columns], self.wide[:, columns].t())
+        for columns, span in products:
+            y[span].addmm_(columns.t, columns.b.t())
         return y
 
     def columns(self, names: Iterable[str]) -> slice:

@@ -121,6 +121,13 @@ class Int8Weight(QuantisedWeight):
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
         return (self.codes[ids] * self.scale[ids][..., None].float()).to(dtype)
 
+    def look_up_into(self, ids: Tensor, out: Tensor) -> None:
+        """The same of ids [rows] into out [rows, in]."""
+        if self.kernels and is_available(self.codes.device):
+            eight_bits.look_up(self.codes, self.scale, ids, out)
+        else:
+            out.copy_(self.look_up(ids, out.dtype))
+
 
 class Int4Weight(QuantisedWeight):
     """Asymmetric, scale and shift for each group of inputs; a last group that is not full repeats what it has.
