@@ -156,7 +156,7 @@ def random_weight(scheme: str, n_out: int, n_in: int, device: torch.device) -> Q
     with device:
         weight = WEIGHTS[scheme](n_out, n_in)
         if isinstance(weight, Int4Weight):
-            weight.words.random_(-(2**31), 2**31 - 1)
+            weight.codes.random_(0, 256)
             weight.affine[..., 0] = 0.2 / n_in**0.5
             weight.affine[..., 1].normal_(0, 0.1 / n_in**0.5)
         elif isinstance(weight, Fp8Weight):

@@ -144,7 +144,7 @@ ADAPTER_TABLE = Section(
 """Beside the weights in the official layout; in folders of their own in the converted one (see `from_peft`)."""
 
 _TOWER = "model.embed_tokens_extend.image_embed.img_processor."
-PARTS = ("codes", "scale", "shift")
+PARTS = ("codes", "scale", "affine")
 """What a quantised weight is stored as: its name, and after a dot one of these."""
 UNUSED = (
     f"{_TOWER}post_layernorm.*",

@@ -191,8 +191,8 @@ def test_the_demo_model_answers_mostly_the_same(questions, in_16_bits, scheme, l
 
 @pytest.mark.parametrize("packed", [False, True])
 @SCHEMES
-def test_no_kernels_have_quantised_products_yet(monkeypatch, scheme, packed):
-    """Neither steps in graphs nor prefill, where bf16 has both."""
+def test_kernels_are_for_every_scheme(monkeypatch, scheme, packed):
+    """Steps in graphs, prefill, and products by the codes as they are."""
     monkeypatch.setattr("memphi.engine.engine.why_not_available", lambda _: None)
     monkeypatch.setattr("memphi.model.phi4mm.is_available", lambda _: True)
     for kept in ("bf16", scheme):
@@ -202,7 +202,9 @@ def test_no_kernels_have_quantised_products_yet(monkeypatch, scheme, packed):
         stage = Stage(model, tiny_tokenizer(), 128, rows=8, kernels="plain")
         forbidden = torch.zeros(model.config.language.vocab_size, dtype=torch.bool)
         graphs = make_graphs(model, stage.pool, stage.plan, EngineConfig(kernels="auto"), forbidden)
-        assert (graphs is not None) == model.uses_kernels == (kept == "bf16")
+        assert graphs is not None
+        assert model.uses_kernels
+        assert all(weight.kernels for weight in quantised_weights(model).values())
         linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
         assert bool(linears) == packed
         assert all(linear.kernels == model.uses_kernels for linear in linears)

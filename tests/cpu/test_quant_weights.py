@@ -92,7 +92,7 @@ def test_a_number_that_is_none_is_told(scheme, wrong):
 def test_groups_of_four_bits(n_in, group, groups):
     assert group_size(n_in) == group
     weight = Int4Weight(16, n_in)
-    assert weight.words.shape == (16, groups, group // 8)
+    assert weight.codes.shape == (16, groups, group // 2)
     assert weight.affine.shape == (16, groups, 2)
 
 

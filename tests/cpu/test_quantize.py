@@ -242,7 +242,7 @@ def test_a_quantised_folder_that_is_wrong_is_refused(source, tmp_path, change):
         if change == "kind":
             tensors[f"{name}.codes"] = tensors[f"{name}.codes"].to(torch.int8)
         else:
-            del tensors[f"{name}.scale"]
+            del tensors[f"{name}.affine"]
             index.unlink()
         save_file(tensors, shard, {"format": "pt"})
     else:
@@ -251,7 +251,7 @@ def test_a_quantised_folder_that_is_wrong_is_refused(source, tmp_path, change):
         config.write_text(config.read_text().replace('"scheme": "int4"', f'"scheme": "{wrong}"'))
     words = {
         "kind": f"'{name}.codes' is stored as I8; expected U8",
-        "missing": f"no *.safetensors file holds '{name}.scale'",
+        "missing": f"no *.safetensors file holds '{name}.affine'",
         "scheme": "is stored as U8; expected I8|has shape|belongs to no layer",
         "word": "memphi.scheme is 'int3'; expected one of bf16, int8, int4, fp8",
     }

@@ -1,7 +1,7 @@
 """Products of a few rows with a matrix in int4, which take as long as reading the matrix.
 
-In a word of 32 bits stand eight inputs, an eighth of a group apart, so that a block of words needs eight stretches of
-x. Rows lie side by side in x, each contiguous; words and what codes mean are contiguous. Sums are fp32.
+In a word of four bytes stand eight inputs, an eighth of a group apart, so that a block of words needs eight stretches of
+x. Rows lie side by side in x, each contiguous; codes and what they mean are contiguous. Sums are fp32.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ DEQUANTISED_BLOCK = 512
 """Words that a program makes 16 bits again."""
 
 
-def plain_multiply(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
+def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
     """out = x W^T, and t B^T beside it, where w = (code - 8) * scale + shift; the definition.
 
-    x [rows, in]; words [out, groups, group / 8] int32; affine [out, groups, 2] bf16, scale and shift; out [rows, out].
+    x [rows, in]; codes [out, groups, group / 2] uint8; affine [out, groups, 2] bf16, scale and shift; out [rows, out].
     What codes stand for is not rounded to x's dtype.
     """
-    codes = torch.cat([words >> 4 * part & 15 for part in range(8)], -1).float() - 8
-    w = (codes * affine[..., :1].float() + affine[..., 1:].float()).flatten(1)[:, : x.shape[1]]
+    words = codes.view(torch.int32)
+    numbers = torch.cat([words >> 4 * part & 15 for part in range(8)], -1).float() - 8
+    w = (numbers * affine[..., :1].float() + affine[..., 1:].float()).flatten(1)[:, : x.shape[1]]
     y = x.float() @ w.t()
     out.copy_(y if columns is None else y + columns.t.float() @ columns.b.float().t())
 
 
-def multiply(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
+def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
     """As `plain_multiply`."""
+    words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
     b, t, ranks = (x, x, 0) if columns is None else (columns.b, columns.t, columns.b.shape[1])
     tensors = (x, words, affine.view(torch.int32), b, t, out)
@@ -310,8 +312,9 @@ def _spread(of_groups: Tile, shape: constexpr, part: constexpr) -> Tile:
     return tl.reshape(tl.broadcast_to(of_groups[:, :, None], [shape[0], shape[1] // part, part]), shape)
 
 
-def dequantise(words: Tensor, affine: Tensor, out: Tensor) -> None:
-    """out = what codes stand for, rounded once: words and affine of some outputs, out [outs, in] contiguous."""
+def dequantise(codes: Tensor, affine: Tensor, out: Tensor) -> None:
+    """out = what codes stand for, rounded once: codes and affine of some outputs, out [outs, in] contiguous."""
+    words = codes.view(torch.int32)
     n_out, groups, part = words.shape
     _dequantise[(n_out, -(-groups * part // DEQUANTISED_BLOCK))](
         *(words, affine.view(torch.int32), out),

@@ -1,7 +1,7 @@
 """A matrix as each scheme stores it, what that stands for, and the product with it: the definitions.
 
     int8   codes [out, in] int8, scale [out] bf16                      w = code * scale
-    int4   words [out, groups, group / 8] int32, eight codes each, affine [out, groups, 2] bf16, scale and shift
+    int4   codes [out, groups, group / 2], two a byte, affine [out, groups, 2] bf16, scale and shift
                                                                        w = (code - 8) * scale + shift
     fp8    codes [out, in] e4m3, scale [out] fp32                      w = code * scale, x rounded likewise, by rows
 
@@ -57,7 +57,7 @@ class QuantisedWeight(nn.Module):
 
     def multiply(self, x: Tensor, out: Tensor, columns: Columns | None = None) -> None:
         """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add."""
-        if self.kernels and len(x) <= self.most_rows(x.device):
+        if self.kernels and 0 < len(x) <= self.most_rows(x.device):
             self.multiply_few(x, out, columns)
             return
         self.multiply_many(x, out)
@@ -132,25 +132,24 @@ class Int8Weight(QuantisedWeight):
 class Int4Weight(QuantisedWeight):
     """Asymmetric, scale and shift for each group of inputs; a last group that is not full repeats what it has.
 
-    In a word stand eight inputs an eighth of a group apart, the first in the lowest bits.
+    Four bytes are a word, in which eight inputs an eighth of a group apart stand, the first in the lowest bits.
     """
 
-    words: Tensor
+    codes: Tensor
     affine: Tensor
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__(out_features, in_features)
         self.group = group_size(in_features)
         groups = -(-in_features // self.group)
-        words = torch.empty(out_features, groups, self.group // CODES_A_WORD, dtype=torch.int32)
-        self.register_buffer("words", words)
+        self.register_buffer("codes", torch.empty(out_features, groups, self.group // 2, dtype=torch.uint8))
         self.register_buffer("affine", torch.empty(out_features, groups, 2, dtype=torch.bfloat16))
 
     def store(self, first: int, rows: Tensor) -> None:
         groups = self._filled(rows.float()).unflatten(1, (-1, self.group))
         scale, shift = half_quadratic(groups)
         codes = (choose_codes(groups, scale, shift) + 8).to(torch.uint8)
-        words = self.words[first : first + len(rows)].zero_()
+        words = self.codes[first : first + len(rows)].zero_().view(torch.int32)
         for number, part in enumerate(codes.chunk(CODES_A_WORD, -1)):
             words |= part.int() << 4 * number
         self.affine[first : first + len(rows)] = torch.cat((scale, shift), -1)
@@ -161,18 +160,18 @@ class Int4Weight(QuantisedWeight):
         return codes.float().sub_(8).mul_(scale).add_(shift).to(dtype).flatten(1)[:, : self.in_features]
 
     def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        if not (self.kernels and is_available(self.words.device)):
+        if not (self.kernels and is_available(self.codes.device)):
             return self.dequantise(first, last, dtype)
-        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.words.device)
-        four_bits.dequantise(self.words[first:last], self.affine[first:last], rows)
+        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
+        four_bits.dequantise(self.codes[first:last], self.affine[first:last], rows)
         return rows
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
-        four_bits.multiply(x, self.words, self.affine, out, columns)
+        four_bits.multiply(x, self.codes, self.affine, out, columns)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
-        words = self.words[first:last]
+        words = self.codes[first:last].view(torch.int32)
         parts = [(words >> 4 * number & 15).to(torch.uint8) for number in range(CODES_A_WORD)]
         return torch.cat(parts, -1).flatten(1)
 
