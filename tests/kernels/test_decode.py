@@ -9,7 +9,9 @@ from memphi.cache.pool import TensorPool
 from memphi.engine.graphs import Graphs
 from memphi.memory import costs
 from memphi.model.decode import Buffers, Chosen, DecodeStep
+from memphi.model.kernels import eight_bits, four_bits
 from memphi.model.kernels.choice import BLOCK, plain_choose
+from memphi.model.kernels.launch import is_interpreted
 from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_config, tiny_model
@@ -105,8 +107,17 @@ def test_it_equals_the_definition(device, count, name):
     assert_equal_steps(device, make_model(device), make_rows(count, SETS[name]))
 
 
-@pytest.mark.parametrize(("count", "name"), [(1, "none"), (1, "vision"), (3, "both and none"), (8, "both and none")])
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The interpreter takes as long for a small program as for a large one."""
+    if is_interpreted():
+        monkeypatch.setattr(eight_bits, "BLOCK", (64, 64, 8))
+        monkeypatch.setattr(four_bits, "BLOCK", (64, 16, 8))
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "none"), (3, "both and none"), (8, "both and none")])
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("few_programs")
 @torch.inference_mode()
 def test_weights_in_few_bits(device, scheme, count, name):
     """The definition computes with the same numbers, a block of weights after another."""
@@ -114,6 +125,7 @@ def test_weights_in_few_bits(device, scheme, count, name):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("few_programs")
 @torch.inference_mode()
 def test_weights_in_few_bits_without_packed_adapters(device, scheme):
     assert_equal_steps(device, make_model(device, "plain", scheme=scheme), make_rows(2))
@@ -122,7 +134,8 @@ def test_weights_in_few_bits_without_packed_adapters(device, scheme):
 @torch.inference_mode()
 def test_weights_in_few_bits_beyond_the_rows_of_their_kernels(device, monkeypatch):
     monkeypatch.setattr(QuantisedWeight, "most_rows", lambda *_: 2)
-    assert_equal_steps(device, make_model(device, scheme="int4"), make_rows(3, SETS["both and none"]))
+    model = make_model(device, config=tiny_config(layers=1), scheme="int4")
+    assert_equal_steps(device, model, make_rows(3, SETS["both and none"]))
 
 
 @pytest.mark.parametrize("form", ["plain", "merged"])

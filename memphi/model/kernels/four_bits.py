@@ -1,7 +1,7 @@
 """Products of a few rows with a matrix in int4, which take as long as reading the matrix.
 
-In a word of four bytes stand eight inputs, an eighth of a group apart, so that a block of words needs eight stretches of
-x. Rows lie side by side in x, each contiguous; codes and what they mean are contiguous. Sums are fp32.
+In a word of four bytes stand eight inputs, an eighth of a group apart, so that a block of words needs eight stretches
+of x. Rows lie side by side in x, each contiguous; codes and what they mean are contiguous. Sums are fp32.
 """
 
 from __future__ import annotations
