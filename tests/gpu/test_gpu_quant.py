@@ -7,6 +7,7 @@ from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.random import random_model
 from memphi.memory import costs
+from memphi.model.kernels.coded import Columns
 from memphi.model.quant import swap
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, has_fp8_products
 from memphi.model.rows import Row
@@ -81,6 +82,27 @@ def test_logits_are_those_of_the_cpu(scheme, packed):
     expected = model(ids, rows, logits_at=range(40))
     real = model.to(DEVICE)(ids.to(DEVICE), rows, logits_at=range(40))
     assert relative(real.cpu(), expected) < 1e-2
+
+
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17, 64, 65, 300])
+@pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192), (200, 72)])
+@torch.inference_mode()
+def test_products_by_kernels_are_as_exact(scheme, rows, shape):
+    """With adapters' columns beside, for few rows and for many."""
+    weight = made(scheme, *shape)
+    weight.kernels = True
+    operand = torch.randn(rows, 96 + shape[1], device=DEVICE, dtype=torch.bfloat16)
+    columns = Columns(torch.randn(shape[0], 96, device=DEVICE, dtype=torch.bfloat16) / 30, operand[:, :96])
+    x, (plain, real) = operand[:, 96:], torch.empty(2, rows, shape[0], device=DEVICE, dtype=torch.bfloat16)
+    exact = torch.empty(rows, shape[0], device=DEVICE)
+    weight.plain_multiply(x, plain)
+    weight.plain_multiply(x.float(), exact)
+    weight.multiply(x, real)
+    assert relative(real, exact) <= 1.5 * relative(plain, exact) + 1e-3
+    weight.multiply(x, real, columns)
+    added = columns.t.float() @ columns.b.float().t()
+    assert relative(real, exact + added) <= 1.5 * relative(plain, exact) + 4e-3
 
 
 @SCHEMES
