@@ -33,10 +33,10 @@ pytestmark = [
 
 
 def make_model(dtype=torch.float32, scheme="bf16"):
-    model = lively_model(tiny_config(1024, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192))
+    model = lively_model(tiny_config(1024, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192)).to(dtype)
     model.quantise(scheme)
     model.keep_adapters(packed=True, merge=None)
-    return model.to(DEVICE, dtype)
+    return model.to(DEVICE)
 
 
 @pytest.fixture(scope="module")
