@@ -9,9 +9,7 @@ from memphi.cache.pool import TensorPool
 from memphi.engine.graphs import Graphs
 from memphi.memory import costs
 from memphi.model.decode import Buffers, Chosen, DecodeStep
-from memphi.model.kernels import eight_bits, four_bits
 from memphi.model.kernels.choice import BLOCK, plain_choose
-from memphi.model.kernels.launch import is_interpreted
 from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_config, tiny_model
@@ -105,14 +103,6 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
 @torch.inference_mode()
 def test_it_equals_the_definition(device, count, name):
     assert_equal_steps(device, make_model(device), make_rows(count, SETS[name]))
-
-
-@pytest.fixture
-def few_programs(monkeypatch):
-    """The interpreter takes as long for a small program as for a large one."""
-    if is_interpreted():
-        monkeypatch.setattr(eight_bits, "BLOCK", (64, 64, 8))
-        monkeypatch.setattr(four_bits, "BLOCK", (64, 16, 8))
 
 
 @pytest.mark.parametrize(("count", "name"), [(1, "none"), (3, "both and none"), (8, "both and none")])
