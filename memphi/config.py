@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from memphi.errors import CheckpointError, RequestError
 
@@ -22,6 +22,16 @@ AdapterForm = Literal["plain", "packed", "merged"]
 KernelChoice = Literal["auto", "plain"]
 Place = Literal["host", "device"]
 PlaceChoice = Literal["auto", "host", "device"]
+
+Scheme = Literal["bf16", "int8", "int4", "fp8"]
+"""How the decoder's linears are kept: bf16 is the number format that was asked for, the others are quantised."""
+SchemeChoice = Literal["auto", "bf16", "int8", "int4", "fp8"]
+
+
+def group_size(in_features: int) -> int:
+    """Inputs of a linear that share a scale and a shift in int4."""
+    return 128 if in_features % 128 == 0 else 64
+
 
 LARGEST_SIZE, LARGEST_NUMBER = 2**24, 1e12
 MOST_LAYERS, MOST_CROPS = 1000, 1000
@@ -132,6 +142,13 @@ class ModelConfig:
     speech_adapter: AdapterConfig
     stop_token_ids: tuple[int, ...]
     layout: str = "official"
+    scheme: Scheme = "bf16"
+    """How the weights are kept: in files, and where these hold 16 bits as the plan chooses."""
+
+    @property
+    def other_scheme(self) -> Scheme:
+        """The scheme of the linears outside the decoder and of the embedding, which is the head too."""
+        return "bf16" if self.scheme == "bf16" else "int8"
 
     def adapter(self, name: str) -> AdapterConfig:
         return {"vision": self.vision_adapter, "speech": self.speech_adapter}[name]
@@ -183,7 +200,7 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one, and for an adapter or a choice of kernels that there is not.
+    Raises RequestError for a number below one, and for an adapter, a scheme or a choice of kernels that there is not.
     """
 
     memory_bytes: int | None = None
@@ -203,6 +220,8 @@ class EngineConfig:
     """After so long without a request, memory goes back to the device but for the weights."""
     merge: AdapterName | None = None
     """Add this adapter into the weights while they are loaded: requests of its mode alone are answered, at no cost."""
+    scheme: SchemeChoice = "auto"
+    """How weights are kept; auto: as the folder has them, or quantised where the device has too little for them."""
 
     kernels: KernelChoice = "auto"
     """auto: memphi's own kernels and CUDA graphs where the card has them; plain: torch's."""
@@ -219,6 +238,8 @@ class EngineConfig:
             raise RequestError(f"kernels is {self.kernels!r}; it must be one of {', '.join(get_args(KernelChoice))}")
         if self.merge is not None and self.merge not in get_args(AdapterName):
             raise RequestError(f"merge is {self.merge!r}; it must be one of {', '.join(get_args(AdapterName))}")
+        if self.scheme not in get_args(SchemeChoice):
+            raise RequestError(f"scheme is {self.scheme!r}; it must be one of {', '.join(get_args(SchemeChoice))}")
         for name in ("memory_bytes", "rows", "step_tokens", "crops_per_pass", "windows_per_pass"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -237,6 +258,9 @@ def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+Word = TypeVar("Word", bound=str)
 
 
 @dataclass(frozen=True)
@@ -286,6 +310,14 @@ class _Fields:
         if not isinstance(value, bool):
             raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected true or false")
         return value
+
+    def word(self, name: str, words: tuple[Word, ...], default: Word) -> Word:
+        """One of some words."""
+        value = self._get(name, default)
+        for word in words:
+            if value == word:
+                return word
+        raise CheckpointError(f"{self._name(name)} is {_shown(value)}; expected one of {', '.join(words)}")
 
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -384,6 +416,7 @@ def _from_official(config: _Fields, generation: _Fields, preprocessor: _Fields) 
         vision_adapter=_adapter(config.part("vision_lora")),
         speech_adapter=_adapter(config.part("speech_lora")),
         stop_token_ids=_stop_ids(config, generation),
+        scheme=extra.word("scheme", get_args(Scheme), "bf16"),
     )
 
 
@@ -434,6 +467,8 @@ def _to_official(config: ModelConfig) -> dict[str, Any]:
     switches = {"window_tokens": audio.window_tokens, "mask_tail": audio.mask_tail}
     if any(value != getattr(AudioConfig, name) for name, value in switches.items()):
         extra["audio"] = switches
+    if config.scheme != "bf16":
+        extra["scheme"] = config.scheme
     document = {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",

@@ -306,12 +306,11 @@ def _check_tensors(folder: Path, config: ModelConfig) -> int:
     """Compare names and shapes with what the model needs, as loading does; returns how many tensors it reads."""
     import torch
 
-    from memphi.checkpoint.loader import check_tensors
-    from memphi.model.phi4mm import Phi4MM
+    from memphi.checkpoint.loader import check_tensors, empty_model
 
     stored = find_tensors(folder, config)
     with torch.device("meta"):
-        expected = Phi4MM(config).state_dict()
+        expected = empty_model(config, torch.bfloat16).state_dict()
     check_tensors(folder, stored, expected)
     return len(stored)
 

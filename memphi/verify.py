@@ -20,6 +20,7 @@ from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import Location, locate
 from memphi.checkpoint.random import random_model
 from memphi.config import ModelConfig
+from memphi.errors import CheckpointError
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.phi4mm import Phi4MM
@@ -109,6 +110,11 @@ def verify(
     import_transformers()
     location = locate(model)
     config = read_config(location.folder)
+    if config.scheme != "bf16":
+        raise CheckpointError(
+            f"{model} holds weights in {config.scheme}, which transformers cannot read; verify the folder that it was "
+            "made from"
+        )
     tokenizer = Tokenizer.from_folder(location.folder)
     prompts = tuple(prepare(request, config, tokenizer) for request in sample_requests(config, seed))
     placeholders: dict[MediaKind, int] = {"image": tokenizer.image_id, "audio": tokenizer.audio_id}

@@ -75,7 +75,8 @@ def work_calibrate(options: argparse.Namespace) -> None:
         prepared = preparing.submit(prepare_media, options.model)
         _measure_context(options, meter)
         dial_bytes = options.dial[0] if options.dial else None
-        engine, notes = load_engine(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
+        config = EngineConfig(memory_bytes=dial_bytes, speculation=False, scheme=options.scheme)
+        engine, notes = load_engine(options, config)
         engine.close()  # What runs from here on runs in this thread; the loop has nothing to do.
         steps = Steps(engine, notes, prepared.result())
     for case in steps.cases():

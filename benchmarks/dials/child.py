@@ -90,7 +90,8 @@ def work_dial(options: argparse.Namespace) -> None:
     builders = ThreadPoolExecutor(BUILDERS)
     requests = [builders.submit(make_request, i, options.seed, sizes) for i in range(options.requests)]
     try:
-        engine, notes = load_engine(options, EngineConfig(memory_bytes=dial_bytes, speculation=False))
+        config = EngineConfig(memory_bytes=dial_bytes, speculation=False, scheme=options.scheme)
+        engine, notes = load_engine(options, config)
     except DoesNotFitError as refusal:
         tell("no plan", sentence=str(refusal))
         return

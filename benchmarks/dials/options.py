@@ -26,6 +26,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="random", help="random, demo or a folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: bf16; fp32 for --dial none, where no answer may hang on rounding")
+    parser.add_argument("--scheme", default="bf16", help="of the weights; auto: what the plan chooses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--turn", type=float, default=4.0, metavar="SECONDS", help="how long a neighbour stays, or is away"

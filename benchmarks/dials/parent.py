@@ -113,7 +113,7 @@ def run_without_dial(
 
 def _mix(options: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for two runs to have the same answers."""
-    names = ("requests", "seed", "small")
+    names = ("requests", "scheme", "seed", "small")
     model, dtype = Path(options.model).name, options.dtype or EXACT
     return {"model": model, "dtype": dtype, **{name: getattr(options, name) for name in names}}
 

@@ -18,7 +18,7 @@ from benchmarks.dials.options import NO_DIAL
 
 GRACE_SECONDS = 20.0
 """How long after its time a process may still end by itself."""
-PASSED = ("requests", "model", "device", "seed", "turn")
+PASSED = ("requests", "model", "device", "scheme", "seed", "turn")
 
 
 @dataclass

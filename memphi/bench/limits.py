@@ -71,7 +71,7 @@ def _encode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Pha
             groups |= {"audio encoder", "projectors"}
             operations += sum(clip_operations(config.audio, clip.tokens) for clip in footprint.clips)
             operations += footprint.audio_tokens * _projector_operations(config, config.audio.hidden_size)
-    return Phase("encode", sum(_numbers(config, group) for group in groups) * dtype_bytes, operations)
+    return Phase("encode", sum(_bytes(config, group, dtype_bytes) for group in groups), operations)
 
 
 def _prefill(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Phase:
@@ -91,7 +91,7 @@ def _decode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Pha
     n_bytes = operations = 0
     for adapter in {task.adapter for task in tasks} - {None}:
         steps = max(task.answer_tokens - 1 for task in tasks if task.adapter == adapter)
-        n_bytes += steps * _numbers(config, f"{adapter} adapter") * dtype_bytes
+        n_bytes += steps * _bytes(config, f"{adapter} adapter", dtype_bytes)
     n_bytes += max(task.answer_tokens - 1 for task in tasks) * _step_bytes(config, set(), dtype_bytes)
     for task in tasks:
         steps, prompt = task.answer_tokens - 1, task.footprint.prompt_tokens
@@ -107,10 +107,15 @@ def _numbers(config: ModelConfig, group: str) -> int:
     return sum(size * count for size, count in costs.weight_tensors(config)[group])
 
 
+def _bytes(config: ModelConfig, group: str, dtype_bytes: int) -> int:
+    """What a group of weights takes, as the config's scheme stores it."""
+    return sum(size * count for size, count in costs.weight_bytes(config, dtype_bytes)[group])
+
+
 def _step_bytes(config: ModelConfig, adapters: set[str | None], dtype_bytes: int) -> int:
     """The decoder, the output head, which is the embedding, and adapters."""
     groups = ["language", "embedding", *(f"{adapter} adapter" for adapter in adapters if adapter)]
-    return sum(_numbers(config, group) for group in groups) * dtype_bytes
+    return sum(_bytes(config, group, dtype_bytes) for group in groups)
 
 
 def _token_bytes(config: ModelConfig, dtype_bytes: int) -> int:

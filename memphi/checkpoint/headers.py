@@ -16,8 +16,8 @@ from typing import Any
 from memphi.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-"""Bytes of one number, for each kind that is accepted."""
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+"""Bytes of one number, for each kind that is accepted; those of one byte are a scheme's codes."""
 
 _MAX_JSON_BYTES = 16 * 2**20  # the official header has 0.2 MB; more than this is not a checkpoint but an attack
 _MAX_DIMENSIONS = 8
@@ -31,7 +31,7 @@ class StoredTensor:
     name: str
     file: Path
     kind: str
-    """BF16, F16 or F32."""
+    """One of ITEM_BYTES."""
     shape: tuple[int, ...]
     start: int
     """First byte, counted from the start of the file."""

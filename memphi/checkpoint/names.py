@@ -144,6 +144,8 @@ ADAPTER_TABLE = Section(
 """Beside the weights in the official layout; in folders of their own in the converted one (see `from_peft`)."""
 
 _TOWER = "model.embed_tokens_extend.image_embed.img_processor."
+PARTS = ("codes", "scale", "affine")
+"""What a quantised weight is stored as: its name, and after a dot one of these."""
 UNUSED = (
     f"{_TOWER}post_layernorm.*",
     f"{_TOWER}head.probe",
@@ -161,8 +163,12 @@ The tower's last layer is the third such part; only the config says which number
 
 
 def official_name(ours: str) -> str:
-    """The official checkpoint's name of one of our tensors; KeyError if it is none of ours."""
-    return _translate(ours, _columns()[0])
+    """The official checkpoint's name of one of our tensors; KeyError if it is none of ours.
+
+    A part of a quantised weight, which that has not, is called like the weight and the part.
+    """
+    weight, part = _split(ours)
+    return _translate(weight, _columns()[0]) + part
 
 
 def from_official(name: str, vision_layers: int) -> str | None:
@@ -170,7 +176,9 @@ def from_official(name: str, vision_layers: int) -> str | None:
 
     vision_layers counts the tower's computed layers: those from that number on are stored only.
     """
-    return _from_stored(name, _columns()[1], vision_layers)
+    weight, part = _split(name)
+    ours = _from_stored(weight, _columns()[1], vision_layers)
+    return None if ours is None else ours + part
 
 
 def from_converted(name: str, vision_layers: int) -> str | None:
@@ -194,6 +202,12 @@ def adapted(names: Iterable[str], adapter: str) -> Iterator[tuple[str, str, str]
         if name.endswith(end):
             base = name.removesuffix(end)
             yield f"{base}weight", name, f"{base}adapters.{adapter}.b"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name without the part of a quantised weight at its end, and that part with its dot, if there is one."""
+    weight, dot, part = name.rpartition(".")
+    return (weight, dot + part) if part in PARTS else (name, "")
 
 
 def _from_stored(name: str, column: tuple["_Rule", ...], vision_layers: int) -> str | None:

@@ -5,6 +5,7 @@ and the best logit stands out from the next. For trying the engine, for measurin
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor
 
 from memphi.checkpoint.names import adapted
 from memphi.checkpoint.reader import Progress
-from memphi.config import AdapterName, ModelConfig
+from memphi.config import AdapterName, ModelConfig, Scheme
 from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.swap import quantised_weights, store
 
 TOWER_BRANCH = 0.12
 """How much each branch of a tower's layers adds, about 1 / sqrt(branches): at 1, 24 layers make all features alike."""
+
+DRAWN_NUMBERS = 64 * 2**20
+"""Numbers of a tensor that are drawn at once; of the official sizes only the embedding has more."""
 
 
 def random_model(
@@ -30,39 +35,59 @@ def random_model(
     progress: Progress | None = None,
     packed: bool = False,
     merge: AdapterName | None = None,
+    scheme: Scheme = "bf16",
 ) -> Phi4MM:
     """A model with random weights, in eval mode and without gradients.
 
     Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it, nor on how
-    adapters are kept. No weight passes through the host. Device memory: the model, and where adapters are packed or
-    merged, for a while the largest of its tensors.
+    adapters are kept; under a scheme it is what that makes of the same numbers. No weight passes through the host.
+    Device memory: the model, and where adapters are packed or merged, for a while the largest of its tensors, of which
+    those of more than DRAWN_NUMBERS are drawn in parts.
     """
     with torch.device("meta"):
         model = Phi4MM(config, attention).to(dtype)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.quantise(scheme)
     model.keep_adapters(packed, merge)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    tensors = model.state_dict()
-    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
-    for name, tensor in tensors.items():
-        _draw(tensor, seed, name)
-        done += tensor.nbytes
-        if progress:
-            progress(done, total)
-    if merge:
-        for weight, *adapter in adapted(shapes, merge):
-            a, b = (_draw(tensors[weight].new_empty(shapes[name]), seed, name) for name in adapter)
-            _merge(tensors[weight], a, b, config.adapter(merge).scale)
+    tensors, quantised = model.state_dict(), quantised_weights(model)
+    kept = {name: shape for name, shape in shapes.items() if name in tensors or name in quantised}
+    adapters = {weight: (a, b) for weight, a, b in adapted(shapes, merge)} if merge else {}
+    done, total = 0, sum(shape.numel() for shape in kept.values()) * dtype.itemsize
+    for name, shape in kept.items():
+        adapter = [_draw(_empty(model, shapes[part]), seed, part) for part in adapters.get(name, ())]
+        for first, last in _parts(shape):
+            rows = tensors[name][first:last] if name in tensors else _empty(model, (last - first, *shape[1:]))
+            _draw(rows, seed, name, first)
+            if merge and adapter:
+                _merge(rows, adapter[0], adapter[1][first:last], config.adapter(merge).scale)
+            if name in quantised:
+                store(quantised[name], name, first, rows)
+            done += rows.numel() * dtype.itemsize
+            if progress:
+                progress(done, total)
     return model
+
+
+def _empty(model: Phi4MM, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=model.dtype, device=model.device)
+
+
+def _parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Rows from one to before another, of DRAWN_NUMBERS at most."""
+    most = max(DRAWN_NUMBERS // math.prod(shape[1:]), 1)
+    for first in range(0, shape[0], most):
+        yield first, min(first + most, shape[0])
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     merge_adapter(weight, a, scale, lambda first, last: (weight[first:last], b[first:last]))
 
 
-def _draw(tensor: Tensor, seed: int, name: str) -> Tensor:
-    """Fill a tensor, which is returned; a view gets what it would get by itself."""
-    generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, name))
+def _draw(tensor: Tensor, seed: int, name: str, first: int = 0) -> Tensor:
+    """Fill a tensor, or its rows from `first` on, and return it; a view gets what it would get by itself."""
+    part = f"{name}[{first}]" if first else name
+    generator = torch.Generator(tensor.device).manual_seed(_tensor_seed(seed, part))
     whole = tensor if tensor.is_contiguous() else tensor.contiguous()
     whole.normal_(*_distribution(name, tensor), generator=generator)
     return tensor if whole is tensor else tensor.copy_(whole)

@@ -17,20 +17,45 @@ from memphi.errors import CheckpointError
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+def kinds_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """The kinds that may be read into a tensor: any wide float into one, codes only as they are."""
+    if dtype.itemsize == 1:
+        return tuple(kind for kind, own in DTYPES.items() if own is dtype)
+    return tuple(kind for kind, own in DTYPES.items() if own.itemsize > 1)
+
 
 _PIECE_BYTES = 32 * 2**20
 
 
-def fill_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]], device: torch.device, progress: Progress | None) -> None:
-    """Fill each tensor from its file; the tensors lie on `device` and may be views and have another float dtype.
+def make_buffer(device: torch.device) -> Tensor:
+    """What bytes for a device travel through: 32 MiB of the host's memory, pinned for a GPU."""
+    return torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
-    Host memory: one buffer of 32 MiB (pinned, for a GPU), however large a tensor is, and up to 64 MiB more while a
-    piece changes its dtype. Files are read, not mapped, so a file that shrinks under us is an error and not a dead
-    process. Raises CheckpointError for a file that cannot be read to the end.
+
+def fill_tensors(
+    pairs: Iterable[tuple[StoredTensor, Tensor]],
+    device: torch.device,
+    progress: Progress | None,
+    buffer: Tensor | None = None,
+) -> None:
+    """Fill each tensor from its file; they lie on `device`, and may be views and of another float dtype.
+
+    buffer, from `make_buffer`, is for whoever calls this often. Host memory: one such buffer, however large a tensor
+    is, and up to 64 MiB more while a piece changes its dtype. Files are read, not mapped, so a file that shrinks under
+    us is an error and not a dead process. Raises CheckpointError for a file that cannot be read to the end.
     """
     work = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].start))
-    buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = make_buffer(device) if buffer is None else buffer
     done, total = 0, sum(stored.end - stored.start for stored, _ in work)
     for path, group in groupby(work, key=lambda pair: pair[0].file):
         try:

@@ -22,6 +22,7 @@ from memphi.checkpoint.reader import DTYPES, blocks
 from memphi.config import ModelConfig
 from memphi.errors import CheckpointError
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.host import HostInt4Weight
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _PIECE_BYTES = 32 * 2**20
@@ -41,11 +42,15 @@ def write_checkpoint(
     """
     if model.merged is not None:
         raise CheckpointError(f"the {model.merged} adapter is merged into this model; load it anew to write it")
+    if any(isinstance(module, HostInt4Weight) for module in model.modules()):
+        raise CheckpointError(
+            "this model's weights are in the order that a CPU computes with; load it anew to write it"
+        )
     tensors = {official_name(ours): tensor for ours, tensor in model.state_dict().items()}
     with _finished_folder(folder) as partial:
-        _write_configs(model.config, model.dtype, partial)
+        write_configs(model.config, model.dtype, partial)
         if tokenizer_folder is not None:
-            _copy_tokenizer(tokenizer_folder, partial)
+            copy_tokenizer(tokenizer_folder, partial)
         _write_shards(tensors, partial, shard_bytes)
 
 
@@ -67,9 +72,9 @@ def _finished_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_configs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
-    _write_json(folder / "config.json", config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")})
-    _write_json(folder / "generation_config.json", {"eos_token_id": list(config.stop_token_ids)})
+def write_configs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
+    write_json(folder / "config.json", config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "generation_config.json", {"eos_token_id": list(config.stop_token_ids)})
     preprocessor = {
         "image_processor_type": "Phi4MMImageProcessor",
         "processor_class": "Phi4MMProcessor",
@@ -79,13 +84,13 @@ def _write_configs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> Non
         "audio_feat_stride": 1,
         "dynamic_hd": config.vision.max_crops,
     }
-    _write_json(folder / "preprocessor_config.json", preprocessor)
+    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     packed = source / "tokenizer.json.gz"
     if packed.exists() and not (source / "tokenizer.json").exists():
-        with gzip.open(packed) as text, _synced(folder / "tokenizer.json") as file:
+        with gzip.open(packed) as text, synced(folder / "tokenizer.json") as file:
             shutil.copyfileobj(text, file)
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
@@ -103,7 +108,7 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
         owners |= dict.fromkeys(names, file.name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
-    _write_json(folder / INDEX_NAME, index)
+    write_json(folder / INDEX_NAME, index)
 
 
 def _divide(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
@@ -122,14 +127,14 @@ def _divide(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
 def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     # Wide numbers first, so that each tensor starts at a multiple of its number's size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    with _synced(file) as stream:
-        stream.write(_header(ordered))
+    with synced(file) as stream:
+        stream.write(header_bytes(ordered))
         for _, tensor in ordered:
             for piece in _pieces(tensor):
                 stream.write(piece)
 
 
-def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+def header_bytes(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
     """The file's first bytes: the header's length and the header, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -147,13 +152,13 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(numbers)  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with _synced(path) as file:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with synced(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 @contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
+def synced(path: Path) -> Iterator[BinaryIO]:
     """A file that is on the disk, and not only on its way there, when it is closed."""
     with path.open("wb") as file:
         yield file

@@ -12,6 +12,7 @@ from memphi.cli.bench import bench
 from memphi.cli.chat import chat
 from memphi.cli.doctor import doctor
 from memphi.cli.plan import plan
+from memphi.cli.quantize import quantize
 from memphi.cli.serve import serve
 from memphi.cli.verify import verify
 from memphi.errors import MemphiError
@@ -22,6 +23,7 @@ app.command()(bench)
 app.command()(chat)
 app.command()(doctor)
 app.command()(plan)
+app.command()(quantize)
 app.command()(serve)
 app.command()(verify)
 

@@ -33,6 +33,7 @@ def ask(
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
+    scheme: options.Scheme = "auto",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -57,7 +58,7 @@ def ask(
         raise typer.BadParameter("give a question, an attachment (-a), or both")
     if each and not attach:
         raise typer.BadParameter("--each needs attachments (-a)")
-    config = options.engine_config(memory, kv_cache, pin, merge, speculation, kernels)
+    config = options.engine_config(memory, kv_cache, pin, merge, speculation, kernels, scheme)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

@@ -29,6 +29,7 @@ def bench(
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
+    scheme: options.Scheme = "auto",
     allocator: options.Allocator = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Times that each is done; the middle one counts.")] = 3,
     seconds: Annotated[
@@ -57,7 +58,7 @@ def bench(
             return _draw_results([Path(name) for name in what], plot)
     wanted = _wanted(what or [], curve, against, repeats, seconds, scale, seed, commit)
     # Random weights repeat themselves: what speculation gains on them, it gains nowhere else.
-    config = options.engine_config(memory, "on", pin, merge, speculation=False, kernels=kernels)
+    config = options.engine_config(memory, "on", pin, merge, speculation=False, kernels=kernels, scheme=scheme)
     warn_of_device(device)
     make_settings(allocator)
     with telling("starting"):

@@ -29,6 +29,7 @@ def chat(
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
+    scheme: options.Scheme = "auto",
     allocator: options.Allocator = "default",
     debug_cuda: options.DebugCuda = False,
     detail: options.Detail = "auto",
@@ -46,7 +47,7 @@ def chat(
     """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
     from memphi.request import SamplingParams
 
-    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels)
+    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

@@ -11,7 +11,7 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
-    from memphi.config import AdapterName, EngineConfig, KernelChoice
+    from memphi.config import AdapterName, EngineConfig, KernelChoice, SchemeChoice
     from memphi.request import Detail as DetailValue
     from memphi.request import Grammar, Media
 
@@ -47,6 +47,7 @@ def engine_config(
     merge: "AdapterName | None" = None,
     speculation: bool = True,
     kernels: "KernelChoice" = "auto",
+    scheme: "SchemeChoice" = "auto",
 ) -> "EngineConfig":
     """The dial, pins, and how things are computed; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
@@ -66,6 +67,7 @@ def engine_config(
         merge=merge,
         speculation=speculation,
         kernels=kernels,
+        scheme=scheme,
         **values,
     )
 
@@ -145,6 +147,12 @@ Merge = Annotated[
     Literal["vision", "speech"] | None,
     typer.Option(
         help="Add this adapter into the weights: it costs nothing, and only requests that use it are answered."
+    ),
+]
+Scheme = Annotated[
+    Literal["auto", "bf16", "int8", "int4", "fp8"],
+    typer.Option(
+        help="How weights are kept: bf16 as --dtype says, or quantised while they are read; auto: as exact as fits."
     ),
 ]
 Kernels = Annotated[

@@ -37,6 +37,7 @@ def plan(
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
+    scheme: options.Scheme = "auto",
     gpu: Annotated[str | None, typer.Option(help="Plan for this card, as in `RTX 4060`; none need be here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     model: options.Model = DEFAULT_MODEL,
@@ -60,7 +61,7 @@ def plan(
     config, facts, engine = (
         read_config(folder),
         _facts(device, gpu, memory),
-        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels),
+        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme),
     )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
@@ -220,7 +221,7 @@ class _Verdict:
         tenth = (1 << 30) // 10 + 1
 
         def fits(tenths: int) -> bool:
-            engine = replace(self.engine, memory_bytes=tenths * tenth)
+            engine = replace(self.engine, memory_bytes=tenths * tenth, scheme=self.made.scheme)
             plan = make_plan(self.config, endless, engine, self.dtype_bytes)
             return plan.context_tokens >= self.needed_tokens
 
@@ -234,7 +235,9 @@ class _Verdict:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle + 1, high)
         where = "" if low * tenth <= self.facts.free_bytes else " on a device that has it"
-        return f"--memory {low / 10:.1f}GiB{where}"
+        # With more, auto would choose weights that leave less.
+        keeping = "" if self.made.scheme == "bf16" or self.engine.scheme != "auto" else f" --scheme {self.made.scheme}"
+        return f"--memory {low / 10:.1f}GiB{keeping}{where}"
 
     def _measure(self, request: "Request") -> "Footprint":
         from memphi.inputs.prompt import measure
@@ -306,7 +309,8 @@ def _examples(made: "MemoryPlan", config: "ModelConfig") -> list[dict[str, Any]]
 
 def _text(document: dict[str, Any]) -> str:
     device, plan = document["device"], document["plan"]
-    lines = [f"{document['model']} in {document['dtype']} on {device['name']}", "", "memory"]
+    kept = document["dtype"] if plan["scheme"] == "bf16" else f"{plan['scheme']} and {document['dtype']}"
+    lines = [f"{document['model']} in {kept} on {device['name']}", "", "memory"]
     lines += _rows(_memory_rows(plan, document["reasons"]))
     lines += ["", "what a step does, and what fits into one prompt"]
     lines += _rows([*_size_rows(plan, document["reasons"]), *map(_example_row, document["fits"])])
@@ -355,6 +359,7 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "windows_per_pass": "windows of sound a pass",
         "adapters": "adapters",
         "preprocessing": "crops, mel frames on",
+        "scheme": "scheme of the weights",
     }
     values = {"host": "the host", "device": "the device"}
     return [(name, values.get(plan[field], str(plan[field])), reasons[field]) for field, name in names.items()]

@@ -68,6 +68,7 @@ def serve(
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
+    scheme: options.Scheme = "auto",
     allocator: options.Allocator = "default",
     on_pressure: options.OnPressure = "wait",
     max_tokens: MaxTokens = None,
@@ -97,7 +98,7 @@ def serve(
         log_requests=log_requests,
     )
     warn_of_device(device)
-    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels)
+    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme)
     load = _loading(Loading(model, device, dtype, attention, config, allocator))
     _run(load, settings, host, port, tls_cert, tls_key, drain_seconds)
 

@@ -43,6 +43,7 @@ from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
 from memphi.model.kernels.launch import why_not_available
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.host import use_host_products
 from memphi.sampling.grammar import Grammars
 
 HOST_MEDIA_SHARE = 4
@@ -57,10 +58,10 @@ class Engine(Facade):
     ) -> None:
         """Without a plan one is made for the device that the model is on, as `load` does before it loads.
 
-        Whether an adapter is merged the model knows, whatever config says.
+        Whether an adapter is merged, and the scheme, the model knows, whatever config says.
         """
         self.model = model
-        self.config = config = replace(config or EngineConfig(), merge=model.merged)
+        self.config = config = replace(config or EngineConfig(), merge=model.merged, scheme=model.config.scheme)
         self.plan = plan or make_plan(
             model.config, device_facts(model.device), config, model.dtype.itemsize, model.adapter_form
         )
@@ -90,7 +91,7 @@ def make_loop(
         step_limits(plan, config, model),
         _reservations(plan),
         MediaCache(plan.media_bytes),
-        Naming("loaded", str(model.dtype), str(model.dtype), PREPROCESSING_VERSION),
+        Naming("loaded", str(model.dtype), f"{model.dtype} {model.config.scheme}", PREPROCESSING_VERSION),
         embedding_bytes,
         config.kv_cache,
     )
@@ -197,7 +198,9 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     with told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             config = read_config(location.folder)
-            network = random_model(config, where, number, 0, backend, progress, packed, merge)
+            network = random_model(config, where, number, 0, backend, progress, packed, merge, plan.scheme)
         else:
-            network = load_model(location.folder, where, number, backend, progress, packed, merge)
+            network = load_model(location.folder, where, number, backend, progress, packed, merge, plan.scheme)
+        if where.type == "cpu" and number is torch.bfloat16:
+            use_host_products(network)
         return Parts(network, Tokenizer.from_folder(location.folder), plan)

@@ -9,7 +9,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, Place, VisionConfig
+from memphi.config import (
+    AdapterConfig,
+    AdapterForm,
+    AudioConfig,
+    LanguageConfig,
+    ModelConfig,
+    Place,
+    Scheme,
+    VisionConfig,
+    group_size,
+)
 from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -40,6 +50,10 @@ DRAW_BYTES = 64
 """Sorting and filtering one row's scores, per id: scaled, sorted, their ids, the sort's own copies, sums in fp64."""
 MERGED_NUMBERS = 4 * MIB
 """Numbers of a weight that are merged with an adapter at once."""
+QUANTISED_NUMBERS = 2 * MIB
+"""Numbers of a weight that are quantised at once."""
+DEQUANTISED_NUMBERS = 8 * MIB
+"""Numbers of a quantised weight that are there in 16 bits at once."""
 GRAPHS_BYTES = 128 * MIB
 """What CUDA keeps of all graphs, some hundred launches each, and cuBLAS' work space for them."""
 GRAPH_PROGRAMS = 1024
@@ -76,42 +90,58 @@ def size_text(n_bytes: int) -> str:
 # --- weights -------------------------------------------------------------------------------------------------------
 
 Tensors = tuple[tuple[int, int], ...]
-"""Sizes of tensors: (numbers in one, how many there are)."""
+"""Sizes of tensors: (numbers or bytes in one, how many there are)."""
+Matrices = tuple[tuple[int, int, int], ...]
+"""The matrices of linears and of the embedding, to which schemes apply: (inputs, outputs, how many there are)."""
 
 
 def weight_tensors(config: ModelConfig, form: AdapterForm = "plain") -> dict[str, Tensors]:
-    """The sizes of all weights, by group; a merged adapter has none of its own, and the other is left out."""
-    language = config.language
+    """The numbers of all weights, by group; a merged adapter has none of its own, and the other is left out."""
     return {
-        "language": _language_tensors(language),
-        "embedding": ((language.vocab_size * language.hidden_size, 1),),
-        "vision adapter": () if form == "merged" else _adapter_tensors(language, config.vision_adapter),
-        "speech adapter": () if form == "merged" else _adapter_tensors(language, config.speech_adapter),
-        "vision tower": _vision_tensors(config.vision),
-        "audio encoder": _audio_tensors(config.audio),
-        "projectors": _projector_tensors(config),
+        name: (*((n_in * n_out, count) for n_in, n_out, count in matrices), *others)
+        for name, (matrices, others) in _groups(config, form).items()
+    }
+
+
+def weight_bytes(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> dict[str, Tensors]:
+    """The same in bytes, as the config's scheme stores them."""
+    return {
+        name: (*_stored(matrices, _scheme_of(name, config), dtype_bytes), *_in_bytes(others, dtype_bytes))
+        for name, (matrices, others) in _groups(config, form).items()
     }
 
 
 def weights(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> tuple[Cost, ...]:
     """The weights, group by group."""
-    return tuple(_weights_of(group, tensors, dtype_bytes) for group, tensors in weight_tensors(config, form).items())
-
-
-def _weights_of(group: str, tensors: Tensors, dtype_bytes: int) -> Cost:
-    numbers = sum(size * count for size, count in tensors)
-    formula = (
-        f"{numbers:,} numbers of {dtype_bytes} bytes" if tensors else "none: one adapter is merged into the weights"
+    numbers, stored = weight_tensors(config, form), weight_bytes(config, dtype_bytes, form)
+    return tuple(
+        Cost(
+            f"weights: {group}",
+            _total(stored[group]),
+            _weights_formula(_total(numbers[group]), _scheme_of(group, config), dtype_bytes),
+        )
+        for group in numbers
     )
-    return Cost(f"weights: {group}", numbers * dtype_bytes, formula)
+
+
+def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
+    if not numbers:
+        return "none: one adapter is merged into the weights"
+    words = {
+        "bf16": f"{numbers:,} numbers of {dtype_bytes} bytes",
+        "int8": f"{numbers:,} numbers, matrices in 1 byte and a scale for each output",
+        "int4": f"{numbers:,} numbers, matrices in half a byte, scale and shift for each group of 128 or 64 inputs",
+        "fp8": f"{numbers:,} numbers, matrices in 1 byte (e4m3) and a scale for each output",
+    }
+    return words[scheme]
 
 
 def weights_rounding(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
     """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
-    groups = weight_tensors(config, form)
+    groups = weight_bytes(config, dtype_bytes, form)
     if form == "packed":
-        groups |= packed_tensors(config)
-    sizes = [(size * dtype_bytes, count) for tensors in groups.values() for size, count in tensors]
+        groups |= packed_bytes(config, dtype_bytes)
+    sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
     large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
     middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
     small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
@@ -123,74 +153,133 @@ def weights_rounding(config: ModelConfig, dtype_bytes: int, form: AdapterForm = 
     )
 
 
+def packed_bytes(config: ModelConfig, dtype_bytes: int) -> dict[str, Tensors]:
+    """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt.
+
+    Beside weights in few bits, adapters have matrices of their own.
+    """
+    language, ranks = config.language, _ranks(config)
+    linears = _linears(language)
+    is_quantised = config.scheme != "bf16"
+    wide = tuple((((0 if is_quantised else n_in) + ranks) * n_out, language.layers) for n_in, n_out in linears)
+    narrow = tuple((ranks * n_in, language.layers) for n_in, _ in linears)
+    base = _stored(_language_group(language)[0], config.scheme, dtype_bytes) if is_quantised else ()
+    lying = (*base, *_in_bytes((*wide, *narrow, *_language_group(language)[1]), dtype_bytes))
+    return {"language": lying, "vision adapter": (), "speech adapter": ()}
+
+
+def _scheme_of(group: str, config: ModelConfig) -> Scheme:
+    """How a group's matrices are stored: adapters always in 16 bits."""
+    if group == "language":
+        return config.scheme
+    return "bf16" if group.endswith(" adapter") else config.other_scheme
+
+
+def _stored(matrices: Matrices, scheme: Scheme, dtype_bytes: int) -> Tensors:
+    """The tensors that a scheme stores matrices as, in bytes."""
+    return tuple(
+        (size, count) for n_in, n_out, count in matrices for size in _stored_as(n_in, n_out, scheme, dtype_bytes)
+    )
+
+
+def _stored_as(n_in: int, n_out: int, scheme: Scheme, dtype_bytes: int) -> tuple[int, ...]:
+    """One matrix: codes, scales and shifts."""
+    group = group_size(n_in)
+    groups = -(-n_in // group)
+    return {
+        "bf16": (n_in * n_out * dtype_bytes,),
+        "int8": (n_in * n_out, 2 * n_out),
+        "int4": (groups * group // 2 * n_out, 4 * groups * n_out),
+        "fp8": (n_in * n_out, 4 * n_out),
+    }[scheme]
+
+
+def _in_bytes(tensors: Tensors, dtype_bytes: int) -> Tensors:
+    return tuple((size * dtype_bytes, count) for size, count in tensors)
+
+
+def _total(tensors: Tensors) -> int:
+    return sum(size * count for size, count in tensors)
+
+
+Group = tuple[Matrices, Tensors]
+"""A group's matrices, and its other tensors in numbers."""
+
+
+def _groups(config: ModelConfig, form: AdapterForm) -> dict[str, Group]:
+    language, none = config.language, ((), ())
+    return {
+        "language": _language_group(language),
+        "embedding": (((language.hidden_size, language.vocab_size, 1),), ()),
+        "vision adapter": none if form == "merged" else ((), _adapter_tensors(language, config.vision_adapter)),
+        "speech adapter": none if form == "merged" else ((), _adapter_tensors(language, config.speech_adapter)),
+        "vision tower": _vision_group(config.vision),
+        "audio encoder": _audio_group(config.audio),
+        "projectors": _projector_group(config),
+    }
+
+
 def _linears(language: LanguageConfig) -> tuple[tuple[int, int], ...]:
     """The four linears of a decoder layer: (in, out)."""
     hidden, inner = language.hidden_size, language.intermediate_size
     return ((hidden, _qkv_size(language)), (_query_size(language), hidden), (hidden, 2 * inner), (inner, hidden))
 
 
-def _language_tensors(language: LanguageConfig) -> Tensors:
-    linears = tuple((size_in * size_out, language.layers) for size_in, size_out in _linears(language))
-    return (*linears, (language.hidden_size, 2 * language.layers + 1))
+def _language_group(language: LanguageConfig) -> Group:
+    linears = tuple((n_in, n_out, language.layers) for n_in, n_out in _linears(language))
+    return linears, ((language.hidden_size, 2 * language.layers + 1),)
 
 
 def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
     return tuple((size * adapter.rank, language.layers) for linear in _linears(language) for size in linear)
 
 
-def packed_tensors(config: ModelConfig) -> dict[str, Tensors]:
-    """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt."""
-    language, ranks = config.language, _ranks(config)
-    linears = _linears(language)
-    wide = tuple(((size_in + ranks) * size_out, language.layers) for size_in, size_out in linears)
-    narrow = tuple((ranks * size_in, language.layers) for size_in, _ in linears)
-    norms = (language.hidden_size, 2 * language.layers + 1)
-    return {"language": (*wide, *narrow, norms), "vision adapter": (), "speech adapter": ()}
-
-
 def _ranks(config: ModelConfig) -> int:
     return config.vision_adapter.rank + config.speech_adapter.rank
 
 
-def _vision_tensors(vision: VisionConfig) -> Tensors:
+def _vision_group(vision: VisionConfig) -> Group:
     size, inner, layers = vision.hidden_size, vision.intermediate_size, vision.layers
-    return (
+    matrices = ((size, size, 4 * layers), (size, inner, layers), (inner, size, layers))
+    others = (
         (3 * vision.patch_size**2 * size, 1),
         (vision.patches**2 * size, 1),
-        (size * size, 4 * layers),
-        (size * inner, 2 * layers),
         (size, 1 + (4 + 4 + 1) * layers),  # biases and norms
         (inner, layers),
     )
+    return matrices, others
 
 
-def _audio_tensors(audio: AudioConfig) -> Tensors:
+def _audio_group(audio: AudioConfig) -> Group:
     size, inner, channels, layers = audio.hidden_size, audio.intermediate_size, audio.conv_channels, audio.layers
+    matrices = (
+        (channels * -(-audio.mel_bins // 8), size, 1),
+        (size, 2 * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
+        (inner, size, 2 * layers),
+        (size, size, 4 * layers),
+    )
     subsampling = (
         (audio.mel_bins, 2),
         (9 * channels, 3),
         (channels * channels, 2),
         (channels, 5),
-        (channels * -(-audio.mel_bins // 8) * size, 1),
         (size, 1),
         (2 * audio.bias_distance * audio.heads, 1),
     )
     layer = (
-        (2 * size * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
-        (size * inner, 2 * layers),
         (2 * inner, 2 * layers),
-        (size * size, (4 + 2) * layers),  # attention's four, the convolution's pointwise and out
+        (size * size, 2 * layers),  # the convolution's pointwise and out
         (2 * size * size, layers),
         (2 * size, layers),
         (audio.kernel_size * size, layers),
         (size, (4 + 2 + 4 + 2 + 2 + 1 + 2 + 2 + 2) * layers),  # biases and norms
     )
-    return subsampling + layer
+    return matrices, subsampling + layer
 
 
-def _projector_tensors(config: ModelConfig) -> Tensors:
+def _projector_group(config: ModelConfig) -> Group:
     hidden, vision, audio = config.language.hidden_size, config.vision.hidden_size, config.audio.hidden_size
-    return ((vision * hidden, 1), (audio * hidden, 2), (hidden * hidden, 3), (hidden, 6), (vision, 2))
+    return ((vision, hidden, 1), (audio, hidden, 2), (hidden, hidden, 3)), ((hidden, 6), (vision, 2))
 
 
 # --- what stays ----------------------------------------------------------------------------------------------------
@@ -237,12 +326,14 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
     attention = units * (language.heads * (language.head_dim + 2) * 4 + 32) + rows * language.kv_heads * 4
     choice = -(-language.vocab_size // PIECE_SCORES) * (4 + 4)
     each = (activations + language.vocab_size) * dtype_bytes + choice + 2 * pages * 4 + METADATA_BYTES
+    products = _kernel_product_bytes(config, rows, dtype_bytes)
     return Cost(
         "graphs",
-        rows * each + attention + GRAPHS_BYTES,
+        rows * each + attention + products + GRAPHS_BYTES,
         f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, "
-        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, and "
-        f"{size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
+        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, "
+        + (f"{size_text(products)} for a block of weights in {config.scheme}, dequantised, " if products else "")
+        + f"and {size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
     )
 
 
@@ -264,6 +355,48 @@ def merging(config: ModelConfig, dtype_bytes: int) -> Cost:
     )
 
 
+def quantising(config: ModelConfig, dtype_bytes: int) -> Cost:
+    """Quantise while loading: a piece of W as stored and in fp32, and what choosing codes or fitting them takes."""
+    each = dtype_bytes + {"bf16": 0, "int8": 5, "int4": 17, "fp8": 6}[config.scheme]
+    numbers = min(QUANTISED_NUMBERS, _largest_matrix(config))
+    return Cost("quantising", numbers * each, f"while loading: {numbers} numbers of a weight x {each} bytes")
+
+
+def _with_block(cost: Cost, beside_bytes: int, config: ModelConfig, scheme: Scheme, dtype_bytes: int) -> Cost:
+    """A step's cost, where products need a block of a quantised weight in 16 bits beside so much of what they compute.
+
+    In e4m3 inputs stand there too, in beside_bytes; in int4 as codes and in fp32 before.
+    """
+    if scheme == "bf16":
+        return cost
+    each = dtype_bytes + {"int8": 0, "int4": 5, "fp8": 4}[scheme]
+    numbers = min(DEQUANTISED_NUMBERS, _largest_matrix(config))
+    formula = f"{cost.formula}; or products beside {numbers} numbers of a weight, dequantised, x {each} bytes"
+    return Cost(cost.name, max(cost.bytes, beside_bytes + numbers * each), formula)
+
+
+def _input_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+    """The widest input of the decoder's linears in e4m3, with a scale for each token, and a block of it in fp32."""
+    if config.scheme != "fp8":
+        return 0
+    numbers = tokens * max(n_in for n_in, _ in _linears(config.language))
+    return numbers + 4 * tokens + min(numbers, DEQUANTISED_NUMBERS) * (5 + dtype_bytes)
+
+
+def _kernel_product_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+    """What a product with a quantised weight needs beside its output through memphi's own kernels, which make a block
+    16 bits again in one pass; in e4m3 as without them, where a card has no units for it.
+    """
+    if config.scheme == "bf16":
+        return 0
+    numbers = min(DEQUANTISED_NUMBERS, _largest_matrix(config))
+    return numbers * (dtype_bytes + (4 if config.scheme == "fp8" else 0)) + _input_bytes(config, tokens, dtype_bytes)
+
+
+def _largest_matrix(config: ModelConfig) -> int:
+    return max(n_in * n_out for matrices, _ in _groups(config, "plain").values() for n_in, n_out, _ in matrices)
+
+
 def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     """Encode crops: the tower's MLP holds the most, two residuals, a norm and both sides of the GELU."""
     vision, hidden = config.vision, config.language.hidden_size
@@ -273,12 +406,13 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     pixels = 3 * vision.crop_size**2
     first = pixels * dtype_bytes + 3 * patches * size * dtype_bytes
     each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * 4 + patches * 10
-    return Cost(
+    cost = Cost(
         "vision pass",
         crops * each + crops * each // PADDED_SHARE,
         f"{crops} crops x ({patches} patches x (3 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
         f"and the crop itself in fp32), and 1/{PADDED_SHARE} for crops with padding",
     )
+    return _with_block(cost, cost.bytes, config, config.other_scheme, dtype_bytes)
 
 
 def cropping(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
@@ -327,15 +461,17 @@ def audio_pass(
     features = windows * length * audio.hidden_size * dtype_bytes
     projected = (windows + 2) * length * hidden * dtype_bytes
     conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
-    encoding = features + max(2 * output + sound, conformer + features, projected)
+    linears = features + max(conformer + features, projected)
+    encoding = max(features + 2 * output + sound, linears)
     frames, making = _frames_bytes(audio, [size.convolved for size in sizes]) if decoded else (0, 0)
-    return Cost(
+    cost = Cost(
         "audio pass",
         frames + max(encoding, making),
         f"the larger of the first convolution for {tokens} tokens, twice {audio.conv_channels} channels x {height} x "
         f"{width} x {dtype_bytes} bytes, and a conformer layer over {windows} windows of "
         f"{length} tokens with its biases" + (f"; and {size_text(frames)} of log-mel frames" if decoded else ""),
     )
+    return _with_block(cost, frames + linears, config, config.other_scheme, dtype_bytes)
 
 
 def _convolved_at_once(audio: AudioConfig, sizes: Sequence[WindowSize]) -> int:
@@ -435,12 +571,14 @@ def prefill_chunk(
     places = _place_bytes(rows, keys, all_keys) if has_past else 0
     mask = 2 * tokens * keys if masked and has_past else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
-    return Cost(
+    cost = Cost(
         "prefill chunk",
         max(tokens * max(widest, norm), tokens * attention + gathered + mask) + places,
         f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
         f"{keys} tokens of a layer copied out of their pages",
     )
+    beside = tokens * _product_bytes(config, dtype_bytes, form) + _input_bytes(config, tokens, dtype_bytes) + places
+    return _with_block(cost, beside, config, config.scheme, dtype_bytes)
 
 
 def decode_step(
@@ -455,13 +593,16 @@ def decode_step(
     language = config.language
     numbers = max(*_layer_numbers(config, form), _attention_numbers(language))
     each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes) + _place_bytes(rows, keys, all_keys)
-    return Cost(
+    places = _place_bytes(rows, keys, all_keys)
+    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes) + places
+    cost = Cost(
         "decode step",
         rows * each + _gather_bytes(language, rows, keys, dtype_bytes) + masks,
         f"{rows} rows' activations, and one layer's keys and values copied out of their pages, "
         f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {_gathered_tokens(rows, keys)} tokens at once",
     )
+    beside = rows * _product_bytes(config, dtype_bytes, form) + _input_bytes(config, rows, dtype_bytes) + places
+    return _with_block(cost, beside, config, config.scheme, dtype_bytes)
 
 
 def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
@@ -477,13 +618,15 @@ def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int
     copied = 2 * _key_size(language) * dtype_bytes * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
     attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)
+    products = _kernel_product_bytes(config, tokens, dtype_bytes)
     staying = _lines_bytes(language, pasts) + PLACE_BYTES * pasts.all_copied
     return Cost(
         "kernel step",
-        max(tokens * (numbers * dtype_bytes + shared), attention) + staying,
+        max(tokens * (numbers * dtype_bytes + shared) + products, attention) + staying,
         f"{tokens} tokens x {numbers} numbers of {dtype_bytes} bytes alive at once in the MLP, or attention with "
         f"{longest} tokens of a layer copied out of their pages; and what pieces of attention found, for "
-        f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}",
+        f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}"
+        + (f"; and {size_text(products)} for a block of weights in {config.scheme}, dequantised" if products else ""),
     )
 
 
@@ -503,12 +646,14 @@ def logits(config: ModelConfig, rows: int, step_tokens: int, dtype_bytes: int) -
     """Score rows over the vocabulary and draw from them."""
     vocabulary, hidden = config.language.vocab_size, config.language.hidden_size
     states = (2 * step_tokens + rows) * hidden * dtype_bytes
-    return Cost(
+    cost = Cost(
         "logits",
         rows * vocabulary * (dtype_bytes + 4 + 4) + vocabulary * (1 + DRAW_BYTES) + states,
         f"{rows} rows x {vocabulary} ids x ({dtype_bytes} bytes, 4 in fp32, and 4 masked), "
         f"{DRAW_BYTES} bytes an id to draw from one row at a time, and the states of {step_tokens} tokens",
     )
+    beside = rows * vocabulary * dtype_bytes + states
+    return _with_block(cost, beside, config, config.other_scheme, dtype_bytes)
 
 
 def allocator_rounding(kind: str, peak_bytes: int) -> Cost:
@@ -569,6 +714,12 @@ def _kernel_numbers(config: ModelConfig, form: AdapterForm) -> tuple[int, ...]:
         (hidden + 2 * inner, inner, hidden),
     )
     return tuple(others + n_in + ranks + outputs * n_out for others, n_in, n_out in linears)
+
+
+def _product_bytes(config: ModelConfig, dtype_bytes: int, form: AdapterForm) -> int:
+    """Bytes a token while a linear's base is multiplied, before what its adapters add to it."""
+    numbers = max(_layer_numbers(config, "packed" if form == "packed" else "merged"))
+    return numbers * dtype_bytes + _rotary_bytes(config.language, dtype_bytes) + METADATA_BYTES
 
 
 def _attention_numbers(language: LanguageConfig) -> int:

@@ -11,8 +11,8 @@ never below what the smallest steps need; the pool gets the rest. A larger dial 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from memphi.config import AdapterForm, EngineConfig, ModelConfig, Place
-from memphi.errors import DeviceError, DoesNotFitError
+from memphi.config import AdapterForm, EngineConfig, ModelConfig, Place, Scheme
+from memphi.errors import DeviceError, DoesNotFitError, RequestError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
 from memphi.memory.devices import DeviceFacts
@@ -37,6 +37,11 @@ ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audi
 """The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
 """The kinds of steps of which predictions are held against what is observed; a decoder step's scores are in each."""
+AUTO_SCHEMES: tuple[Scheme, ...] = ("bf16", "int8", "int4")
+"""What --scheme auto tries, from the exact to the small; fp8 has to be asked for."""
+USEFUL_TOKENS = 10240
+"""A scheme is passed over that leaves less context: an A4 page in full detail, a question and its answer."""
+ASKED = "as asked for"
 HOST_SHARE = 0.8
 HOST_POOL_TOKENS = 32768
 HOST_LARGEST = {"step_tokens": 2048, "rows": 64, "crops": 8}
@@ -72,6 +77,8 @@ class MemoryPlan:
     """How they are kept."""
     preprocessing: Place
     """Where crops and log-mel frames are made of decoded media."""
+    scheme: Scheme
+    """How the weights are kept."""
     reasons: dict[str, str]
     """Why each number is what it is, by its name."""
     costs: tuple[Cost, ...]
@@ -94,11 +101,55 @@ def make_plan(
     dtype_bytes: int = 2,
     adapters: AdapterForm | None = None,
 ) -> MemoryPlan:
-    """Share the dial out; raises DoesNotFitError, with what is needed and what would work, for a dial too small.
+    """Share the dial out, and choose the scheme; raises DoesNotFitError, with what is needed and what would work, for a
+    dial too small, and RequestError for a scheme or a merged adapter that quantised weights cannot be given.
 
-    adapters says how those of a model that is loaded already are kept; None leaves that to the plan.
+    adapters says how those of a model that is loaded already are kept; None leaves that to the plan. The config has the
+    scheme of the folder's weights, or of the loaded model's; where that is bf16, these can be quantised.
     """
-    return _Planner(config, device, engine, dtype_bytes, adapters or _adapter_form(device, engine)).plan()
+    form = adapters or _adapter_form(device, engine)
+
+    def planner(scheme: Scheme, reason: str) -> _Planner:
+        return _Planner(replace(config, scheme=scheme), device, engine, dtype_bytes, form, reason)
+
+    if config.scheme != "bf16":
+        if engine.scheme not in ("auto", config.scheme):
+            raise RequestError(
+                f"these weights are in {config.scheme} and cannot be made {engine.scheme}; leave --scheme out, or "
+                "give the folder that they were made from"
+            )
+        if engine.merge and adapters is None:
+            raise RequestError(
+                f"these weights are in {config.scheme}, into which no adapter can be merged; leave --merge out, or "
+                "give the folder that they were made from"
+            )
+        return planner(config.scheme, "as the weights are stored").plan()
+    if engine.scheme == "auto":
+        return _choose_scheme(planner, min(USEFUL_TOKENS, config.language.max_tokens))
+    return planner(engine.scheme, ASKED).plan()
+
+
+def _choose_scheme(planner: Callable[[Scheme, str], "_Planner"], useful_tokens: int) -> MemoryPlan:
+    """The first of AUTO_SCHEMES that leaves room for so many tokens of context; where none does, the last that fits.
+
+    Raises the last one's DoesNotFitError.
+    """
+    passed: list[str] = []
+    for scheme in AUTO_SCHEMES:
+        is_last = scheme == AUTO_SCHEMES[-1]
+        try:
+            made = planner(scheme, "").plan()
+        except DoesNotFitError:
+            if is_last:
+                raise
+            passed.append(f"{scheme} does not fit")
+            continue
+        has_room = made.context_tokens >= useful_tokens
+        room = f"room for {useful_tokens} tokens of context" if has_room else f"{made.context_tokens} tokens of context"
+        if has_room or is_last:
+            return replace(made, reasons=made.reasons | {"scheme": "; ".join((*passed, f"{scheme} leaves {room}"))})
+        passed.append(f"{scheme} leaves only {room}")
+    raise AssertionError("there is a last scheme")
 
 
 def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
@@ -126,10 +177,17 @@ class _Planner:
     """One plan in the making."""
 
     def __init__(
-        self, config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int, adapters: AdapterForm
+        self,
+        config: ModelConfig,
+        device: DeviceFacts,
+        engine: EngineConfig,
+        dtype_bytes: int,
+        adapters: AdapterForm,
+        scheme_reason: str,
     ) -> None:
+        """The config's scheme is the plan's."""
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
-        self.adapters = adapters
+        self.adapters, self.scheme_reason = adapters, scheme_reason
         self.preprocessing = _preprocessing(device, engine)
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
@@ -184,6 +242,7 @@ class _Planner:
             windows_per_pass=sizes.windows,
             adapters=self.adapters,
             preprocessing=self.preprocessing,
+            scheme=self.config.scheme,
             reasons={},
             costs=(self.context, *self.weights, *self.graphs, *self._transients(sizes, units)),
         )
@@ -238,13 +297,24 @@ class _Planner:
         parts = f"weights {size_text(self.weights_bytes)}, context {size_text(self.context.bytes)}, steps and a short "
         parts += f"conversation {size_text(least_bytes - self.fixed_bytes)}"
         parts += f", graphs {size_text(_sum(self.graphs))}" if self.graphs else ""
+        way = self._smaller_scheme(dial_bytes)
         pins = f", or smaller sizes than {' and '.join(self.pins)}" if self.pins else ""
         cpu = "" if device.kind == "cpu" else ", or --device cpu with as much of the host's memory"
         return DoesNotFitError(
             f"the model does not fit: it needs at least {needed} ({parts}), and memphi may take "
             f"{size_text(dial_bytes)} of {device.name}; what would work: --memory {needed.replace(' ', '')} or more, "
-            f"on a device that has it{pins}{cpu}"
+            f"on a device that has it{way}{pins}{cpu}"
         )
+
+    def _smaller_scheme(self, dial_bytes: int) -> str:
+        """The first scheme under which it would fit, where another was asked for."""
+        others = AUTO_SCHEMES if self.scheme_reason == ASKED else ()
+        for scheme in others:
+            config = replace(self.config, scheme=scheme)
+            other = _Planner(config, self.device, self.engine, self.dtype_bytes, self.adapters, "")
+            if other._least_bytes() <= dial_bytes:
+                return f", or --scheme {scheme}"
+        return ""
 
     # --- the pool ------------------------------------------------------------------------------------------------
 
@@ -309,6 +379,8 @@ class _Planner:
             kinds.insert(1, costs.cropping(self.config, sizes.crops, size))
         if self.adapters == "merged":
             kinds.append(costs.merging(self.config, size))
+        if self.config.scheme != "bf16":
+            kinds.append(costs.quantising(self.config, size))
         kinds = [self._as_learned(cost) for cost in kinds]
         peak = max(kinds, key=lambda cost: cost.bytes)
         largest = Cost("largest step", peak.bytes, f"the {peak.name}; steps come one after the other")
@@ -376,13 +448,14 @@ class _Planner:
         reasons = {
             "budget_bytes": dial_reason,
             "context_bytes": self.context.formula,
-            "weights_bytes": f"{_numbers(self.config, plan.adapters):,} parameters of {self.dtype_bytes} bytes"
+            "weights_bytes": f"{_numbers(self.config, plan.adapters):,} parameters {self._stored_words()}"
             + (f", the {self.engine.merge} adapter merged into them" if self.engine.merge else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
             "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
             "graph_rows": f"as many as 1/{GRAPHS_SHARE} of what is left beyond the least has room for",
             "adapters": self._reason_of_adapters(),
             "preprocessing": self._reason_of_preprocessing(),
+            "scheme": self.scheme_reason,
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
@@ -414,6 +487,14 @@ class _Planner:
                 "shared_step_tokens": "as step_tokens",
             }
         return reasons
+
+    def _stored_words(self) -> str:
+        if self.config.scheme == "bf16":
+            return f"of {self.dtype_bytes} bytes"
+        other = (
+            "" if self.config.scheme == self.config.other_scheme else f", other linears in {self.config.other_scheme}"
+        )
+        return f"in {self.config.scheme}{other}, adapters and the rest in {self.dtype_bytes} bytes"
 
     def _reason_of_adapters(self) -> str:
         reasons = {

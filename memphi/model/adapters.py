@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import AdapterConfig
+from memphi.model.kernels import skinny
 
 AdapterTokens = Mapping[str, slice | Tensor | None]
 """For each adapter in use, the packed tokens it applies to: all (None), those of a slice, those of an index [n] int64,
@@ -36,8 +37,12 @@ class Adapter(nn.Module):
 class AdaptedLinear(nn.Module):
     """y = W x, plus for each token the adapter that its row uses."""
 
+    kernels = False
+    """Whether few tokens go through memphi's own kernels, where the device has them."""
+
     def __init__(self, in_features: int, out_features: int, adapters: Mapping[str, AdapterConfig]) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.adapters = nn.ModuleDict(
             {name: Adapter(in_features, out_features, config) for name, config in adapters.items()}
@@ -48,14 +53,41 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_tokens: AdapterTokens) -> Tensor:
         """Apply to packed tokens: [tokens, in] -> [tokens, out]."""
-        y = F.linear(x, self.weight)
+        y = self.base(x)
         for name, tokens in adapter_tokens.items():
             y = _add(y, self.adapter(name), x, tokens)
         return y
 
+    def base(self, x: Tensor) -> Tensor:
+        """W x by itself: [tokens, in] -> [tokens, out]."""
+        return F.linear(x, self.weight)
+
+    @property
+    def width(self) -> int:
+        """Columns of an operand: of a tensor in which x stands for `apply_to`, beside what else that needs."""
+        return self.in_features
+
+    def x_of(self, operand: Tensor) -> Tensor:
+        """The place of x in an operand: a view [tokens, in]."""
+        return operand
+
+    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
+        """Apply to the x that stands in an operand, for inference; adapters have to be packed for it. Into out."""
+        assert not adapter_tokens, "a step with adapters needs them packed"
+        return multiply(self.x_of(operand), self.weight, out, self.kernels)
+
     def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
         """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""
         return cast(Tensor, self(compute(None), adapter_tokens))
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
+    """x W^T into out, by the fastest there is for so many tokens."""
+    if kernels and len(x) <= skinny.most_rows(x.device):
+        skinny.multiply(x, weight, out)
+    else:
+        skinny.plain_multiply(x, weight, out)
+    return out
 
 
 def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: slice | Tensor | None) -> Tensor:

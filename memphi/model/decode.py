@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memphi.model.adapters import AdaptedLinear
 from memphi.model.kernels.choice import choose, pieces_of
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
@@ -20,7 +19,6 @@ from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend_new
 from memphi.model.kernels.rotary import rotary_frequencies, tabulate
 from memphi.model.language import DecoderLayer, KeyValuePool, LanguageModel
-from memphi.model.packing import PackedLinear, multiply
 from memphi.model.rows import Row
 
 ADAPTERS = ("vision", "speech")
@@ -126,7 +124,7 @@ class Buffers:
     """
 
     def __init__(self, model: LanguageModel, rows: int, most_pages: int, page_tokens: int) -> None:
-        config, weight = model.config, model.embedding.weight
+        config, weight = model.config, model.norm.weight
         dtype, device = weight.dtype, weight.device
         first = cast(DecoderLayer, model.layers[0])
 
@@ -142,9 +140,9 @@ class Buffers:
         self.cos, self.sin = room(1, config.rotary_dim), room(1, config.rotary_dim)
         self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
         # The inputs of the linears, of which all but one are as wide as the model, with room for adapters.
-        self.operand, self.inner = room(_width(first.mlp.gate_up)), room(_width(first.mlp.down))
-        self.qkv = room(len(first.attention.qkv.weight))
-        self.gate_up = room(len(first.mlp.gate_up.weight))
+        self.operand, self.inner = room(first.mlp.gate_up.width), room(first.mlp.down.width)
+        self.qkv = room(first.attention.qkv.out_features)
+        self.gate_up = room(first.mlp.gate_up.out_features)
         self.normed, self.logits = room(config.hidden_size), room(config.vocab_size)
         pieces = pieces_of(config.vocab_size)
         self.best = torch.empty((rows, pieces), dtype=torch.float32, device=device)
@@ -211,13 +209,13 @@ class DecodeStep:
         divide(self._division)
         tabulate(inputs.positions[:rows], inputs.long[:rows], buffers.frequencies, model.config.rope_scale, cos, sin)
         torch.index_select(inputs.known, 0, inputs.sources[:rows], out=inputs.ids[:rows])
-        torch.index_select(model.embedding.weight, 0, inputs.ids[:rows], out=x)
+        model.embedding.look_up(inputs.ids[:rows], x)
         for number, layer in enumerate(cast(Iterable[DecoderLayer], model.layers)):
             self._attend(layer, number, x, delta, (cos, sin))
             self._transform(layer, x, delta)
         normed = buffers.normed[:rows]
         add_norm(x, delta, model.norm.weight, model.norm.eps, normed)
-        multiply(normed, model.embedding.weight, self.logits, kernels=True)
+        model.embedding.score(normed, self.logits)
         best, places = buffers.best[:rows], buffers.places[:rows]
         choose(self.logits, self._forbidden, inputs.lengths[:rows], best, places, self.chosen)
         return self.logits
@@ -228,34 +226,17 @@ class DecodeStep:
         """x += the delta before, if any; delta = the layer's attention."""
         operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
         attention, norm = layer.attention, layer.attention_norm
-        add_norm(x, delta if number else None, norm.weight, norm.eps, _place_of_x(attention.qkv, operand))
-        self._apply(attention.qkv, operand, qkv)
-        heads = _place_of_x(attention.out, operand).unflatten(1, (-1, attention.head_dim))
+        add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand))
+        attention.qkv.apply_to(operand, self._masks, qkv)
+        heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
         attend_new(qkv, *rotary, *self._pool.layer(number), self._buffers.inputs.table, self._division, heads)
-        self._apply(attention.out, operand, delta)
+        attention.out.apply_to(operand, self._masks, delta)
 
     def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:
         """x += delta; delta = the layer's MLP."""
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
-        add_norm(x, delta, norm.weight, norm.eps, _place_of_x(layer.mlp.gate_up, operand))
-        self._apply(layer.mlp.gate_up, operand, gate_up)
-        gate(gate_up, _place_of_x(layer.mlp.down, inner))
-        self._apply(layer.mlp.down, inner, delta)
-
-    def _apply(self, linear: AdaptedLinear, operand: Tensor, out: Tensor) -> None:
-        """The product of the x in an operand with a linear and the step's adapters."""
-        if self._masks:
-            assert isinstance(linear, PackedLinear), "a step with adapters needs them packed"
-            linear.apply_to(operand, self._masks, out)
-        else:
-            multiply(_place_of_x(linear, operand), linear.weight, out, kernels=True)
-
-
-def _width(linear: AdaptedLinear) -> int:
-    """Of the linear's operand."""
-    return (linear.wide if isinstance(linear, PackedLinear) else linear.weight).shape[1]
-
-
-def _place_of_x(linear: AdaptedLinear, operand: Tensor) -> Tensor:
-    return linear.x_of(operand) if isinstance(linear, PackedLinear) else operand
+        add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand))
+        layer.mlp.gate_up.apply_to(operand, self._masks, gate_up)
+        gate(gate_up, layer.mlp.down.x_of(inner))
+        layer.mlp.down.apply_to(inner, self._masks, delta)

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import LanguageConfig, ModelConfig
-from memphi.model.adapters import AdaptedLinear
+from memphi.model.adapters import AdaptedLinear, multiply
 from memphi.model.attention import Attention
 from memphi.model.rotary import rotary_table, rotate
 from memphi.model.rows import Packing
@@ -117,13 +117,25 @@ class DecoderLayer(nn.Module):
         return cast(Tensor, x + self.mlp(lambda out: self.mlp_norm(x, out), packing))
 
 
+class TiedEmbedding(nn.Embedding):
+    """Ids to embeddings, and hidden states to scores by the same matrix."""
+
+    def look_up(self, ids: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [tokens, hidden]; for inference."""
+        torch.index_select(self.weight, 0, ids, out=out)
+
+    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, hidden] -> [rows, vocab_size]; in out, where one is given, by memphi's own kernels."""
+        return F.linear(hidden, self.weight) if out is None else multiply(hidden, self.weight, out, kernels=True)
+
+
 class LanguageModel(nn.Module):
     """Embedding, decoder layers, final norm; the embedding is also the output head."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.config: LanguageConfig = config.language
-        self.embedding = nn.Embedding(config.language.vocab_size, config.language.hidden_size)
+        self.embedding = TiedEmbedding(config.language.vocab_size, config.language.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, attention) for i in range(config.language.layers))
         self.norm = RMSNorm(config.language.hidden_size, config.language.norm_eps)
 
@@ -142,4 +154,4 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary for the hidden states given: [rows, hidden] -> [rows, vocab_size]."""
-        return F.linear(hidden, self.embedding.weight)
+        return self.embedding.score(hidden)

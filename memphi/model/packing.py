@@ -8,13 +8,13 @@ With no adapter in use, or one, the product takes a range of the columns, which 
 adapter of the range has zeros for its t. `AdaptedLinear` is the definition, and what training keeps.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeGuard, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, multiply
 from memphi.model.kernels import skinny
 from memphi.model.kernels.skinny import Narrow
 
@@ -31,12 +31,10 @@ class PackedLinear(AdaptedLinear):
     Whoever computes x may do so in its place in an operand: `operand`, `x_of`, then `apply_to`.
     """
 
-    kernels = False
-    """Whether few tokens go through memphi's own kernels, where the device has them."""
-
     def __init__(self, linear: AdaptedLinear) -> None:
         """Copy a linear of at most two adapters; on the meta device, its shapes."""
         nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.adapters = linear.weight, linear.adapters
         n_out, n_in = linear.weight.shape
         left, right = ([len(linear.adapter(name).a) for name in linear.adapters] + [0, 0])[:2]
@@ -54,7 +52,7 @@ class PackedLinear(AdaptedLinear):
     def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
         """As the definition; an operand holds x already. Raises RuntimeError where gradients are asked for."""
         if not adapter_tokens:
-            return multiply(x, self.weight, x.new_empty(len(x), len(self.weight)), self.kernels)
+            return multiply(x, self.weight, x.new_empty(len(x), self.out_features), self.kernels)
         if operand is None:
             operand = self.operand(len(x))
             self.x_of(operand).copy_(x)
@@ -66,9 +64,14 @@ class PackedLinear(AdaptedLinear):
         operand = self.operand(count)
         return cast(Tensor, self(compute(self.x_of(operand)), adapter_tokens, operand))
 
+    @property
+    def width(self) -> int:
+        """Columns of an operand."""
+        return self.wide.shape[1]
+
     def operand(self, tokens: int) -> Tensor:
         """Room for x and for what the adapters make of it: [tokens, left + in + right]."""
-        return self.wide.new_empty(tokens, self.wide.shape[1])
+        return self.wide.new_empty(tokens, self.width)
 
     def x_of(self, operand: Tensor) -> Tensor:
         """The place of x in an operand: a view [tokens, in]."""
@@ -77,7 +80,7 @@ class PackedLinear(AdaptedLinear):
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
         """Apply to the x that stands in an operand, whose other columns are overwritten; into out [tokens, out]."""
         self._narrow(operand, adapter_tokens)
-        y = operand.new_empty(len(operand), len(self.weight)) if out is None else out
+        y = operand.new_empty(len(operand), self.out_features) if out is None else out
         for names, span in self._products(adapter_tokens, len(operand)):
             columns = self.columns(names)
             multiply(operand[span, columns], self.wide[:, columns], y[span], self.kernels)
@@ -104,6 +107,8 @@ class PackedLinear(AdaptedLinear):
     def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens) -> None:
         """Put every t = scale * A x in its place, scaled before it is rounded; zeros for tokens without the adapter."""
         names = [name for name in self.adapters if name in adapter_tokens]
+        if not names:
+            return
         masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])]
         few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
         if few and len(masks) == len(names):
@@ -143,21 +148,15 @@ class PackedLinear(AdaptedLinear):
         return self
 
 
-def pack_adapters(model: nn.Module) -> None:
-    """Swap every AdaptedLinear inside for its packed form; needs the memory of one of them beside the model."""
-    for path in [path for path, module in model.named_modules() if type(module) is AdaptedLinear]:
+def pack_adapters(model: nn.Module, forms: Mapping[type[nn.Module], Callable[[Any], PackedLinear]]) -> None:
+    """Swap every linear of these kinds for its packed form; needs the memory of one of them beside the model."""
+    # Paths, not modules: a list of those would keep what is swapped out.
+    for path in [path for path, module in model.named_modules() if type(module) in forms]:
         above, _, name = path.rpartition(".")
         parent = model.get_submodule(above)
-        setattr(parent, name, PackedLinear(getattr(parent, name)))
-
-
-def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
-    """x W^T into out, by the fastest there is for so many tokens."""
-    if kernels and len(x) <= skinny.most_rows(x.device):
-        skinny.multiply(x, weight, out)
-    else:
-        skinny.plain_multiply(x, weight, out)
-    return out
+        linear = getattr(parent, name)
+        setattr(parent, name, forms[type(linear)](linear))
+        del linear
 
 
 def _length(span: slice) -> int:

@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memphi.config import AdapterForm, AdapterName, ModelConfig
-from memphi.model.adapters import remove_adapters
+from memphi.config import AdapterForm, AdapterName, ModelConfig, Scheme
+from memphi.model.adapters import AdaptedLinear, remove_adapters
 from memphi.model.attention import Attention, select_attention
 from memphi.model.audio import AudioEncoder, Window
 from memphi.model.kernels.launch import is_available
@@ -16,6 +16,10 @@ from memphi.model.language import KeyValuePool, LanguageModel
 from memphi.model.packing import PackedLinear, pack_adapters
 from memphi.model.prefill import compute
 from memphi.model.projector import ImageProjector, Projector, token_order
+from memphi.model.quant.linears import QuantisedAdaptedLinear
+from memphi.model.quant.packed import PackedQuantisedLinear
+from memphi.model.quant.swap import quantise
+from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput, Prompt
@@ -46,11 +50,20 @@ class Phi4MM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.language.embedding.weight.device
+        return self.language.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language.embedding.weight.dtype
+        return self.language.norm.weight.dtype
+
+    def quantise(self, scheme: Scheme) -> None:
+        """Keep the weights under a scheme, for inference; before anything is said of adapters, which stay as they are.
+
+        On the meta device linears are only made, to be filled later. Needs one linear's memory beside the model's.
+        Raises CheckpointError for a number that is infinite or none at all.
+        """
+        self.config = replace(self.config, scheme=scheme)
+        quantise(self, scheme, self.config.other_scheme)
 
     @property
     def uses_kernels(self) -> bool:
@@ -66,14 +79,18 @@ class Phi4MM(nn.Module):
             remove_adapters(self.language)
             self.adapter_form, self.merged = "merged", merge
         elif packed:
-            pack_adapters(self.language)
+            pack_adapters(self.language, {AdaptedLinear: PackedLinear, QuantisedAdaptedLinear: PackedQuantisedLinear})
             self.adapter_form = "packed"
 
     def use_kernels(self, wanted: bool) -> None:
-        """Let the decoder go through memphi's own kernels, where the device has them, or not."""
+        """Let the decoder, and products with quantised weights, go through memphi's own kernels, where the device has
+        them, or not.
+
+        To be said after `quantise` and `keep_adapters`.
+        """
         self.kernels = wanted
-        for module in self.language.modules():
-            if isinstance(module, PackedLinear):
+        for module in self.modules():
+            if isinstance(module, AdaptedLinear | QuantisedWeight):
                 module.kernels = wanted
 
     def encode_images(self, images: Sequence[ImageInput]) -> list[Tensor]:

@@ -108,7 +108,7 @@ def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, 
     assert packing.paging is not None
     divided = []
     for lines in packing.paging.lines:
-        rows, dtype, device = len(lines.lengths), model.embedding.weight.dtype, lines.lengths.device
+        rows, dtype, device = len(lines.lengths), model.norm.weight.dtype, lines.lengths.device
         tiling = choose_tiling(rows, lines.new_tokens, dtype, device, fresh=False)
         made = make_division(model.config, rows, lines.new_tokens, tiling, device, fresh=False)
         divided.append((lines, replace(made, lengths=lines.lengths)))
@@ -117,7 +117,7 @@ def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, 
 
 
 def _tabulate(model: LanguageModel, packing: Packing) -> tuple[Tensor, Tensor]:
-    config, weight = model.config, model.embedding.weight
+    config, weight = model.config, model.norm.weight
     cos, sin = (weight.new_empty(len(packing.positions), 1, config.rotary_dim) for _ in range(2))
     frequencies = rotary_frequencies(config, weight.device)
     tabulate(packing.positions, packing.long, frequencies, config.rope_scale, cos, sin)

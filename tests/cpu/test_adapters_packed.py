@@ -206,7 +206,7 @@ def test_packing_takes_one_linear_beside_the_model():
     with Peak([]) as peak, torch.device("meta"):
         model = Phi4MM(demo_config())
         before = sum(peak.alive.values())
-        pack_adapters(model.language)
+        pack_adapters(model.language, {AdaptedLinear: PackedLinear})
         assert sum(peak.alive.values()) == before
     assert peak.bytes <= before + max(linear.wide.nbytes + linear.narrow.nbytes for linear in packed_linears(model))
 

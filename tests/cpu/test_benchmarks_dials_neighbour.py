@@ -359,4 +359,5 @@ def test_the_whole_runs_on_a_cpu(tmp_path):
     assert list(none["checks"].values()) == [True, True, True, None, None, True, True]
     assert none["answers"]["equal"] == none["answers"]["compared"] == none["quiet"]["outcomes"]["answered"] > 4
     assert all(visit["held_bytes"] > 0 for visit in none["neighbour"]["visits"][:-1])
-    assert none["mix"] == {"model": "model", "dtype": "fp32", "requests": 9, "seed": 0, "small": True}
+    mix = {"model": "model", "dtype": "fp32", "requests": 9, "scheme": "bf16", "seed": 0, "small": True}
+    assert none["mix"] == mix

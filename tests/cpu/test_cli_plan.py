@@ -1,6 +1,7 @@
 """`memphi plan`: what fits, told without a GPU, without weights and without torch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -71,13 +72,31 @@ def test_json_says_the_same_to_a_program(run):
     "arguments", [["--memory", "8GiB"], ["--gpu", "RTX 4060"], ["--gpu", "A100", "--memory", "8G"]]
 )
 def test_eight_gib_are_refused_with_numbers_and_a_way_out(run, arguments):
-    code, out, err = run(*arguments)
+    code, out, err = run(*arguments, "--scheme", "bf16")
     assert (code, out) == (3, "")
     assert "needs at least 11." in err
     assert "GiB of" in err
     assert "--memory 11." in err
+    assert "--scheme int" in err
     assert "--device cpu" in err
     assert err.count("\n") == 1
+
+
+def test_eight_gib_hold_the_model_in_four_bits(run):
+    code, out, _ = run("--gpu", "RTX 4060")
+    assert code == 0
+    assert out.startswith("microsoft/Phi-4-multimodal-instruct in int4 and bf16 on RTX 4060")
+    assert re.search(r"scheme of the weights +int4  bf16 does not fit; int8", out)
+    plan = json.loads(run("--memory", "8GiB", "--scheme", "int8", "--json")[1])
+    assert (plan["plan"]["scheme"], plan["reasons"]["scheme"]) == ("int8", "as asked for")
+
+
+def test_the_way_out_keeps_the_scheme(run, picture):
+    pictures = ["-a", picture] * 12
+    code, _, err = run("--memory", "8GiB", "What?", *pictures)
+    assert code == 3
+    advised = re.search(r"--memory \S+ --scheme int4", err)
+    assert run(*advised[0].split(), "What?", *pictures)[0] == 0
 
 
 def test_a_request_is_priced(run, picture):
@@ -96,16 +115,16 @@ def test_a_request_is_priced(run, picture):
 
 
 def test_a_request_that_does_not_fit_is_told_how_it_would(run, picture):
-    code, out, err = run("--memory", "12GiB", "What?", *["-a", picture] * 12)
+    code, out, err = run("--memory", "12GiB", "--scheme", "bf16", "What?", *["-a", picture] * 12)
     assert code == 3
     assert out.splitlines()[-1].split() == ["fits", "no"]
     assert err.startswith("memphi: this request does not fit: ")
     assert "smallest of the 12 attachments" in err
     advised = err.partition("--memory ")[2].split()[0].strip(",;")
-    assert run("--memory", advised, "What?", *["-a", picture] * 12)[0] == 0
+    assert run("--memory", advised, "--scheme", "bf16", "What?", *["-a", picture] * 12)[0] == 0
     fewer = int(err.partition("the ")[2].partition(" smallest")[0].split()[-1])
-    assert run("--memory", "12GiB", "What?", *["-a", picture] * fewer)[0] == 0
-    assert run("--memory", "12GiB", "What?", *["-a", picture] * (fewer + 1))[0] == 3
+    assert run("--memory", "12GiB", "--scheme", "bf16", "What?", *["-a", picture] * fewer)[0] == 0
+    assert run("--memory", "12GiB", "--scheme", "bf16", "What?", *["-a", picture] * (fewer + 1))[0] == 3
 
 
 def test_the_demo_is_planned_on_this_machine(run):

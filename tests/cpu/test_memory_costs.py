@@ -4,6 +4,7 @@ The modules run on the meta device, so at the official sizes; what attention ker
 """
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,17 +26,20 @@ from memphi.model.attention import SdpaAttention, sdpa
 from memphi.model.audio import cut_window, make_window
 from memphi.model.kernels import division
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant import swap, weights
 from memphi.model.rows import Row
 from memphi.request import SamplingParams
 from memphi.sampling.sampler import Draw, sample
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 CONFIGS = pytest.mark.parametrize("config", [OFFICIAL, DEMO], ids=["official", "demo"])
+SCHEMES = pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "fp8"])
+QUANTISED = pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 FORMS = pytest.mark.parametrize("form", ["plain", "packed", "merged"])
 PAGE_TOKENS = costs.PAGE_TOKENS
 GROUPS = {
     "language": lambda name: name.startswith("language.") and "embedding" not in name and "adapters" not in name,
-    "embedding": lambda name: name == "language.embedding.weight",
+    "embedding": lambda name: name.startswith("language.embedding."),
     "vision adapter": lambda name: ".adapters.vision." in name,
     "speech adapter": lambda name: ".adapters.speech." in name,
     "vision tower": lambda name: name.startswith("vision."),
@@ -97,6 +101,7 @@ def meta(monkeypatch):
     def build(config, form="plain"):
         with torch.device("meta"):
             model = Phi4MM(config, SdpaAttention()).to(torch.bfloat16)
+            model.quantise(config.scheme)
         model.keep_adapters(form == "packed", "vision" if form == "merged" else None)
         return model
 
@@ -139,25 +144,38 @@ def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert window_and_hop(RATE) == (costs.WINDOW_SAMPLES, costs.SAMPLES_A_FRAME)
     assert fft_size(RATE)[1] == costs.SPECTRUM
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
+    assert costs.QUANTISED_NUMBERS == swap.PIECE_NUMBERS
+    assert costs.DEQUANTISED_NUMBERS == weights.BLOCK_NUMBERS
 
 
 @CONFIGS
 @FORMS
-def test_weights_are_counted_to_the_byte(config, form, meta):
+@SCHEMES
+def test_weights_are_counted_to_the_byte(config, form, scheme, meta):
+    config = replace(config, scheme=scheme)
     state = meta(config, form).state_dict()
     for cost, (group, belongs) in zip(costs.weights(config, 2, form), GROUPS.items(), strict=True):
         assert cost.name == f"weights: {group}"
-        assert cost.bytes == sum(2 * tensor.numel() for name, tensor in state.items() if belongs(name))
-    assert sum(cost.bytes for cost in costs.weights(config, 2, form)) == sum(2 * t.numel() for t in state.values())
+        assert cost.bytes == sum(tensor.nbytes for name, tensor in state.items() if belongs(name))
+    assert sum(cost.bytes for cost in costs.weights(config, 2, form)) == sum(t.nbytes for t in state.values())
 
 
 @CONFIGS
-def test_packed_weights_take_the_same_bytes_in_other_tensors(config, meta):
+@SCHEMES
+def test_packed_weights_take_the_same_bytes_in_other_tensors(config, scheme, meta):
+    config = replace(config, scheme=scheme)
     storages = {tensor.untyped_storage()._cdata: tensor for tensor in meta(config, "packed").state_dict().values()}
     sizes = sorted(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    groups = costs.weight_tensors(config) | costs.packed_tensors(config)
-    assert sizes == sorted(2 * size for tensors in groups.values() for size, count in tensors for _ in range(count))
+    groups = costs.weight_bytes(config, 2) | costs.packed_bytes(config, 2)
+    assert sizes == sorted(size for tensors in groups.values() for size, count in tensors for _ in range(count))
     assert sum(sizes) == sum(cost.bytes for cost in costs.weights(config, 2))
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 6.6e9), ("fp8", 6.6e9), ("int4", 5.1e9)])
+def test_official_weights_in_fewer_bits(scheme, most):
+    """Of which 1.7 GB are adapters in 16 bits."""
+    total = sum(cost.bytes for cost in costs.weights(replace(OFFICIAL, scheme=scheme), 2))
+    assert 0.97 * most < total < most
 
 
 def test_the_official_weights_are_as_large_as_its_files_say():
@@ -272,6 +290,55 @@ def test_merging(config, stored, meta):
     assert max(peaks) <= cost.bytes
     if stored is torch.bfloat16:
         close(cost, max(peaks))
+
+
+@CONFIGS
+@QUANTISED
+@pytest.mark.parametrize("tokens", [128, 2048])
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_a_chunk_over_quantised_weights(config, scheme, tokens, form, meta):
+    config = replace(config, scheme=scheme)
+    planned = [Row(tokens, adapter="vision", pages=tuple(range(tokens // PAGE_TOKENS)))]
+    cost = costs.prefill_chunk(config, tokens, tokens, 2, form=form)
+    close(cost, step(meta(config, form), config, planned), 0.4 if tokens > 1000 else 1)
+
+
+@CONFIGS
+@QUANTISED
+def test_a_decode_step_over_quantised_weights(config, scheme, meta):
+    config = replace(config, scheme=scheme)
+    planned = [Row(1, past=15, pages=(i,)) for i in range(64)]
+    model, states = meta(config), torch.empty(64, config.language.hidden_size, dtype=torch.bfloat16, device="meta")
+    close(costs.decode_step(config, 64, 16, 2), step(model, config, planned), 1)
+    assert peak_of(model, lambda: model.language.logits(states), states) <= costs.logits(config, 64, 64, 2).bytes
+
+
+@QUANTISED
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(3072, 8192), (16384, 3072), (200, 72)])
+def test_quantising(scheme, stored, shape):
+    """What is read included."""
+    _, rows = next(swap.pieces(*shape))
+    weight, stored_rows = swap.WEIGHTS[scheme](rows, shape[1]), torch.randn(rows, shape[1]).to(stored)
+    with Peak(weight.buffers()) as peak, torch.inference_mode():
+        weight.store(0, swap.checked(stored_rows.clone(), "w"))
+    cost = costs.quantising(replace(OFFICIAL, scheme=scheme), stored.itemsize)
+    assert peak.bytes <= cost.bytes
+    if shape != (200, 72):
+        close(cost, peak.bytes, 0.3)
+
+
+@QUANTISED
+def test_a_pass_of_the_towers_over_quantised_weights(scheme, meta):
+    config = replace(OFFICIAL, scheme=scheme)
+    model, side = meta(config), config.vision.patches
+    pixels, mask = torch.empty(8, 3, 448, 448), torch.ones(8, side, side, dtype=torch.bool)
+    real = peak_of(model, lambda: model.encode_crops(pixels, mask), pixels, mask)
+    close(costs.vision_pass(config, 8, 2), real, 1)
+    clips = [torch.empty(4000, config.audio.mel_bins)]
+    windows = [cut_window(clip, 0, config.audio) for clip in clips]
+    real = peak_of(model, lambda: model.encode_windows(windows, ["speech"]), *clips)
+    close(costs.audio_pass(config, 1, 2), real, 1)
 
 
 @CONFIGS

@@ -297,7 +297,7 @@ def test_guesses_through_the_kernels_have_their_own_price():
     """The kernels take less for activations, and something for the pieces of attention that they put together."""
     config = read_config(official.folder())
     card = DeviceFacts("cuda", "a card", 24 * costs.GIB, 24 * costs.GIB)
-    plan = make_plan(config, card, EngineConfig(memory_bytes=13 * costs.GIB, kernels="auto"))
+    plan = make_plan(config, card, EngineConfig(memory_bytes=13 * costs.GIB, kernels="auto", scheme="bf16"))
     assert draft_step_tokens(plan, config, 2, kernels=True) == 64
     keys, all_keys = plan.context_tokens, plan.pages * plan.page_tokens
     pasts = costs.Pasts(keys, plan.rows, keys, all_keys, keys, plan.rows, 4)

@@ -32,10 +32,11 @@ pytestmark = [
 ]
 
 
-def make_model(dtype=torch.float32):
-    model = lively_model(tiny_config(1024, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192))
+def make_model(dtype=torch.float32, scheme="bf16"):
+    model = lively_model(tiny_config(1024, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192)).to(dtype)
+    model.quantise(scheme)
     model.keep_adapters(packed=True, merge=None)
-    return model.to(DEVICE, dtype)
+    return model.to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +125,14 @@ def assert_near(found, expected, dtype):
     assert (found.float() - expected.float()).abs().max() <= share * expected.float().abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "scheme"),
+    [(torch.float32, "bf16"), *((torch.bfloat16, scheme) for scheme in ("bf16", "int8", "int4", "fp8"))],
+)
 @pytest.mark.parametrize("count", [1, 3, 13, 100])
 @torch.inference_mode()
-def test_a_graph_equals_its_launches_and_the_definition(dtype, count):
-    model = make_model(dtype)
+def test_a_graph_equals_its_launches_and_the_definition(dtype, scheme, count):
+    model = make_model(dtype, scheme)
     model.use_kernels(True)
     for adapters in ((None,), ("vision",), ("speech", None), ADAPTERS):
         for seed in (0, 1):  # The second is a replay of the first's graph where it is captured.

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OUTSIDE = {"test_compile.py", "test_compile_skinny.py", "test_interpreter.py", "test_launch.py"}
+OUTSIDE = {
+    "test_compile.py",
+    "test_compile_coded.py",
+    "test_compile_skinny.py",
+    "test_interpreter.py",
+    "test_launch.py",
+}
 """Files that have nothing to do in the interpreter."""
 
 
@@ -33,3 +39,11 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Large programs of products with codes: the interpreter takes as long for a small one."""
+    if INTERPRETED:
+        for name, block in (("eight_bits", (64, 64, 8)), ("four_bits", (64, 16, 8))):
+            monkeypatch.setattr(import_module(f"memphi.model.kernels.{name}"), "BLOCK", block)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels, products
+from benchmarks import kernels, products, quantised_products
+from memphi.model.kernels import eight_bits, four_bits
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
@@ -33,3 +34,20 @@ def test_products_are_measured_under_every_tiling(tmp_path, monkeypatch):
     assert set(figures[0]["microseconds"]) == {"torch", "chosen", "vector 32x256, 4 warps"}
     assert set(figures[-1]["microseconds"]) == {"torch", "chosen", "tile 64x128, 3 stages, 4 warps"}
     assert all(figure["largest_relative_error"] < 1e-5 for figure in figures)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
+def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypatch):
+    for name, module, block in (("BYTE_BLOCKS", eight_bits, (128, 256, 4)), ("WORD_BLOCKS", four_bits, (128, 32, 4))):
+        monkeypatch.setattr(quantised_products, name, [block])
+        monkeypatch.setattr(module, "BLOCK", block)
+    for name in ("BYTE_TILES", "WORD_TILES"):
+        monkeypatch.setattr(quantised_products, name, [(64, 32, 3, 4, True)])
+    out = tmp_path / "products.json"
+    arguments = ["--out", str(out), "--commit", "none", "--rows", "1,5", "--columns", "8", "--sweep"]
+    assert quantised_products.main([*arguments, "--only", "out"]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert [figure["scheme"] for figure in figures] == 2 * ["int8"] + 2 * ["int4"] + 2 * ["fp8"]
+    always = {"chosen", "kernel", "many", "bf16"}
+    assert set(figures[0]["microseconds"]) == always | {"vector 128x256, 4 warps"}
+    assert set(figures[-1]["microseconds"]) == always | {"tile 64x32, 3 stages, 4 warps, weights first"}

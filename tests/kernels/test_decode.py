@@ -10,6 +10,7 @@ from memphi.engine.graphs import Graphs
 from memphi.memory import costs
 from memphi.model.decode import Buffers, Chosen, DecodeStep
 from memphi.model.kernels.choice import BLOCK, plain_choose
+from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_config, tiny_model
 from tests.scenes import GREEDY, Stage, lively_model, mixed_requests, tiny_tokenizer
@@ -28,8 +29,12 @@ SETS = {
 }
 
 
-def make_model(device, form="packed", config=None):
+SCHEMES = ("int8", "int4", "fp8")
+
+
+def make_model(device, form="packed", config=None, scheme="bf16"):
     model = tiny_model(config)
+    model.quantise(scheme)
     model.keep_adapters(*FORMS[form])
     model.use_kernels(True)
     return model.to(device)
@@ -63,9 +68,12 @@ def whole(model, pool):
 
 def defined(model, pool, rows, ids):
     """What the definition says, and the pages after it."""
+    model.use_kernels(False)
     packing = pack(rows, model.device, pool.page_tokens)
     embeddings = model.language.embedding(torch.tensor(ids, device=model.device))
-    return model.language.logits(model.language(embeddings, packing, pool)), whole(model, pool)
+    logits = model.language.logits(model.language(embeddings, packing, pool))
+    model.use_kernels(True)
+    return logits, whole(model, pool)
 
 
 def used(rows):
@@ -95,6 +103,29 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
 @torch.inference_mode()
 def test_it_equals_the_definition(device, count, name):
     assert_equal_steps(device, make_model(device), make_rows(count, SETS[name]))
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "none"), (3, "both and none"), (8, "both and none")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("few_programs")
+@torch.inference_mode()
+def test_weights_in_few_bits(device, scheme, count, name):
+    """The definition computes with the same numbers, a block of weights after another."""
+    assert_equal_steps(device, make_model(device, scheme=scheme), make_rows(count, SETS[name]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("few_programs")
+@torch.inference_mode()
+def test_weights_in_few_bits_without_packed_adapters(device, scheme):
+    assert_equal_steps(device, make_model(device, "plain", scheme=scheme), make_rows(2))
+
+
+@torch.inference_mode()
+def test_weights_in_few_bits_beyond_the_rows_of_their_kernels(device, monkeypatch):
+    monkeypatch.setattr(QuantisedWeight, "most_rows", lambda *_: 2)
+    model = make_model(device, config=tiny_config(layers=1), scheme="int4")
+    assert_equal_steps(device, model, make_rows(3, SETS["both and none"]))
 
 
 @pytest.mark.parametrize("form", ["plain", "merged"])

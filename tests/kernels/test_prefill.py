@@ -21,10 +21,11 @@ SHAPES = {
 }
 
 
-def make_model(device, form="packed", config=None, attention=None):
+def make_model(device, form="packed", config=None, attention=None, scheme="bf16"):
     source = tiny_model(config)
     model = Phi4MM(source.config, attention)
     model.load_state_dict(source.state_dict())
+    model.quantise(scheme)
     model.keep_adapters(*FORMS[form])
     return model.to(device).eval()
 
@@ -85,6 +86,12 @@ def test_adapters_of_every_set(device, name):
 @pytest.mark.parametrize(("form", "adapter"), [("plain", None), ("plain", "speech"), ("merged", "vision")])
 def test_models_without_packed_adapters(device, form, adapter):
     assert_equal_steps(make_model(device, form), make_rows(SHAPES["few"], (adapter,)))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+@pytest.mark.usefixtures("few_programs")
+def test_weights_in_few_bits(device, scheme):
+    assert_equal_steps(make_model(device, scheme=scheme), make_rows(SHAPES["few"], SETS["both and none"]))
 
 
 def test_beside_eager_attention(device):

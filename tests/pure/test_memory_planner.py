@@ -1,5 +1,6 @@
 """Plans: the accounts add up to the dial, pins hold, and more memory never gives less."""
 
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -18,10 +19,11 @@ from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 ACCOUNTS = ("context_bytes", "weights_bytes", "graphs_bytes", "workspace_bytes", "pool_bytes", "media_bytes")
-DIALS = {OFFICIAL: (12 * GIB, 200 * GIB), DEMO: (GIB, 8 * GIB)}
+SMALL = replace(OFFICIAL, scheme="int4")
+DIALS = {OFFICIAL: (12 * GIB, 200 * GIB), SMALL: (7 * GIB, 200 * GIB), DEMO: (GIB, 8 * GIB)}
 
 kinds = st.sampled_from(["cuda", "cpu"])
-configs = st.sampled_from([OFFICIAL, DEMO])
+configs = st.sampled_from([OFFICIAL, SMALL, DEMO])
 shares = st.floats(0, 1)
 
 
@@ -35,7 +37,9 @@ def dial(config, share):
 
 
 def planned(config, n_bytes, kind="cuda", dtype_bytes=2, **pins):
-    return make_plan(config, endless(kind), EngineConfig(memory_bytes=n_bytes, **pins), dtype_bytes)
+    """Under the config's own scheme; what auto chooses is tested by itself."""
+    settings = EngineConfig(memory_bytes=n_bytes, **{"scheme": config.scheme, **pins})
+    return make_plan(config, endless(kind), settings, dtype_bytes)
 
 
 def held(plan):
@@ -47,9 +51,10 @@ def test_the_accounts_add_up_and_stay_within_the_dial(config, kind, share):
     n_bytes = dial(config, share)
     plan = planned(config, n_bytes, kind)
     assert held(plan) == plan.budget_bytes <= n_bytes
-    assert all(getattr(plan, name) > 0 for name in ACCOUNTS if name != "graphs_bytes" or kind == "cuda")
+    has_graphs = kind == "cuda"
+    assert all(getattr(plan, name) > 0 for name in ACCOUNTS if name != "graphs_bytes" or has_graphs)
     assert plan.pool_bytes == plan.pages * plan.page_bytes
-    if config is OFFICIAL and n_bytes < 100 * GIB:
+    if config is not DEMO and n_bytes < 100 * GIB:
         assert plan.budget_bytes == n_bytes
 
 
@@ -59,7 +64,8 @@ def test_graphs_have_an_account_of_their_own(config, one, other):
     first, second = (planned(config, n_bytes) for n_bytes in (smaller, larger))
     plain = planned(config, smaller, kernels="plain")
     assert held(first) == first.budget_bytes <= smaller
-    assert second.graphs_bytes >= first.graphs_bytes > plain.graphs_bytes == 0
+    assert second.graphs_bytes >= first.graphs_bytes >= plain.graphs_bytes == 0
+    assert first.graphs_bytes > 0
     assert second.graph_rows >= first.graph_rows >= min(FEWEST_GRAPH_ROWS, first.rows)
     assert first.pages <= second.pages
     assert first.pages <= plain.pages
@@ -159,11 +165,64 @@ def test_every_number_has_its_reason(engine):
     assert all(plan.reasons.values())
 
 
-def test_eight_gib_cannot_hold_the_model_today():
+def test_eight_gib_cannot_hold_the_model_in_16_bits():
     with pytest.raises(
-        DoesNotFitError, match=r"needs at least 11\.\d GiB .*may take 8\.0 GiB.*--memory 11.*--device cpu"
+        DoesNotFitError,
+        match=r"needs at least 11\.\d GiB .*may take 8\.0 GiB.*--memory 11.*, or --scheme int8.*--device cpu",
     ):
         planned(OFFICIAL, 8 * GIB)
+    with pytest.raises(DoesNotFitError, match=r"needs at least 6\.\d GiB .*may take 4\.0 GiB"):
+        planned(OFFICIAL, 4 * GIB, scheme="auto")
+
+
+# --- schemes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gib", "scheme", "reason"),
+    [
+        (24, "bf16", "bf16 leaves room for 10240 tokens of context"),
+        (12, "int8", r"bf16 leaves only \d+ tokens of context; int8 leaves room for 10240 tokens of context"),
+        (10, "int8", "bf16 does not fit; int8 leaves room for 10240 tokens of context"),
+        (8, "int4", r"bf16 does not fit; int8 leaves only \d+ tokens of context; int4 leaves room for 10240 tokens.*"),
+        (6.25, "int4", r"bf16 does not fit; int8 does not fit; int4 leaves \d+ tokens of context"),
+    ],
+)
+def test_auto_is_as_exact_as_leaves_useful_room(gib, scheme, reason):
+    plan = planned(OFFICIAL, int(gib * GIB), scheme="auto")
+    assert plan.scheme == scheme
+    assert re.fullmatch(reason, plan.reasons["scheme"]), plan.reasons["scheme"]
+
+
+@given(kinds, shares)
+def test_auto_plans_what_it_chose(kind, share):
+    n_bytes = int(7 * GIB + 40 * GIB * share)
+    chosen = planned(OFFICIAL, n_bytes, kind, scheme="auto")
+    asked = planned(OFFICIAL, n_bytes, kind, scheme=chosen.scheme)
+    assert asked.reasons.pop("scheme") == "as asked for"
+    chosen.reasons.pop("scheme")
+    assert asked == chosen
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "fp8"])
+def test_a_scheme_that_is_asked_for_is_taken(scheme):
+    plan = planned(OFFICIAL, 40 * GIB, scheme=scheme)
+    assert (plan.scheme, plan.reasons["scheme"]) == (scheme, "as asked for")
+
+
+def test_fewer_bits_leave_more_room():
+    bits16, fp8, int8, int4 = (planned(OFFICIAL, 16 * GIB, scheme=name) for name in ("bf16", "fp8", "int8", "int4"))
+    assert bits16.weights_bytes > fp8.weights_bytes > int8.weights_bytes > int4.weights_bytes
+    assert bits16.pages < fp8.pages <= int8.pages < int4.pages
+
+
+def test_a_quantised_folder_stays_as_it_is():
+    plan = planned(SMALL, 40 * GIB, scheme="auto")
+    assert (plan.scheme, plan.reasons["scheme"]) == ("int4", "as the weights are stored")
+    with pytest.raises(RequestError, match="these weights are in int4 and cannot be made int8; leave --scheme out"):
+        planned(SMALL, 40 * GIB, scheme="int8")
+    with pytest.raises(RequestError, match="these weights are in int4, into which no adapter can be merged; leave"):
+        planned(SMALL, 40 * GIB, merge="vision")
 
 
 def test_a_dial_beyond_what_is_free_is_refused():
@@ -187,7 +246,7 @@ def test_by_default_a_cpu_gets_a_modest_pool():
         plan = make_plan(config, host, EngineConfig())
         assert plan.context_tokens == 32768
         assert held(plan) == plan.budget_bytes < 18 * GIB
-    tight = make_plan(OFFICIAL, replace(host, free_bytes=15 * GIB), EngineConfig())
+    tight = make_plan(OFFICIAL, replace(host, free_bytes=15 * GIB), EngineConfig(scheme="bf16"))
     assert tight.budget_bytes <= 12 * GIB
     assert 1024 <= tight.context_tokens < 32768
 

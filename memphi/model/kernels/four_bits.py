@@ -1,0 +1,353 @@
+"""Products of a few rows with a matrix in int4, which take as long as reading the matrix.
+
+In a word of four bytes stand eight inputs, an eighth of a group apart, so that a block of words needs eight stretches
+of x. Rows lie side by side in x, each contiguous; codes and what they mean are contiguous. Sums are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memphi.model.kernels.coded import (
+    ROOMY_CAPABILITY,
+    Columns,
+    add_columns,
+    add_product,
+    load_columns,
+    load_rows,
+    store_tile,
+    sum_columns,
+)
+from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows
+from memphi.model.kernels.launch import Tile, capability, constexpr, jit, launch_options, power_of_two, tl
+
+VECTOR_ROWS = 4
+"""Up to so many rows products are summed number by number, beyond on tensor cores."""
+SUMS = 16
+"""Sums that a thread keeps at most, of words."""
+BLOCK = (4, 128, 1)
+"""Outputs, words of eight inputs, and warps of a program that sums number by number."""
+DEQUANTISED_BLOCK = 512
+"""Words that a program makes 16 bits again."""
+
+
+def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
+    """out = x W^T, and t B^T beside it, where w = (code - 8) * scale + shift; the definition.
+
+    x [rows, in]; codes [out, groups, group / 2] uint8; affine [out, groups, 2] bf16, scale and shift; out [rows, out].
+    What codes stand for is not rounded to x's dtype.
+    """
+    words = codes.view(torch.int32)
+    numbers = torch.cat([words >> 4 * part & 15 for part in range(8)], -1).float() - 8
+    w = (numbers * affine[..., :1].float() + affine[..., 1:].float()).flatten(1)[:, : x.shape[1]]
+    y = x.float() @ w.t()
+    out.copy_(y if columns is None else y + columns.t.float() @ columns.b.float().t())
+
+
+def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
+    """As `plain_multiply`."""
+    words = codes.view(torch.int32)
+    rows, (n_out, groups, part) = len(x), words.shape
+    b, t, ranks = (x, x, 0) if columns is None else (columns.b, columns.t, columns.b.shape[1])
+    tensors = (x, words, affine.view(torch.int32), b, t, out)
+    strides = (x.stride(0), b.stride(0), t.stride(0), out.stride(0))
+    sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
+    if rows <= VECTOR_ROWS:
+        block_out, block_words, warps = choose_block(rows, groups * part)
+        _multiply_vectors[(-(-n_out // block_out),)](
+            *(*tensors, *strides, n_out),
+            **sizes,
+            rows=rows,
+            block_out=block_out,
+            block_words=block_words,
+            block_ranks=power_of_two(max(ranks, 1)),
+            num_warps=warps,
+            **launch_options(x.device),
+        )
+        return
+    block_out, block_words, stages, warps, weights_first = choose_tile(rows, n_out, x.itemsize, capability(x.device))
+    block_rows = block_of_rows(rows)
+    _multiply_tiles[(-(-rows // block_rows), -(-n_out // block_out))](
+        *(*tensors, *strides, n_out, rows),
+        **sizes,
+        weights_first=weights_first,
+        block_rows=block_rows,
+        block_out=block_out,
+        block_words=block_words,
+        block_ranks=COLUMNS_BLOCK,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(x.device),
+    )
+
+
+def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
+    """Outputs, words and warps of a program, so that no thread keeps more than SUMS for more than one row."""
+    block_out, block_words, warps = BLOCK
+    block_words = min(block_words, power_of_two(n_words))
+    while rows > 1 and rows * block_out * block_words > SUMS * 32 * warps:
+        if block_out > 1:
+            block_out //= 2
+        else:
+            block_words //= 2
+    return block_out, block_words, warps
+
+
+def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int, bool]:
+    """Outputs, words, stages and warps of a program on the tensor cores of a card of some compute capability, and
+    whether weights come first there; x has itemsize bytes a number.
+    """
+    few, block_words = block_of_rows(rows) <= 16, 32 if itemsize <= 2 else 16
+    if on in ROOMY_CAPABILITY:
+        return 64, 2 * block_words if few else block_words, 3, 4, True
+    return 64, block_words, 3 if few else 2, 4, True
+
+
+@jit
+def _multiply_vectors(
+    x: Tile,
+    words: Tile,
+    affine: Tile,
+    b: Tile,
+    t: Tile,
+    out: Tile,
+    x_stride: Tile,
+    b_stride: Tile,
+    t_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    n_in: constexpr,
+    n_words: constexpr,
+    part: constexpr,
+    ranks: constexpr,
+    rows: constexpr,
+    block_out: constexpr,
+    block_words: constexpr,
+    block_ranks: constexpr,
+    dependent: constexpr,
+) -> None:
+    """Scale and shift wait until the codes of a group are summed: a code costs a mask and a sum."""
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    inside, numbers = outs < n_out, tl.arange(0, block_words)
+    words += outs.to(tl.int64)[:, None] * n_words
+    affine += outs.to(tl.int64)[:, None] * (n_words // part)
+    w = _load_words(words, inside, numbers, n_words)
+    lines = _load_lines(affine, inside, 0, n_words, part, block_words)
+    if ranks > 0:
+        columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
+    sums0 = tl.zeros([block_out, block_words // part], tl.float32)
+    sums1, sums2, sums3 = sums0, sums0, sums0
+    for start in tl.static_range(0, n_words, block_words):
+        if start > 0:
+            w = _load_words(words, inside, start + numbers, n_words)
+            lines = _load_lines(affine, inside, start, n_words, part, block_words)
+        first = _first_inputs(start + numbers, part)
+        sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
+        if rows > 1:
+            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part)
+        if rows > 2:
+            sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
+        if rows > 3:
+            sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
+    totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
+    for row in tl.static_range(rows):
+        total = totals[row]
+        if ranks > 0:
+            total += sum_columns(columns, t + row * t_stride, ranks, block_ranks)
+        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+
+
+@jit
+def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr) -> Tile:
+    """What each group of a block of words adds to a row: [outs, groups].
+
+    Codes are not made numbers: as they stand in their word, they are the digits of a fp32 so small that it has no
+    exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
+    """
+    found = tl.zeros(words.shape, tl.float32)
+    added = tl.zeros([words.shape[1]], tl.float32)
+    for number in tl.static_range(8):
+        value = tl.load(x + number * part, first + number * part < n_in, other=0).to(tl.float32)
+        larger = value * (18446744073709551616.0 / (1 << (4 * (number % 4))))
+        found += _digits(words, number).to(tl.float32, bitcast=True) * larger[None, :]
+        added += value
+    groups: constexpr = words.shape[1] // part
+    found = tl.sum(tl.reshape(found, [words.shape[0], groups, part]), 2) * 38685626227668133590597632.0
+    added = tl.sum(tl.reshape(added, [groups, part]), 1)
+    return found * _scale(lines) + added[None, :] * _shift(lines)
+
+
+@jit
+def _load_words(words: Tile, inside: Tile, numbers: Tile, n_words: constexpr) -> Tile:
+    """Read once in a step, so the cache need not keep them."""
+    exists = inside[:, None] & (numbers < n_words)[None, :]
+    return tl.load(words + numbers[None, :], exists, other=0, eviction_policy="evict_first")
+
+
+@jit
+def _load_lines(
+    affine: Tile, inside: Tile, start: Tile, n_words: constexpr, part: constexpr, block_words: constexpr
+) -> Tile:
+    """Scale and shift, in 32 bits, of each group of a block of words."""
+    groups = start // part + tl.arange(0, block_words // part)
+    exists = inside[:, None] & (groups < n_words // part)[None, :]
+    return tl.load(affine + groups[None, :], exists, other=0)
+
+
+@jit
+def _scale(lines: Tile) -> Tile:
+    return (lines << 16).to(tl.float32, bitcast=True)
+
+
+@jit
+def _shift(lines: Tile) -> Tile:
+    """What a code of 0 stands for."""
+    return ((lines >> 16) << 16).to(tl.float32, bitcast=True) - 8.0 * _scale(lines)
+
+
+@jit
+def _first_inputs(numbers: Tile, part: constexpr) -> Tile:
+    """The first of the inputs of each word; the others follow a part of a group apart."""
+    return (numbers // part) * (8 * part) + numbers % part
+
+
+@jit
+def _digits(words: Tile, number: constexpr) -> Tile:
+    """One code of each word, times 16 for each code before it in its half."""
+    half = words >> 16 if number >= 4 else words
+    return half & (15 << (4 * (number % 4)))
+
+
+@jit
+def _meant(words: Tile, scale: Tile, shift: Tile, number: constexpr) -> Tile:
+    """What one code of each word stands for."""
+    return _digits(words, number).to(tl.float32) * (scale * (1.0 / (1 << (4 * (number % 4))))) + shift
+
+
+@jit
+def _multiply_tiles(
+    x: Tile,
+    words: Tile,
+    affine: Tile,
+    b: Tile,
+    t: Tile,
+    out: Tile,
+    x_stride: Tile,
+    b_stride: Tile,
+    t_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    rows: Tile,
+    n_in: constexpr,
+    n_words: constexpr,
+    part: constexpr,
+    ranks: constexpr,
+    weights_first: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_words: constexpr,
+    block_ranks: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    inside, exists, places = outs < n_out, numbers < rows, tl.arange(0, block_words)
+    words += outs.to(tl.int64)[:, None] * n_words
+    affine += outs.to(tl.int64)[:, None] * (n_words // part)
+    w = _load_words(words, inside, places, n_words)
+    lines = _load_lines(affine, inside, 0, n_words, part, block_words)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([block_out, block_rows] if weights_first else [block_rows, block_out], tl.float32)
+    sums = _add_words(
+        *(sums, w, lines, x, x_stride, numbers, exists, _first_inputs(places, part)), n_in, part, weights_first
+    )
+    for start in range(block_words, n_words, block_words):
+        w = _load_words(words, inside, start + places, n_words)
+        lines = _load_lines(affine, inside, start, n_words, part, block_words)
+        first = _first_inputs(start + places, part)
+        sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part, weights_first)
+    if ranks > 0:
+        sums = add_columns(
+            *(sums, b, t, b_stride, t_stride, outs, inside, numbers, exists), ranks, block_ranks, weights_first
+        )
+    store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
+
+
+@jit
+def _add_words(
+    sums: Tile,
+    words: Tile,
+    lines: Tile,
+    x: Tile,
+    x_stride: Tile,
+    numbers: Tile,
+    exists: Tile,
+    first: Tile,
+    n_in: constexpr,
+    part: constexpr,
+    weights_first: constexpr,
+) -> Tile:
+    """sums, and the products of a block of words, a code of each after another."""
+    scale, shift = _spread(_scale(lines), words.shape, part), _spread(_shift(lines), words.shape, part)
+    for number in tl.static_range(8):
+        places = first + number * part
+        values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
+        weights = _meant(words, scale, shift, number).to(values.dtype)
+        sums = add_product(values, weights, sums, weights_first)
+    return sums
+
+
+@jit
+def _spread(of_groups: Tile, shape: constexpr, part: constexpr) -> Tile:
+    """What is of each group, for each of its words: [outs, groups] -> [outs, words]."""
+    return tl.reshape(tl.broadcast_to(of_groups[:, :, None], [shape[0], shape[1] // part, part]), shape)
+
+
+def dequantise(codes: Tensor, affine: Tensor, out: Tensor) -> None:
+    """out = what codes stand for, rounded once: codes and affine of some outputs, out [outs, in] contiguous."""
+    words = codes.view(torch.int32)
+    n_out, groups, part = words.shape
+    _dequantise[(n_out, -(-groups * part // DEQUANTISED_BLOCK))](
+        *(words, affine.view(torch.int32), out),
+        n_in=out.shape[1],
+        n_words=groups * part,
+        part=part,
+        block=DEQUANTISED_BLOCK,
+        num_warps=4,
+        **launch_options(out.device),
+    )
+
+
+@jit
+def _dequantise(
+    words: Tile,
+    affine: Tile,
+    out: Tile,
+    n_in: constexpr,
+    n_words: constexpr,
+    part: constexpr,
+    block: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, numbers = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    inside = numbers < n_words
+    w = tl.load(words + row * n_words + numbers, inside, other=0, eviction_policy="evict_first")
+    lines = tl.load(affine + row * (n_words // part) + numbers // part, inside, other=0)
+    if dependent:
+        tl.extra.cuda.gdc_wait()  # What was here before may be in use until then.
+    scale, shift, first = _scale(lines), _shift(lines), _first_inputs(numbers, part)
+    for number in tl.static_range(8):
+        places = first + number * part
+        wide = _meant(w, scale, shift, number)
+        tl.store(out + row * n_in + places, wide.to(out.dtype.element_ty), inside & (places < n_in))

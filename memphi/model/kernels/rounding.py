@@ -1,0 +1,82 @@
+"""Rows rounded to e4m3, each with a scale of its own; and what a byte of e4m3 stands for, on cards that know none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+
+WARPS = 8
+LARGEST, LEAST_SCALE = 448.0, 1e-30
+
+
+def plain_round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """codes = x / scale in e4m3, where the largest of a row becomes 448; the definition.
+
+    x and codes [rows, size], each row contiguous; scale [rows] fp32.
+    """
+    scale.copy_(torch.linalg.vector_norm(x, float("inf"), dim=1).float().div_(LARGEST).clamp_(min=LEAST_SCALE))
+    codes.copy_((x / scale[:, None]).to(torch.float8_e4m3fn))
+
+
+def round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """As `plain_round_rows`, one program a row."""
+    rows, size = x.shape
+    _round_rows[(rows,)](
+        *(x, codes.view(torch.uint8), scale, x.stride(0), codes.stride(0)),
+        size=size,
+        block=power_of_two(size),
+        num_warps=WARPS,
+        **launch_options(x.device),
+    )
+
+
+@jit
+def _round_rows(
+    x: Tile,
+    codes: Tile,
+    scale: Tile,
+    x_stride: Tile,
+    codes_stride: Tile,
+    size: constexpr,
+    block: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-30)
+    # Below a fp16's own exponents by 8, an e4m3's fit in it, with all that is smaller.
+    bits = (nearest(values / step) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
+    code = ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)
+    tl.store(codes + row * codes_stride + columns, code.to(tl.uint8), columns < size)
+    tl.store(scale + row, step)
+
+
+@jit
+def row_step(x: Tile, size: constexpr, block: constexpr) -> Tile:
+    """The scale of a row."""
+    columns = tl.arange(0, block)
+    values = tl.load(x + columns, columns < size, other=0).to(tl.float32)
+    return tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-30)
+
+
+@jit
+def nearest(values: Tile) -> Tile:
+    """The nearest numbers that e4m3 has, of fp32 up to 448."""
+    exponents = values.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.maximum(exponents.to(tl.float32, bitcast=True), 0.015625)
+    far = power * 1572864.0  # 1.5 * 2**20: there fp32 has steps of an eighth of the power
+    return (values + far) - far
+
+
+@jit
+def widened(codes: Tile, is_e4m3: constexpr) -> Tile:
+    """What bytes of codes stand for: int8 as it is; e4m3, in uint8, as fp16 over 256, by its bits."""
+    if is_e4m3:
+        bits = codes.to(tl.uint16)
+        codes = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return codes

@@ -1,0 +1,81 @@
+"""What takes the place of a linear, of one with adapters, and of the embedding, where their matrix is quantised."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.language import TiedEmbedding
+from memphi.model.quant.weights import Int8Weight, QuantisedWeight
+
+
+class QuantisedLinear(nn.Module):
+    """y = W x + b."""
+
+    def __init__(self, linear: nn.Linear, weight: QuantisedWeight) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, self.weight(x))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class QuantisedAdaptedLinear(AdaptedLinear):
+    """An AdaptedLinear with W in few bits and its adapters as they were: A and B see x as it is."""
+
+    def __init__(self, linear: AdaptedLinear, weight: QuantisedWeight) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = weight  # type: ignore[assignment]  # a module in the parameter's place
+        self.adapters = linear.adapters
+
+    @property
+    def base_weight(self) -> QuantisedWeight:
+        return cast(QuantisedWeight, self.weight)
+
+    def base(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.base_weight(x))
+
+    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
+        assert not adapter_tokens, "a step with adapters needs them packed"
+        self.base_weight.multiply(operand, out)
+        return out
+
+
+class QuantisedEmbedding(nn.Module):
+    """A TiedEmbedding in int8, a scale for each row."""
+
+    def __init__(self, embedding: TiedEmbedding, weight: Int8Weight) -> None:
+        super().__init__()
+        self.weight, self.dtype = weight, embedding.weight.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight.look_up(ids, self.dtype)
+
+    def look_up(self, ids: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [tokens, hidden]."""
+        self.weight.look_up_into(ids, out)
+
+    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, hidden] -> [rows, vocab_size]; in out, where one is given."""
+        if out is None:
+            return cast(Tensor, self.weight(hidden))
+        self.weight.multiply(hidden, out)
+        return out
+
+
+def quantised(module: nn.Module, weight: type[QuantisedWeight], others: type[QuantisedWeight]) -> nn.Module | None:
+    """What takes a module's place, empty, on the module's device; None where it stays as it is.
+
+    A decoder's linear, which has adapters or had them, is kept in the one form; every other matrix in the other.
+    """
+    with torch.device(next(module.parameters(recurse=False), torch.empty(0)).device):
+        if type(module) is AdaptedLinear:
+            return QuantisedAdaptedLinear(module, weight(module.out_features, module.in_features))
+        if type(module) is nn.Linear:
+            return QuantisedLinear(module, others(module.out_features, module.in_features))
+        if type(module) is TiedEmbedding:
+            return QuantisedEmbedding(module, Int8Weight(module.num_embeddings, module.embedding_dim))
+    return None

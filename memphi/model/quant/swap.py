@@ -1,0 +1,74 @@
+"""Which modules of a model are kept under a scheme, and filling them piece by piece from weights of 16 bits."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from memphi.config import Scheme
+from memphi.errors import CheckpointError
+from memphi.model.quant.linears import quantised
+from memphi.model.quant.weights import WEIGHTS, QuantisedWeight, weight_of
+
+PIECE_NUMBERS = 2 * 2**20
+"""Numbers of a weight that are quantised at once."""
+
+ReadRows = Callable[[int, int], Tensor]
+"""Gives a weight's outputs from one to before another: [last - first, in]."""
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, scheme: Scheme, other_scheme: Scheme) -> None:
+    """Swap every linear and the embedding for one that keeps its matrix under a scheme, in place.
+
+    Linears of the decoder, which have adapters, are kept under the first, all others under the second. Needs the memory
+    of one linear in few bits beside the model; on the meta device none, and `fill` is for whoever has the weights.
+    """
+    if scheme == "bf16":
+        return
+    for path in [path for path, _ in model.named_modules()]:  # Paths: a list of modules would keep those that go.
+        above, _, name = path.rpartition(".")
+        if (other := _quantised(model.get_submodule(path), f"{path}.weight", scheme, other_scheme)) is not None:
+            setattr(model.get_submodule(above), name, other)
+
+
+def _quantised(module: nn.Module, name: str, scheme: Scheme, other_scheme: Scheme) -> nn.Module | None:
+    """What takes a module's place, with its matrix quantised unless that is on the meta device."""
+    other = quantised(module, WEIGHTS[scheme], WEIGHTS[other_scheme])
+    if other is not None and isinstance(module.weight, Tensor) and not module.weight.is_meta:
+        weight = weight_of(other)
+        assert weight is not None
+        store(weight, name, 0, module.weight)
+    return other
+
+
+def quantised_weights(model: nn.Module) -> dict[str, QuantisedWeight]:
+    """The quantised weights inside, by the names that they have where they are not quantised."""
+    return {f"{path}.weight": weight for path, module in model.named_modules() if (weight := weight_of(module))}
+
+
+def fill(weight: QuantisedWeight, name: str, read_rows: ReadRows) -> None:
+    """Quantise a weight from what is read, piece by piece; raises CheckpointError for a number that is none."""
+    for first, last in pieces(weight.out_features, weight.in_features):
+        store(weight, name, first, read_rows(first, last))
+
+
+@torch.no_grad()
+def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
+    """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none."""
+    for start, end in pieces(*rows.shape):
+        weight.store(first + start, checked(rows[start:end], name))
+
+
+def pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows from one to before another, so many that a piece has PIECE_NUMBERS at most, or is one row."""
+    most = max(PIECE_NUMBERS // columns, 1)
+    for first in range(0, rows, most):
+        yield first, min(first + most, rows)
+
+
+def checked(rows: Tensor, name: str) -> Tensor:
+    """The rows, if all their numbers are finite: one that is not would spoil its whole group in silence."""
+    if not torch.isfinite(rows).all():
+        raise CheckpointError(f"{name} holds a number that is infinite or none at all; it cannot be quantised")
+    return rows

@@ -1,0 +1,271 @@
+"""A matrix as each scheme stores it, what that stands for, and the product with it: the definitions.
+
+    int8   codes [out, in] int8, scale [out] bf16                      w = code * scale
+    int4   codes [out, groups, group / 2], two a byte, affine [out, groups, 2] bf16, scale and shift
+                                                                       w = (code - 8) * scale + shift
+    fp8    codes [out, in] e4m3, scale [out] fp32                      w = code * scale, x rounded likewise, by rows
+
+A product is x W^T with the W that codes stand for, rounded once to x's dtype, a block of outputs after another, so that
+no more than a block of W is ever there. Every output is stored by itself, so a matrix can be quantised piece by piece.
+Where memphi's own kernels are used, few rows are multiplied by the codes as they are, and blocks are made by a kernel.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from memphi.config import group_size
+from memphi.model.kernels import coded, eight_bits, four_bits, rounding
+from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.launch import is_available
+from memphi.model.quant.calibration import choose_codes, half_quadratic
+
+BLOCK_NUMBERS = 8 * 2**20
+"""Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
+CODES_A_WORD = 8
+"""In int4."""
+LARGEST_FP8 = 448.0
+LEAST_SCALE = 1e-30
+
+
+class QuantisedWeight(nn.Module):
+    """A matrix [out, in] in few bits; in the place of a linear's `weight`."""
+
+    kernels = False
+    """Whether products go through memphi's own kernels, where the device has them."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+
+    def store(self, first: int, rows: Tensor) -> None:
+        """Quantise rows [n, in], which are the outputs from `first` on."""
+        raise NotImplementedError
+
+    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """What outputs from one to before another stand for: [last - first, in]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: [..., in] -> [..., out]."""
+        flat = x.reshape(-1, self.in_features)
+        out = flat.new_empty(len(flat), self.out_features)
+        self.multiply(flat, out)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, x: Tensor, out: Tensor, columns: Columns | None = None) -> None:
+        """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add."""
+        if self.kernels and 0 < len(x) <= self.most_rows(x.device):
+            self.multiply_few(x, out, columns)
+            return
+        self.multiply_many(x, out)
+        if columns is not None:
+            out.addmm_(columns.t, columns.b.t())
+
+    def most_rows(self, device: torch.device) -> int:
+        """The most rows that `multiply_few` is for."""
+        return coded.most_rows(device, eight_bits.VECTOR_ROWS)
+
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        """`multiply` by a kernel that reads the codes as they are."""
+        raise NotImplementedError
+
+    def multiply_many(self, x: Tensor, out: Tensor) -> None:
+        """x W^T of any number of rows."""
+        self.plain_multiply(x, out)
+
+    def plain_multiply(self, x: Tensor, out: Tensor) -> None:
+        """The definition of `multiply_many`."""
+        for first, last in blocks(self.out_features, self.in_features):
+            torch.mm(x, self.block(first, last, x.dtype).t(), out=out[:, first:last])
+
+    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `dequantise`, by the fastest there is."""
+        return self.dequantise(first, last, dtype)
+
+
+class Int8Weight(QuantisedWeight):
+    """Symmetric, a scale for each output."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(out_features, dtype=torch.bfloat16))
+
+    def store(self, first: int, rows: Tensor) -> None:
+        scale = (_largest(rows) / 127).clamp(min=LEAST_SCALE).bfloat16()
+        self.scale[first : first + len(rows)] = scale
+        self.codes[first : first + len(rows)] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
+
+    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
+        torch.mul(self.codes[first:last], self.scale[first:last, None].float(), out=rows)
+        return rows
+
+    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        if not (self.kernels and is_available(self.codes.device)):
+            return self.dequantise(first, last, dtype)
+        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
+        eight_bits.dequantise(self.codes[first:last], self.scale[first:last], rows)
+        return rows
+
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
+        return (self.codes[ids] * self.scale[ids][..., None].float()).to(dtype)
+
+    def look_up_into(self, ids: Tensor, out: Tensor) -> None:
+        """The same of ids [rows] into out [rows, in]."""
+        if self.kernels and is_available(self.codes.device):
+            eight_bits.look_up(self.codes, self.scale, ids, out)
+        else:
+            out.copy_(self.look_up(ids, out.dtype))
+
+
+class Int4Weight(QuantisedWeight):
+    """Asymmetric, scale and shift for each group of inputs; a last group that is not full repeats what it has.
+
+    Four bytes are a word, in which eight inputs an eighth of a group apart stand, the first in the lowest bits.
+    """
+
+    codes: Tensor
+    affine: Tensor
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.group = group_size(in_features)
+        groups = -(-in_features // self.group)
+        self.register_buffer("codes", torch.empty(out_features, groups, self.group // 2, dtype=torch.uint8))
+        self.register_buffer("affine", torch.empty(out_features, groups, 2, dtype=torch.bfloat16))
+
+    def store(self, first: int, rows: Tensor) -> None:
+        groups = self._filled(rows.float()).unflatten(1, (-1, self.group))
+        scale, shift = half_quadratic(groups)
+        codes = (choose_codes(groups, scale, shift) + 8).to(torch.uint8)
+        words = self.codes[first : first + len(rows)].zero_().view(torch.int32)
+        for number, part in enumerate(codes.chunk(CODES_A_WORD, -1)):
+            words |= part.int() << 4 * number
+        self.affine[first : first + len(rows)] = torch.cat((scale, shift), -1)
+
+    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        codes: Tensor = self.unpacked(first, last).unflatten(1, (-1, self.group))
+        scale, shift = self.affine[first:last].float().split(1, -1)
+        return codes.float().sub_(8).mul_(scale).add_(shift).to(dtype).flatten(1)[:, : self.in_features]
+
+    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        if not (self.kernels and is_available(self.codes.device)):
+            return self.dequantise(first, last, dtype)
+        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
+        four_bits.dequantise(self.codes[first:last], self.affine[first:last], rows)
+        return rows
+
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        four_bits.multiply(x, self.codes, self.affine, out, columns)
+
+    def unpacked(self, first: int, last: int) -> Tensor:
+        """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
+        words = self.codes[first:last].view(torch.int32)
+        parts = [(words >> 4 * number & 15).to(torch.uint8) for number in range(CODES_A_WORD)]
+        return torch.cat(parts, -1).flatten(1)
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """Rows of whole groups."""
+        over = self.in_features % self.group
+        if not over:
+            return rows
+        places = torch.arange(self.group, device=rows.device) % over + self.in_features - over
+        return torch.cat((rows[:, : self.in_features - over], rows[:, places]), 1)
+
+
+class Fp8Weight(QuantisedWeight):
+    """e4m3, a scale for each output; x is rounded to e4m3 too, with a scale for each row."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32))
+
+    def store(self, first: int, rows: Tensor) -> None:
+        part = slice(first, first + len(rows))
+        self.codes[part], self.scale[part] = _to_fp8(rows)
+
+    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.codes[first:last].float().mul_(self.scale[first:last, None]).to(dtype)
+
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns)
+
+    def multiply_many(self, x: Tensor, out: Tensor) -> None:
+        if not (x.dtype is torch.bfloat16 and has_fp8_products(x.device) and self._is_even):
+            self.plain_multiply(x, out)
+            return
+        codes, scale = self._rounded(x)
+        torch._scaled_mm(codes, self.codes.t(), scale[:, None], self.scale[None, :], out_dtype=x.dtype, out=out)
+
+    def plain_multiply(self, x: Tensor, out: Tensor) -> None:
+        for first, last in blocks(*x.shape):
+            codes, scale = _to_fp8(x[first:last])
+            rounded = codes.float().mul_(scale[:, None]).to(x.dtype)
+            super().plain_multiply(rounded, out[first:last])
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `round_rows`, by the fastest there is."""
+        if not (self.kernels and is_available(x.device)):
+            return round_rows(x)
+        codes, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+        rounding.round_rows(x, codes, scale)
+        return codes, scale
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether the sizes are what the card's units take."""
+        return self.in_features % 16 == 0 and self.out_features % 16 == 0
+
+
+WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Weight, "fp8": Fp8Weight}
+
+
+def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows from one to before another, so many that a block has BLOCK_NUMBERS at most, or is one row."""
+    most = max(BLOCK_NUMBERS // columns, 1)
+    for first in range(0, rows, most):
+        yield first, min(first + most, rows)
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3 by e4m3 with a scale for each row (Ada and Hopper)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, in] in e4m3, and a scale for each row [rows]; a block of rows after another."""
+    codes, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+    for first, last in blocks(*x.shape):
+        codes[first:last], scale[first:last] = _to_fp8(x[first:last])
+    return codes, scale
+
+
+def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _largest(rows).div_(LARGEST_FP8).clamp_(min=LEAST_SCALE)
+    return (rows / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest size of a number in each row, in fp32: [rows, in] -> [rows]."""
+    return cast(Tensor, torch.linalg.vector_norm(rows, float("inf"), dim=1).float())
+
+
+def weight_of(module: nn.Module) -> QuantisedWeight | None:
+    """A module's quantised weight, if it has one."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, QuantisedWeight) else None

@@ -1,0 +1,129 @@
+"""Quantised weights on CUDA: products equal their definitions, and weights take what the plan says."""
+
+import pytest
+import torch
+
+from memphi import official
+from memphi.checkpoint.layout import read_config
+from memphi.checkpoint.random import random_model
+from memphi.memory import costs
+from memphi.model.kernels.coded import Columns
+from memphi.model.quant import swap
+from memphi.model.quant.weights import WEIGHTS, Fp8Weight, has_fp8_products
+from memphi.model.rows import Row
+from tests.checkpoints import tiny_config
+from tests.scenes import Stage, alone, lively_model, mixed_requests, tiny_tokenizer
+
+DEVICE = torch.device("cuda")
+SCHEMES = pytest.mark.parametrize("scheme", list(WEIGHTS))
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def relative(real, wanted):
+    return float((real.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def made(scheme, n_out, n_in):
+    with DEVICE:
+        weight = WEIGHTS[scheme](n_out, n_in)
+        swap.store(weight, "w", 0, torch.randn(n_out, n_in) / n_in**0.5)
+    return weight
+
+
+@SCHEMES
+def test_what_is_stored_is_what_the_cpu_stores(scheme):
+    """But for codes that lie on the border between two."""
+    rows = torch.randn(64, 384)
+    here, there = WEIGHTS[scheme](64, 384), WEIGHTS[scheme](64, 384).to(DEVICE)
+    here.store(0, rows)
+    there.store(0, rows.to(DEVICE))
+    assert relative(there.dequantise(0, 64, torch.float32).cpu(), here.dequantise(0, 64, torch.float32)) < 0.01
+
+
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 3, 16, 100, 2048])
+@pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192), (200, 72)])
+@torch.inference_mode()
+def test_a_product_is_its_definition(scheme, rows, shape):
+    weight = made(scheme, *shape)
+    x = torch.randn(rows, shape[1] + 64, device=DEVICE, dtype=torch.bfloat16)[:, 64:]
+    plain = torch.empty(rows, shape[0], device=DEVICE, dtype=torch.bfloat16)
+    weight.plain_multiply(x, plain)
+    exact = torch.empty(rows, shape[0], device=DEVICE)
+    weight.plain_multiply(x.float(), exact)
+    assert relative(weight(x), exact) <= 1.5 * relative(plain, exact) + 1e-3
+    if scheme != "fp8":
+        return
+    into = torch.full((rows, shape[0]), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    weight.multiply(x, into)
+    assert torch.equal(into, weight(x))
+
+
+def test_fp8_goes_through_the_cards_own_units(monkeypatch):
+    if not has_fp8_products(DEVICE):
+        pytest.skip("needs Ada or later")
+    weight = made("fp8", 256, 512)
+    monkeypatch.setattr(Fp8Weight, "plain_multiply", lambda *_: pytest.fail("computed plainly"))
+    weight(torch.randn(5, 512, device=DEVICE, dtype=torch.bfloat16))
+
+
+@SCHEMES
+@pytest.mark.parametrize("packed", [False, True])
+@torch.inference_mode()
+def test_logits_are_those_of_the_cpu(scheme, packed):
+    ids, rows = torch.arange(40), [Row(15, adapter="vision"), Row(20, adapter="speech"), Row(5)]
+    model = lively_model(tiny_config())
+    model.quantise(scheme)
+    model.keep_adapters(packed, None)
+    expected = model(ids, rows, logits_at=range(40))
+    real = model.to(DEVICE)(ids.to(DEVICE), rows, logits_at=range(40))
+    assert relative(real.cpu(), expected) < 1e-2
+
+
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17, 64, 65, 300])
+@pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192), (200, 72)])
+@torch.inference_mode()
+def test_products_by_kernels_are_as_exact(scheme, rows, shape):
+    """With adapters' columns beside, for few rows and for many."""
+    weight = made(scheme, *shape)
+    weight.kernels = True
+    operand = torch.randn(rows, 96 + shape[1], device=DEVICE, dtype=torch.bfloat16)
+    columns = Columns(torch.randn(shape[0], 96, device=DEVICE, dtype=torch.bfloat16) / 30, operand[:, :96])
+    x, (plain, real) = operand[:, 96:], torch.empty(2, rows, shape[0], device=DEVICE, dtype=torch.bfloat16)
+    exact = torch.empty(rows, shape[0], device=DEVICE)
+    weight.plain_multiply(x, plain)
+    weight.plain_multiply(x.float(), exact)
+    weight.multiply(x, real)
+    assert relative(real, exact) <= 1.5 * relative(plain, exact) + 1e-3
+    weight.multiply(x, real, columns)
+    added = columns.t.float() @ columns.b.float().t()
+    assert relative(real, exact + added) <= 1.5 * relative(plain, exact) + 4e-3
+
+
+@SCHEMES
+def test_together_equals_alone(scheme):
+    model = lively_model()
+    model.quantise(scheme)
+    model.to(DEVICE)
+    tokenizer = tiny_tokenizer()
+    stage = Stage(model, tokenizer, 128, rows=8)
+    assert stage.ids(mixed_requests()) == [result.ids for result in alone(model, tokenizer, mixed_requests())]
+
+
+@SCHEMES
+def test_official_sizes_take_what_they_are_priced_at(scheme):
+    """With the allocator's rounding; what quantising needs beside them is gone."""
+    config = read_config(official.folder())
+    before = torch.cuda.memory_allocated(DEVICE)
+    model = random_model(config, DEVICE, torch.bfloat16, packed=True, scheme=scheme)
+    taken = torch.cuda.memory_allocated(DEVICE) - before
+    total = sum(cost.bytes for cost in costs.weights(model.config, 2, "packed"))
+    assert total <= taken <= 1.01 * total
+    rounding = costs.weights_rounding(model.config, 2, "packed").bytes
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(DEVICE) - before <= total + rounding + 64 * 2**20

@@ -1,0 +1,129 @@
+"""Products with a matrix in few bits against their definitions: every row count, adapters beside, odd sizes."""
+
+import pytest
+import torch
+
+from memphi.model.kernels import eight_bits, four_bits, rounding
+from memphi.model.kernels.coded import Columns
+from memphi.model.quant import swap
+from memphi.model.quant.weights import WEIGHTS
+from tests.kernels.test_skinny import TOLERANCE, numbers
+
+SCHEMES = pytest.mark.parametrize("scheme", ["int8", "fp8", "int4"])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS = [1, 2, 3, 4, 5, 16, 17, 64]
+
+
+def stored(scheme, n_out, n_in, device):
+    weight = WEIGHTS[scheme](n_out, n_in).to(device)
+    swap.store(weight, "w", 0, numbers(n_out, n_in, device=device, dtype=torch.float32) / n_in**0.5)
+    return weight
+
+
+def products(scheme):
+    """The kernel's product and its definition."""
+    module = four_bits if scheme == "int4" else eight_bits
+    return module.multiply, module.plain_multiply
+
+
+def assert_near(got, expected, scheme):
+    """A rounding of x to e4m3 that lies between two may fall to either."""
+    assert got.isfinite().all()
+    allowed = TOLERANCE[got.dtype] + (2e-3 if scheme == "fp8" else 0)
+    assert (got - expected).abs().max() <= allowed * expected.abs().max()
+
+
+@SCHEMES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (37, 1100), (70, 304)])
+def test_a_product(device, scheme, rows, n_out, n_in, dtype):
+    weight = stored(scheme, n_out, n_in, device)
+    x = numbers(rows, n_in + 48, device=device, dtype=dtype, seed=1)[:, 16 : n_in + 16]
+    out, expected = (torch.full((rows, n_out), torch.nan, device=device, dtype=dtype) for _ in range(2))
+    multiply, plain_multiply = products(scheme)
+    multiply(x, *weight.buffers(), out)
+    plain_multiply(x, *weight.buffers(), expected)
+    assert_near(out, expected, scheme)
+
+
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 4, 7, 70])
+@pytest.mark.parametrize("ranks", [6, 100])
+def test_adapters_beside_it(device, scheme, rows, ranks):
+    n_out, n_in, dtype = 40, 192, torch.float32
+    weight = stored(scheme, n_out, n_in, device)
+    operand = numbers(rows, n_in + 150, device=device, dtype=dtype, seed=1)
+    b = numbers(n_out, 150, device=device, dtype=dtype, seed=2)[:, 16 : 16 + ranks]
+    columns = Columns(b, operand[:, 16 : 16 + ranks])
+    out, expected = (torch.full((rows, n_out + 3), torch.nan, device=device)[:, :n_out] for _ in range(2))
+    multiply, plain_multiply = products(scheme)
+    multiply(operand[:, 150:], *weight.buffers(), out, columns)
+    plain_multiply(operand[:, 150:], *weight.buffers(), expected, columns)
+    assert_near(out, expected, scheme)
+
+
+@SCHEMES
+@pytest.mark.parametrize("weights_first", [False, True])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_either_may_come_first(device, scheme, weights_first, rows, monkeypatch):
+    weight = stored(scheme, 70, 304, device)
+    module = four_bits if scheme == "int4" else eight_bits
+    monkeypatch.setattr(module, "VECTOR_ROWS", 0)
+    monkeypatch.setattr(module, "choose_tile", lambda *_: (32, 32, 2, 4, weights_first))
+    x = numbers(rows, 304, device=device, dtype=torch.float16)
+    out, expected = (torch.empty(rows, 70, device=device, dtype=torch.float16) for _ in range(2))
+    module.multiply(x, *weight.buffers(), out)
+    module.plain_multiply(x, *weight.buffers(), expected)
+    assert_near(out, expected, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_out", "n_in"), [(5, 256), (3, 4200), (2, 72)])
+def test_codes_made_wide_again(device, scheme, n_out, n_in, dtype):
+    weight = stored(scheme, n_out, n_in, device)
+    out = torch.full((n_out, n_in), torch.nan, device=device, dtype=dtype)
+    (four_bits if scheme == "int4" else eight_bits).dequantise(*weight.buffers(), out)
+    torch.testing.assert_close(out, weight.dequantise(0, n_out, dtype), rtol=2**-7, atol=1e-6)
+
+
+def test_rows_of_an_embedding(device):
+    weight = stored("int8", 30, 96, device)
+    ids = torch.tensor([3, 0, 29, 3], device=device)
+    out = torch.full((4, 96), torch.nan, device=device, dtype=torch.bfloat16)
+    eight_bits.look_up(weight.codes, weight.scale, ids, out)
+    assert torch.equal(out, weight.look_up(ids, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_in_e4m3(device, dtype):
+    """Codes as torch has them, but for numbers between two, of which there are few."""
+    x = numbers(6, 1100, device=device, dtype=dtype) * torch.tensor([1e-3, 1.0, 50.0, 1e4, 0.0, 1e-3], device=device)[
+        :, None
+    ].to(dtype)
+    x[5, 7] = 10
+    codes = [torch.zeros(6, 1100, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]
+    scales = [torch.zeros(6, device=device) for _ in range(2)]
+    rounding.round_rows(x[:, :1000], codes[0][:, :1000], scales[0])
+    rounding.plain_round_rows(x[:, :1000], codes[1][:, :1000], scales[1])
+    torch.testing.assert_close(*scales)
+    ours, theirs = (each.float() for each in codes)
+    torch.testing.assert_close(ours, theirs, rtol=2**-3, atol=2**-9)
+    assert (ours != theirs).float().mean() < 1e-3
+
+
+def test_every_number_of_e4m3(device):
+    """All bytes are what torch takes them for, and are their own nearest numbers."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    codes = codes[((codes & 127) != 127) & (codes != 128)].view(1, -1)  # All but those that are no number, and -0.
+    values = codes.view(torch.float8_e4m3fn).float()
+    again, scale = torch.zeros_like(codes), torch.zeros(1, device=device)
+    rounding.round_rows(values, again.view(torch.float8_e4m3fn), scale)
+    assert scale.item() == 1
+    assert torch.equal(again, codes)
+    x = torch.zeros(1, codes.shape[1], device=device)
+    x[0, 0] = 1
+    matrix, out = codes.t().repeat(1, codes.shape[1]).contiguous(), torch.zeros(1, codes.shape[1], device=device)
+    eight_bits.multiply(x, matrix.view(torch.float8_e4m3fn), torch.ones(codes.shape[1], device=device), out)
+    torch.testing.assert_close(out, values)

@@ -1,0 +1,78 @@
+"""Products with matrices in few bits compile for every card that memphi names, and fit it."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from memphi.model.kernels import eight_bits, four_bits, rounding
+from memphi.model.kernels.coded import MOST_ROWS, Columns
+from memphi.model.kernels.launch import TENSOR_CAPABILITY
+from memphi.model.quant.weights import WEIGHTS
+from tests.kernels.ahead import SHARED_BYTES, compiled_for
+from tests.kernels.test_compile_skinny import RANKS, assert_fits
+
+MODULES = {"int8": eight_bits, "fp8": eight_bits, "int4": four_bits}
+SHAPES = ((3072, 8192), (16384, 3072))
+
+
+def launch(scheme, shape, rows, dtype, ranks):
+    n_out, n_in = shape
+    operand = torch.empty(rows, sum(RANKS) + n_in, dtype=dtype)
+    b = torch.empty(n_out, sum(RANKS), dtype=dtype)
+    columns = Columns(b[:, :ranks], operand[:, :ranks]) if ranks else None
+    weight, out = WEIGHTS[scheme](n_out, n_in), torch.empty(rows, n_out, dtype=dtype)
+    MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns)
+
+
+def launch_all(scheme, dtype, on_tensor_cores):
+    most = MODULES[scheme].VECTOR_ROWS
+    for rows, ranks in ((1, sum(RANKS)), (most, RANKS[1])):
+        launch(scheme, SHAPES[rows > 1], rows, dtype, ranks)
+    if on_tensor_cores:
+        for rows, ranks in ((16, 0), (MOST_ROWS, sum(RANKS))):
+            launch(scheme, SHAPES[rows == MOST_ROWS], rows, dtype, ranks)
+
+
+@pytest.mark.parametrize("scheme", MODULES)
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
+def test_every_product_fits(capability, scheme):
+    """On a 7.5 Triton has no tensor cores, so only what is summed number by number runs there."""
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    on_tensor_cores = capability >= TENSOR_CAPABILITY
+    with compiled_for(capability) as compiled:
+        launch_all(scheme, dtype, on_tensor_cores)
+    for made in compiled:
+        assert_fits(made, capability)
+        assert made.is_dependent == (capability >= (9, 0))
+    names = {"_multiply_vectors"} | ({"_multiply_tiles"} if on_tensor_cores else set())
+    assert {made.name for made in compiled} == names | (
+        {"_round_rows"} if scheme == "fp8" and on_tensor_cores else set()
+    )
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
+def test_what_goes_beside_products_fits(capability):
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    bytes_, words = WEIGHTS["int8"](3072, 8192), WEIGHTS["int4"](3072, 8192)
+    with compiled_for(capability) as compiled:
+        eight_bits.dequantise(*bytes_.buffers(), torch.empty(3072, 8192, dtype=dtype))
+        four_bits.dequantise(*words.buffers(), torch.empty(3072, 8192, dtype=dtype))
+        eight_bits.look_up(*bytes_.buffers(), torch.empty(5, dtype=torch.int64), torch.empty(5, 8192, dtype=dtype))
+        rounding.round_rows(
+            torch.empty(5, 8192, dtype=dtype), torch.empty(5, 8192, dtype=torch.float8_e4m3fn), torch.empty(5)
+        )
+    for made in compiled:
+        assert_fits(made, capability)
+    assert [made.is_dependent for made in compiled] == [
+        capability >= (9, 0) and name != "_look_up"
+        for name in ("_dequantise", "_dequantise", "_look_up", "_round_rows")
+    ]
+
+
+@pytest.mark.parametrize("scheme", MODULES)
+def test_products_in_fp32_fit(scheme):
+    with compiled_for((8, 6)) as compiled:
+        launch_all(scheme, torch.float32, on_tensor_cores=True)
+    for made in compiled:
+        assert_fits(made, (8, 6))
