@@ -11,7 +11,7 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
-    from memphi.config import AdapterName, EngineConfig, KernelChoice
+    from memphi.config import AdapterName, CacheChoice, EngineConfig, KernelChoice
     from memphi.request import Detail as DetailValue
     from memphi.request import Grammar, Media
 
@@ -47,6 +47,7 @@ def engine_config(
     merge: "AdapterName | None" = None,
     speculation: bool = True,
     kernels: "KernelChoice" = "plain",
+    cache_format: "CacheChoice" = "auto",
 ) -> "EngineConfig":
     """The dial, pins, and how things are computed; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
@@ -66,6 +67,7 @@ def engine_config(
         merge=merge,
         speculation=speculation,
         kernels=kernels,
+        cache_format=cache_format,
         **values,
     )
 
@@ -126,6 +128,14 @@ Memory = Annotated[
 KvCache = Annotated[
     Literal["on", "off"],
     typer.Option("--kv-cache", help="off: compute everything anew for every token; slow, and the last resort."),
+]
+CacheFormat = Annotated[
+    Literal["auto", "plain", "int8", "fp8"],
+    typer.Option(
+        "--cache-format",
+        help="How keys and values are kept: plain: as computed; int8, fp8: in 8 bits, twice as many in the same "
+        "memory; auto: plain, and int8 where memory is short.",
+    ),
 ]
 Speculation = Annotated[
     bool,

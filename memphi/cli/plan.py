@@ -34,6 +34,7 @@ def plan(
     attach: options.Attachments = [],  # noqa: B006
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    cache_format: options.CacheFormat = "auto",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "plain",
@@ -60,7 +61,7 @@ def plan(
     config, facts, engine = (
         read_config(folder),
         _facts(device, gpu, memory),
-        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels),
+        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, cache_format=cache_format),
     )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
@@ -253,7 +254,7 @@ class _Verdict:
             made.crops_per_pass,
             made.windows_per_pass,
             self.dtype_bytes,
-            made.page_tokens,
+            made.cache_format,
         )
 
     @property
@@ -352,6 +353,7 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "shared_step_tokens": "… beside answers",
         "crops_per_pass": "crops a pass",
         "windows_per_pass": "windows of sound a pass",
+        "cache_format": "cache format",
         "adapters": "adapters",
     }
     return [(name, str(plan[field]), reasons[field]) for field, name in names.items()]

@@ -80,14 +80,18 @@ def make_loop(
     """The loop of a model under a plan; on_ready is called from other threads when `step` has something new to do."""
     language = model.config.language
     # Reserved at its largest: page numbers never go beyond. Only what is in use takes memory.
-    pool = make_pool(language, plan.pages, model.dtype, model.device) if config.kv_cache else None
+    pool = (
+        make_pool(language, plan.pages, model.dtype, model.device, plan.page_tokens, plan.cache_format)
+        if config.kv_cache
+        else None
+    )
     embedding_bytes = language.hidden_size * model.dtype.itemsize
     scheduler = Scheduler(
         model.config,
         step_limits(plan, config, model),
         _reservations(plan),
         MediaCache(plan.media_bytes),
-        Naming("loaded", str(model.dtype), str(model.dtype), PREPROCESSING_VERSION),
+        Naming("loaded", f"{plan.cache_format} of {model.dtype}", str(model.dtype), PREPROCESSING_VERSION),
         embedding_bytes,
         config.kv_cache,
     )

@@ -56,11 +56,11 @@ class Gauge:
             self._learned = wiser
             keep(wiser)
 
-    def make_room(self, pages: int) -> None:
-        """Before so many pages are mapped: the allocator gives back what it does not use, if the dial needs it."""
-        if self._device.type != "cuda" or self._pool is None:
+    def make_room(self, n_bytes: int) -> None:
+        """Before so much is mapped for pages: the allocator gives back what it does not use, if the dial needs it."""
+        if self._device.type != "cuda":
             return
-        wanted_bytes = self._pool_bytes + pages * self._pool.page_bytes
+        wanted_bytes = self._pool_bytes + n_bytes
         if torch.cuda.memory_reserved(self._device) + wanted_bytes > self._allowed_bytes:
             torch.cuda.empty_cache()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from memphi.config import AdapterForm, ModelConfig
+from memphi.config import AdapterForm, CacheFormat, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
 from memphi.memory.planner import MemoryPlan
@@ -21,19 +21,25 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
 
 
 def price_rows(
-    plan: StepPlan, config: ModelConfig, dtype_bytes: int, masked: bool, adapters: AdapterForm = "plain"
+    plan: StepPlan,
+    config: ModelConfig,
+    dtype_bytes: int,
+    masked: bool,
+    adapters: AdapterForm = "plain",
+    cache_format: CacheFormat = "plain",
 ) -> tuple[str, int]:
     """The kind of a step's forward pass, and its bytes: the layers', or the scores' where those take more."""
+    kept = (adapters, cache_format)
     tokens = sum(row.tokens for row in plan.rows)
     keys = max(row.past + row.tokens for row in plan.rows)
     decoding = sum(row.tokens == 1 for row in plan.rows)
     scores = costs.logits(config, sum(row.scored for row in plan.rows), tokens, dtype_bytes).bytes
-    decode = costs.decode_step(config, decoding, keys, dtype_bytes, adapters).bytes if decoding else 0
+    decode = costs.decode_step(config, decoding, keys, dtype_bytes, *kept).bytes if decoding else 0
     if tokens == decoding:
         return "decode step", max(decode, scores)
     has_past = any(row.past for row in plan.rows)
     chunk = costs.prefill_chunk(
-        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, adapters
+        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, *kept
     ).bytes
     return ("mixed step" if decoding else "prefill chunk"), max(chunk, decode, scores)
 
@@ -45,11 +51,12 @@ def price_graph(plan: StepPlan, config: ModelConfig) -> tuple[str, int]:
 
 def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int) -> int:
     """How many tokens a step with drafts may have, all of them scored, within what the plan's largest step takes."""
+    kept = (plan.adapters, plan.cache_format)
     largest_bytes = next(cost.bytes for cost in plan.costs if cost.name == "largest step")
 
     def fits(tokens: int) -> bool:
         rows = min(plan.rows, tokens)
-        chunk = costs.prefill_chunk(config, tokens, plan.context_tokens, dtype_bytes, rows, True, plan.adapters)
+        chunk = costs.prefill_chunk(config, tokens, plan.context_tokens, dtype_bytes, rows, True, *kept)
         return max(chunk.bytes, costs.logits(config, tokens, tokens, dtype_bytes).bytes) <= largest_bytes
 
     return next((n for n in range(min(DRAFT_STEP_TOKENS, plan.step_tokens), 0, -1) if fits(n)), 0)

@@ -64,7 +64,8 @@ class Runner:
         model, masked = self.model, self.model.device.type != "cuda"
         if self._graphs_for(plan):
             return price_graph(plan, model.config)
-        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form)
+        kept = self.pool.cache_format if self.pool else "plain"
+        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kept)
 
     def _graphs_for(self, plan: StepPlan) -> Graphs | None:
         """The graphs, where one of them can do this step: all rows are answers that go on by one id."""
@@ -79,7 +80,7 @@ class Runner:
             return
         pages = {page for row in plan.rows for page in _new_pages(row, self.pool.page_tokens)}
         held_bytes = self.pool.mapped_bytes
-        self.gauge.make_room(len(pages))
+        self.gauge.make_room(self.pool.missing_bytes(pages))
         self.pool.ensure(pages)
         if self.pool.mapped_bytes != held_bytes:
             self.gauge.cap()

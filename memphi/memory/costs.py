@@ -8,11 +8,22 @@ the sdpa attention; eager's scores are not among them.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memphi.config import AdapterConfig, AdapterForm, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.config import (
+    AdapterConfig,
+    AdapterForm,
+    AudioConfig,
+    CacheFormat,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE_TOKENS = 16
+"""Of 16 bits or more; of 8 bits a page has twice as many, and so the same bytes: 2 MiB at full size."""
+SCALE_BYTES = 2
+"""A code's scale, of which each token has one for every head of keys and of values."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of the pool at once for rows of one token; a longer row goes alone."""
 CONVOLVED_VALUES = 512 * 1024
@@ -179,16 +190,34 @@ def _projector_tensors(config: ModelConfig) -> Tensors:
 # --- what stays ----------------------------------------------------------------------------------------------------
 
 
-def page(config: ModelConfig, dtype_bytes: int, page_tokens: int = PAGE_TOKENS) -> Cost:
+def page_tokens(cache_format: CacheFormat) -> int:
+    """How many tokens a page has."""
+    return PAGE_TOKENS if cache_format == "plain" else 2 * PAGE_TOKENS
+
+
+def page(config: ModelConfig, dtype_bytes: int, tokens: int = PAGE_TOKENS, cache_format: CacheFormat = "plain") -> Cost:
     """Keys and values of all layers for one page of tokens."""
     language = config.language
-    n_bytes = page_tokens * language.layers * 2 * _key_size(language) * dtype_bytes
+    each = f"{language.head_dim} x {dtype_bytes} bytes"
+    if cache_format != "plain":
+        each = f"({language.head_dim} bytes and a scale of {SCALE_BYTES})"
     return Cost(
         "page",
-        n_bytes,
-        f"{page_tokens} tokens x {language.layers} layers x (key, value) x {language.kv_heads} heads x "
-        f"{language.head_dim} x {dtype_bytes} bytes",
+        kept_bytes(language, tokens, dtype_bytes, cache_format),
+        f"{tokens} tokens x {language.layers} layers x (key, value) x {language.kv_heads} heads x {each}",
     )
+
+
+def kept_bytes(language: LanguageConfig, tokens: int, dtype_bytes: int, cache_format: CacheFormat) -> int:
+    """Keys and values of all layers, with the scales of those in 8 bits."""
+    number_bytes = dtype_bytes if cache_format == "plain" else 1
+    numbers = tokens * language.layers * 2 * _key_size(language)
+    return numbers * number_bytes + scale_bytes(language, tokens, cache_format)
+
+
+def scale_bytes(language: LanguageConfig, tokens: int, cache_format: CacheFormat) -> int:
+    """The scales of all layers' keys and values."""
+    return 0 if cache_format == "plain" else tokens * language.layers * 2 * language.kv_heads * SCALE_BYTES
 
 
 def media_embeddings(config: ModelConfig, tokens: int, dtype_bytes: int) -> Cost:
@@ -299,6 +328,7 @@ def prefill_chunk(
     rows: int = 1,
     masked: bool = False,
     form: AdapterForm = "plain",
+    cache_format: CacheFormat = "plain",
 ) -> Cost:
     """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
 
@@ -307,8 +337,8 @@ def prefill_chunk(
     language = config.language
     numbers = max(_layer_numbers(config, form))
     widest = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    attention = _attention_numbers(language) * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    gathered = _gather_bytes(language, rows, keys, dtype_bytes) if keys > tokens else 0
+    attention = _attention_bytes(language, dtype_bytes, cache_format) + METADATA_BYTES
+    gathered = _gather_bytes(language, rows, keys, dtype_bytes, cache_format) if keys > tokens else 0
     mask = 2 * tokens * keys if masked and keys > tokens else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
     return Cost(
@@ -319,17 +349,25 @@ def prefill_chunk(
     )
 
 
-def decode_step(config: ModelConfig, rows: int, keys: int, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+def decode_step(
+    config: ModelConfig,
+    rows: int,
+    keys: int,
+    dtype_bytes: int,
+    form: AdapterForm = "plain",
+    cache_format: CacheFormat = "plain",
+) -> Cost:
     """Compute one token of each row; keys is the longest row's number of tokens."""
     language = config.language
-    numbers = max(*_layer_numbers(config, form), _attention_numbers(language))
-    each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes)
+    widest = max(_layer_numbers(config, form)) * dtype_bytes + _rotary_bytes(language, dtype_bytes)
+    each = max(widest, _attention_bytes(language, dtype_bytes, cache_format)) + METADATA_BYTES
+    tokens = _gathered_tokens(rows, keys, cache_format)
+    masks = tokens * (1 + dtype_bytes)
     return Cost(
         "decode step",
-        rows * each + _gather_bytes(language, rows, keys, dtype_bytes) + masks,
+        rows * each + _gather_bytes(language, rows, keys, dtype_bytes, cache_format) + masks,
         f"{rows} rows' activations, and one layer's keys and values copied out of their pages, "
-        f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {_gathered_tokens(rows, keys)} tokens at once",
+        f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {tokens} tokens at once",
     )
 
 
@@ -384,24 +422,35 @@ def _layer_numbers(config: ModelConfig, form: AdapterForm) -> tuple[int, ...]:
     return (gated, *(others + n_in + outputs * n_out for others, n_in, n_out in linears))
 
 
-def _attention_numbers(language: LanguageConfig) -> int:
-    """Numbers a token while attention runs: keys and values repeated for their query heads, the output twice."""
-    query = _query_size(language)
-    return 3 * language.hidden_size + _qkv_size(language) + query + _key_size(language) + 2 * query + 2 * query
+def _attention_bytes(language: LanguageConfig, dtype_bytes: int, cache_format: CacheFormat) -> int:
+    """A token while attention runs: keys and values repeated for their query heads, the output twice.
+
+    In 8 bits there are also keys and values as they are kept, and before all this they are made, one after the other:
+    in fp32, as codes and as what these stand for.
+    """
+    query, key = _query_size(language), _key_size(language)
+    before = 3 * language.hidden_size + _qkv_size(language) + query + key
+    attending = 2 * query + 2 * query
+    rotary = _rotary_bytes(language, dtype_bytes)
+    if cache_format == "plain":
+        return (before + attending) * dtype_bytes + rotary
+    writing = key * (4 + 4 + dtype_bytes) + language.kv_heads * 16
+    return before * dtype_bytes + max((attending + 2 * key) * dtype_bytes, key * dtype_bytes + writing) + rotary
 
 
 def _rotary_bytes(language: LanguageConfig, dtype_bytes: int) -> int:
     return 2 * language.rotary_dim * dtype_bytes
 
 
-def _gathered_tokens(rows: int, keys: int) -> int:
+def _gathered_tokens(rows: int, keys: int, cache_format: CacheFormat) -> int:
     """Tokens copied out of their pages at once: the longest row alone, or short rows together."""
-    return max(keys, min(rows * keys, GATHER_TOKENS)) + PAGE_TOKENS
+    return max(keys, min(rows * keys, GATHER_TOKENS)) + page_tokens(cache_format)
 
 
-def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
-    """One layer's keys and values copied out of their pages."""
-    return _gathered_tokens(rows, keys) * 2 * _key_size(language) * dtype_bytes
+def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int, cache_format: CacheFormat) -> int:
+    """One layer's keys and values copied out of their pages; of codes and scales there is one of either at a time."""
+    codes = 0 if cache_format == "plain" else _key_size(language) + language.kv_heads * SCALE_BYTES
+    return _gathered_tokens(rows, keys, cache_format) * (2 * _key_size(language) * dtype_bytes + codes)
 
 
 def _query_size(language: LanguageConfig) -> int:
@@ -452,14 +501,15 @@ def price_request(
     crops_per_pass: int = 1,
     windows_per_pass: int = 1,
     dtype_bytes: int = 2,
-    page_tokens: int = PAGE_TOKENS,
+    cache_format: CacheFormat = "plain",
 ) -> RequestPrice:
     """Price one request with so much of an answer; together they hold no more than the model's context."""
     tokens = min(footprint.prompt_tokens + answer_tokens, config.language.max_tokens)
-    pages = -(-tokens // page_tokens)
+    size = page_tokens(cache_format)
+    pages = -(-tokens // size)
     media_tokens = footprint.image_tokens + footprint.audio_tokens
     windows = sum(-(-clip.tokens // config.audio.window_tokens) for clip in footprint.clips)
-    page_bytes = page(config, dtype_bytes, page_tokens).bytes
+    page_bytes = page(config, dtype_bytes, size, cache_format).bytes
     return RequestPrice(
         tokens=tokens,
         pages=pages,

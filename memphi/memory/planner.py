@@ -9,12 +9,13 @@ never below what the smallest steps need; the pool gets the rest. A larger dial 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from memphi.config import AdapterForm, EngineConfig, ModelConfig
+from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig
 from memphi.errors import DoesNotFitError
 from memphi.memory import costs
-from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
+from memphi.memory.costs import GIB, MIB, Cost, size_text
 from memphi.memory.devices import DeviceFacts
 
 STEP_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128)
@@ -25,6 +26,9 @@ SHARED_STEP_TOKENS = 512
 TYPICAL_TOKENS = 1024
 """A request with a picture and a short answer; so many rows run as fit at this length, and one always must."""
 MOST_PAGES = 1 << 18
+ENOUGH_TOKENS = 16384
+"""Room for so many is worth more than exact keys and values: a page of print in full detail and its answer, or as many
+typical requests as make good use of a GPU."""
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
@@ -51,6 +55,8 @@ class MemoryPlan:
     media_bytes: int
     page_bytes: int
     page_tokens: int
+    cache_format: CacheFormat
+    """How the pool keeps keys and values."""
     pages: int
     context_tokens: int
     """The longest sequence that fits alone, its answer included."""
@@ -88,7 +94,15 @@ def make_plan(
 
     adapters says how those of a model that is loaded already are kept; None leaves that to the plan.
     """
-    return _Planner(config, device, engine, dtype_bytes, adapters or _adapter_form(device, engine)).plan()
+    form = adapters or _adapter_form(device, engine)
+    if engine.cache_format != "auto" or not engine.kv_cache:
+        kept = "plain" if engine.cache_format == "auto" else engine.cache_format
+        return _Planner(config, device, engine, dtype_bytes, form, kept).plan()
+    with suppress(DoesNotFitError):
+        plan = _Planner(config, device, engine, dtype_bytes, form, "plain").plan()
+        if plan.context_tokens >= enough_tokens(config):
+            return plan
+    return _Planner(config, device, engine, dtype_bytes, form, "int8").plan()
 
 
 def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
@@ -96,6 +110,11 @@ def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
     if engine.merge:
         return "merged"
     return "packed" if device.kind == "cuda" else "plain"
+
+
+def enough_tokens(config: ModelConfig) -> int:
+    """From how many tokens on the pool of a plan keeps keys and values as they are."""
+    return min(ENOUGH_TOKENS, config.language.max_tokens)
 
 
 def reserve_bytes(total_bytes: int) -> int:
@@ -107,18 +126,26 @@ class _Planner:
     """One plan in the making."""
 
     def __init__(
-        self, config: ModelConfig, device: DeviceFacts, engine: EngineConfig, dtype_bytes: int, adapters: AdapterForm
+        self,
+        config: ModelConfig,
+        device: DeviceFacts,
+        engine: EngineConfig,
+        dtype_bytes: int,
+        adapters: AdapterForm,
+        cache_format: CacheFormat,
     ) -> None:
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
         self.adapters = adapters
+        self.cache_format: CacheFormat = cache_format
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
         rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
         self.weights = (*costs.weights(config, dtype_bytes, adapters), *rounding)
         self.weights_bytes = _sum(self.weights)
-        self.page_bytes = costs.page(config, dtype_bytes).bytes
+        self.page_tokens = costs.page_tokens(cache_format)
+        self.page = costs.page(config, dtype_bytes, self.page_tokens, cache_format)
         self.token_media_bytes = costs.media_embeddings(config, 1, dtype_bytes).bytes
-        self.unit_bytes = self.page_bytes + PAGE_TOKENS * self.token_media_bytes
+        self.unit_bytes = self.page.bytes + self.page_tokens * self.token_media_bytes
         self.ladders = self._make_ladders()
         self.smallest = self._pick(lambda ladder: ladder[-1])
         self.largest = self._pick(lambda ladder: ladder[0])
@@ -138,7 +165,7 @@ class _Planner:
             workspace_bytes = self._workspace_bytes(left_bytes, units)
         sizes = self._sizes(workspace_bytes, units)
         pages = units if self.engine.kv_cache else 0
-        pool_bytes = pages * self.page_bytes
+        pool_bytes = pages * self.page.bytes
         result = MemoryPlan(
             budget_bytes=self.fixed_bytes + workspace_bytes + kept_bytes,
             context_bytes=self.context.bytes,
@@ -147,8 +174,9 @@ class _Planner:
             workspace_bytes=workspace_bytes,
             pool_bytes=pool_bytes,
             media_bytes=kept_bytes - pool_bytes,
-            page_bytes=self.page_bytes,
-            page_tokens=PAGE_TOKENS,
+            page_bytes=self.page.bytes,
+            page_tokens=self.page_tokens,
+            cache_format=self.cache_format,
             pages=pages,
             context_tokens=self._context_tokens(units),
             rows=sizes.rows,
@@ -218,18 +246,18 @@ class _Planner:
     @property
     def _least_units(self) -> int:
         tokens = min(TYPICAL_TOKENS, self.most_tokens)
-        return -(-tokens // PAGE_TOKENS) if self.engine.kv_cache else tokens
+        return -(-tokens // self.page_tokens) if self.engine.kv_cache else tokens
 
     @property
     def _most_units(self) -> int:
         if not self.engine.kv_cache:
             return self.most_tokens
         if self.device.kind == "cuda" or self.engine.memory_bytes is not None:
-            return max(min(MOST_PAGES, self.largest.rows * -(-self.most_tokens // PAGE_TOKENS)), self._least_units)
-        return max(min(HOST_POOL_TOKENS, self.most_tokens) // PAGE_TOKENS, self._least_units)
+            return max(min(MOST_PAGES, self.largest.rows * -(-self.most_tokens // self.page_tokens)), self._least_units)
+        return max(min(HOST_POOL_TOKENS, self.most_tokens) // self.page_tokens, self._least_units)
 
     def _context_tokens(self, units: int) -> int:
-        return min(units * PAGE_TOKENS if self.engine.kv_cache else units, self.most_tokens)
+        return min(units * self.page_tokens if self.engine.kv_cache else units, self.most_tokens)
 
     def _units(self, left_bytes: int) -> int:
         """As many as leave the work space its share."""
@@ -254,14 +282,15 @@ class _Planner:
         tokens, rows, size = sizes.step_tokens, sizes.rows, self.dtype_bytes
         if not self.engine.kv_cache:
             tokens = keys if self.engine.step_tokens is None else tokens
+        kept = (self.adapters, self.cache_format)
         kinds = [
             costs.vision_pass(self.config, sizes.crops, size),
             costs.audio_pass(self.config, sizes.windows, size),
-            costs.prefill_chunk(self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters),
+            costs.prefill_chunk(self.config, tokens, keys, size, rows, self.device.kind != "cuda", *kept),
             costs.logits(self.config, rows, tokens, size),
         ]
         if self.engine.kv_cache:
-            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters))
+            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, *kept))
         if self.adapters == "merged":
             kinds.append(costs.merging(self.config, size))
         kinds = [self._as_learned(cost) for cost in kinds]
@@ -340,8 +369,9 @@ class _Planner:
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
             "media_bytes": "embeddings of pictures and sound, for as many tokens as the pool holds",
-            "page_bytes": costs.page(self.config, self.dtype_bytes).formula,
-            "page_tokens": "fixed: at full size a page is what CUDA maps at once",
+            "page_bytes": self.page.formula,
+            "page_tokens": "at full size the keys and values of so many are what CUDA maps at once",
+            "cache_format": self._reason_of_format(),
             "pages": f"{size_text(plan.pool_bytes)} in pages of {size_text(plan.page_bytes)}",
             "context_tokens": "the model's own limit"
             if plan.context_tokens == self.most_tokens
@@ -375,6 +405,13 @@ class _Planner:
             "merged": f"{self.engine.merge} is part of the weights and costs nothing; requests without it are refused",
         }
         return reasons[self.adapters]
+
+    def _reason_of_format(self) -> str:
+        if self.engine.cache_format != "auto":
+            return "as pinned"
+        if self.cache_format == "plain":
+            return "keys and values as the model computes them"
+        return f"in the model's own format there would be room for fewer than {enough_tokens(self.config)} tokens"
 
     def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
         takes = f"the {cost.name} takes {size_text(cost.bytes)}"

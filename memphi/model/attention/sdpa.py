@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from memphi.model.kept import Kept
 from memphi.model.rows import GatheredRow, GatheredRows, Packing
 
 
@@ -33,9 +34,7 @@ class SdpaAttention:
         assert isinstance(out, Tensor)
         return out
 
-    def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing
-    ) -> Tensor:
+    def paged(self, query: Tensor, key: Tensor, value: Tensor, keys: Kept, values: Kept, packing: Packing) -> Tensor:
         paging = packing.paging
         assert paging is not None
         if len(paging.whole) == len(packing.rows):
@@ -50,17 +49,19 @@ class SdpaAttention:
             out.index_copy_(0, rows.tokens, self._together(query[rows.tokens], rows, keys, values))
         return out
 
-    def _alone(self, query: Tensor, row: GatheredRow, keys: Tensor, values: Tensor) -> Tensor:
+    def _alone(self, query: Tensor, row: GatheredRow, keys: Kept, values: Kept) -> Tensor:
         """A row's new tokens over all its tokens: query and result [tokens, heads, head_dim]."""
-        key, value = (row.gather(kept) for kept in (keys, values))
+        key, value = (row.gather(kept, query.dtype) for kept in (keys, values))
         return self.causal(query[None], key[None], value[None])[0]
 
-    def _together(self, query: Tensor, rows: GatheredRows, keys: Tensor, values: Tensor) -> Tensor:
+    def _together(self, query: Tensor, rows: GatheredRows, keys: Kept, values: Kept) -> Tensor:
         """One new token of each row: query and result [rows, heads, head_dim].
 
         The heads that share a key stand as queries, because kernels that take a mask want as many heads as keys have.
         """
-        k, v = (rows.gather(kept).transpose(1, 2) for kept in (keys, values))  # [rows, kv_heads, keys, head_dim]
+        k, v = (
+            rows.gather(kept, query.dtype).transpose(1, 2) for kept in (keys, values)
+        )  # [rows, kv_heads, keys, head_dim]
         q = query.unflatten(1, (k.shape[1], -1))  # [rows, kv_heads, heads / kv_heads, head_dim]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=rows.seen[:, None, None, :]).flatten(1, 2)
 
