@@ -55,7 +55,7 @@ class Memory(Protocol):
 class PagePool:
     """Keys and values of `capacity_pages` pages: a tensor [pages, layers, 2, page_tokens, kv_heads, head_dim].
 
-    In 8 bits these are codes, and a second tensor of their scales [pages, layers, 2, page_tokens, kv_heads] lies behind
+    In 8 bits these are codes, and a second tensor of their scales [pages, layers, page_tokens, kv_heads, 2] lies behind
     all of them, so that a page of codes is still as large as what CUDA maps. Memory comes in granules, of which either
     part of a page may fill a part, one, or several; a granule that pages share stays while one of them is wanted.
     """
@@ -82,8 +82,9 @@ class PagePool:
         parts = memory.tensor()[: pages * self.page_bytes].split(pages * self._number_bytes)
         numbers = parts[0].view(CODE_DTYPES.get(cache_format, dtype)).view(shape)
         self._layers = [(numbers[:, i, 0], numbers[:, i, 1]) for i in range(config.layers)]
-        scales = [part.view(SCALE_DTYPE).view(shape[:-1]) for part in parts[1:]]
-        self._scales = [(part[:, i, 0], part[:, i, 1]) for part in scales for i in range(config.layers)]
+        of_scales = (pages, config.layers, page_tokens, config.kv_heads, 2)
+        scales = [part.view(SCALE_DTYPE).view(of_scales) for part in parts[1:]]
+        self._scales = [part[:, i] for part in scales for i in range(config.layers)]
 
     @property
     def mapped_bytes(self) -> int:
@@ -94,8 +95,8 @@ class PagePool:
         """A layer's keys and values, each a view [pages, page_tokens, kv_heads, head_dim]."""
         return self._layers[index]
 
-    def scales(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """The scales of a layer's codes, each a view [pages, page_tokens, kv_heads]; None where there are no codes."""
+    def scales(self, index: int) -> Tensor | None:
+        """The scales of a layer's codes, a view [pages, page_tokens, kv_heads, 2]; None where there are no codes."""
         return self._scales[index] if self._scales else None
 
     def missing_bytes(self, pages: Iterable[int]) -> int:

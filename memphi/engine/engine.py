@@ -40,6 +40,7 @@ from memphi.memory.costs import host_media
 from memphi.memory.devices import this_machine
 from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
+from memphi.model.kernels.codes import why_not_kept
 from memphi.model.kernels.launch import why_not_available
 from memphi.model.phi4mm import Phi4MM
 from memphi.sampling.grammar import Grammars
@@ -119,7 +120,8 @@ def make_graphs(model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: 
     model.use_kernels(config.kernels == "auto")
     if config.kernels == "plain" or pool is None:
         return None
-    on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
+    on_gpu = model.device.type == "cuda"
+    obstacle = why_not_available(model.device) or why_not_kept(pool.cache_format, model.device)
     if obstacle is None:
         return Graphs(model, pool, plan.rows, plan.context_tokens, capture=on_gpu)
     if on_gpu:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig
-from memphi.errors import DoesNotFitError
+from memphi.errors import DeviceError, DoesNotFitError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, Cost, size_text
 from memphi.memory.devices import DeviceFacts
@@ -94,6 +94,8 @@ def make_plan(
 
     adapters says how those of a model that is loaded already are kept; None leaves that to the plan.
     """
+    if engine.cache_format == "fp8" and device.kind == "mps":
+        raise DeviceError(f"{device.name} has no numbers in fp8; --cache-format int8 works there")
     form = adapters or _adapter_form(device, engine)
     if engine.cache_format != "auto" or not engine.kv_cache:
         kept = "plain" if engine.cache_format == "auto" else engine.cache_format

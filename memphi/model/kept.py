@@ -17,7 +17,7 @@ SCALE_DTYPE = torch.bfloat16
 def quantise(x: Tensor, code: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes of x [..., head_dim] and their scales [...]; a group of zeros has a scale of zero."""
     limit = CODE_LIMITS[code]
-    scales = (x.abs().amax(-1).float() / limit).to(SCALE_DTYPE)
+    scales = (x.abs().amax(-1).float() * (1 / limit)).to(SCALE_DTYPE)
     steps = torch.where(scales == 0, 1.0, scales.float())
     codes = (x / steps[..., None]).clamp_(-limit, limit)  # In fp32. The rounded scale may be a little too small.
     return (codes if code.is_floating_point else codes.round_()).to(code), scales
@@ -57,6 +57,13 @@ class Kept:
             return self.numbers[pages]
         codes = _bits(self.numbers)[pages].view(self.numbers.dtype)
         return dequantise(codes, self.scales[pages], dtype)
+
+
+def kept_layer(keys: Tensor, values: Tensor, scales: Tensor | None) -> tuple[Kept, Kept]:
+    """A layer of a pool: its keys and values, with the scales [pages, page_tokens, kv_heads, 2] of both, if any."""
+    if scales is None:
+        return Kept(keys), Kept(values)
+    return Kept(keys, scales[..., 0]), Kept(values, scales[..., 1])
 
 
 def _bits(codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memphi.config import LanguageConfig, ModelConfig
 from memphi.model.adapters import AdaptedLinear
 from memphi.model.attention import Attention
-from memphi.model.kept import Kept
+from memphi.model.kept import kept_layer
 from memphi.model.rotary import rotary_table, rotate
 from memphi.model.rows import Packing
 
@@ -28,8 +28,8 @@ class KeyValuePool(Protocol):
         """One layer's keys and values, each [pages, page_tokens, kv_heads, head_dim]; views, to be written to."""
         ...
 
-    def scales(self, index: int, /) -> tuple[Tensor, Tensor] | None:
-        """Where the pool keeps them as codes in 8 bits: their scales, each a view [pages, page_tokens, kv_heads]."""
+    def scales(self, index: int, /) -> Tensor | None:
+        """Of keys and values that are kept in 8 bits the scales, a view [pages, page_tokens, kv_heads, 2]."""
         ...
 
 
@@ -82,8 +82,7 @@ class SelfAttention(nn.Module):
         if cache is None:
             return self.attention.packed(query, key, value, packing)
         assert packing.paging is not None
-        numbers, scales = cache.layer(self.layer), cache.scales(self.layer)
-        keys, values = map(Kept, numbers) if scales is None else map(Kept, numbers, scales)
+        keys, values = kept_layer(*cache.layer(self.layer), cache.scales(self.layer))
         # Every row sees what is kept, a whole one too: so it does not matter in how many steps a row is computed.
         key, value = packing.paging.write(keys, key), packing.paging.write(values, value)
         return self.attention.paged(query, key, value, keys, values, packing)

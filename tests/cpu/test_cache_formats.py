@@ -9,7 +9,7 @@ from memphi.cache.pool import TensorPool
 from memphi.config import EngineConfig
 from memphi.errors import RequestError
 from memphi.memory import costs
-from memphi.model.kept import Kept, dequantise, quantise
+from memphi.model.kept import dequantise, kept_layer, quantise
 from tests.checkpoints import tiny_model
 from tests.cpu.test_model_paged import Run
 from tests.oracle import make_prompt, parity_config
@@ -56,7 +56,7 @@ def test_one_rounding_lies_between_code_and_number(cache_format):
 def test_what_is_written_is_what_is_read(cache_format):
     pool = TensorPool(parity_config().language, 3, torch.float32, CPU, 32, cache_format)
     pool.ensure(range(3))
-    kept = Kept(pool.layer(1)[0], pool.scales(1)[0])
+    kept = kept_layer(*pool.layer(1), pool.scales(1))[0]
     kept.clear(torch.tensor([2]))
     new = torch.randn(2, *kept.numbers.shape[2:])
     returned = kept.write(torch.tensor([2, 1]), torch.tensor([5, 31]), new)
@@ -102,7 +102,7 @@ def test_a_page_has_the_bytes_of_half_as_many_tokens_and_its_scales(cache_format
     assert pool.page_bytes == plain.page_bytes + scales
     assert costs.page(parity_config(), 2, pool.page_tokens, cache_format).bytes == pool.page_bytes
     assert pool.layer(0)[0].dtype == CODES[cache_format]
-    assert pool.scales(0)[1].shape == (3, 2 * costs.PAGE_TOKENS, language.kv_heads)
+    assert pool.scales(0).shape == (3, 2 * costs.PAGE_TOKENS, language.kv_heads, 2)
     assert plain.scales(0) is None
 
 

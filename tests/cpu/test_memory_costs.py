@@ -86,10 +86,10 @@ class MetaPool:
         self.tensor = torch.empty(shape, dtype=dtype, device="meta")
         self.tensors = [self.tensor]
         if cache_format != "plain":
-            self.tensors.append(torch.empty(shape[:-1], dtype=SCALE_DTYPE, device="meta"))
+            self.tensors.append(torch.empty((*shape[:2], *shape[3:5], 2), dtype=SCALE_DTYPE, device="meta"))
 
     def scales(self, index, /):
-        return (self.tensors[1][:, index, 0], self.tensors[1][:, index, 1]) if self.tensors[1:] else None
+        return self.tensors[1][:, index] if self.tensors[1:] else None
 
     def layer(self, index, /):
         return self.tensor[:, index, 0], self.tensor[:, index, 1]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from memphi.config import LanguageConfig
+from memphi.model.kept import kept_layer
+from memphi.model.kernels.codes import as_bytes, code_limit, encode
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
 from memphi.model.rotary import rotate
 
@@ -53,22 +55,23 @@ def plain_rotate_and_keep(
     values: Tensor,
     token_pages: Tensor,
     token_offsets: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """Turn queries and keys, and put keys and values into their pages; the definition.
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim], each token contiguous; cos and sin of `tabulate`; query [tokens,
-    heads, head_dim] is written; keys and values are a layer of the pool; token_pages and token_offsets [tokens] as in
-    `Paging`, the tokens of a row in order. A page that is begun here has zeros after the row's end (`Paging.write`). A
-    token whose page is negative, which fills up a batch, goes nowhere.
+    heads, head_dim] is written; keys and values are a layer of the pool, scales those of its codes, if any; token_pages
+    and token_offsets [tokens] as in `Paging`, the tokens of a row in order. A page that is begun here has zeros after
+    the row's end (`Paging.write`). A token whose page is negative, which fills up a batch, goes nowhere.
     """
     heads, kv_heads, head_dim = query.shape[1], keys.shape[2], keys.shape[3]
     q, key, value = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
     query.copy_(rotate(q, cos, sin))
     kept = token_pages >= 0
     begun = token_pages[kept & (token_offsets == 0)]
-    for pages, new in ((keys, rotate(key, cos, sin)), (values, value)):
-        pages.index_fill_(0, begun.long(), 0)
-        pages[token_pages[kept].long(), token_offsets[kept].long()] = new[kept]
+    for part, new in zip(kept_layer(keys, values, scales), (rotate(key, cos, sin), value), strict=True):
+        part.clear(begun.long())
+        part.write(token_pages[kept].long(), token_offsets[kept].long(), new[kept])
 
 
 def rotate_and_keep(
@@ -80,19 +83,23 @@ def rotate_and_keep(
     values: Tensor,
     token_pages: Tensor,
     token_offsets: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """As `plain_rotate_and_keep`, one program for each token and as many of its heads as there are kv_heads."""
     tokens, heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
     assert keys.stride() == values.stride()
+    assert (scales is None) == (code_limit(keys) == 0)
+    factors = keys if scales is None else scales
     _rotate_and_keep[(tokens, heads // kv_heads + 2)](
-        *(qkv, cos, sin, query, keys, values, token_pages, token_offsets),
-        *(qkv.stride(0), query.stride(0), keys.stride(0), keys.stride(1)),
+        *(qkv, cos, sin, query, as_bytes(keys), as_bytes(values), factors, token_pages, token_offsets),
+        *(qkv.stride(0), query.stride(0), keys.stride(0), keys.stride(1), factors.stride(0), factors.stride(1)),
         group=heads // kv_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         half=cos.shape[-1] // 2,
         page_tokens=page_tokens,
+        limit=code_limit(keys),
         head_block=power_of_two(kv_heads),
         dim_block=power_of_two(head_dim),
         num_warps=2,
@@ -150,17 +157,21 @@ def _rotate_and_keep(
     query: Tile,
     keys: Tile,
     values: Tile,
+    scales: Tile,
     token_pages: Tile,
     token_offsets: Tile,
     qkv_stride: Tile,
     query_stride: Tile,
     page_stride: Tile,
     place_stride: Tile,
+    scale_page_stride: Tile,
+    scale_place_stride: Tile,
     group: constexpr,
     kv_heads: constexpr,
     head_dim: constexpr,
     half: constexpr,
     page_tokens: constexpr,
+    limit: constexpr,
     head_block: constexpr,
     dim_block: constexpr,
     dependent: constexpr,
@@ -187,6 +198,12 @@ def _rotate_and_keep(
             else:
                 new = tl.load(source, inside, other=0)
             first = pages + page * page_stride + within
+            some = tl.arange(0, head_block)
+            # A key's and a value's scale stand side by side.
+            first_scale = scales + page * scale_page_stride + some * 2 + (part - group)
+            if limit:
+                new, factors = encode(new, limit)
+                tl.store(first_scale + offset * scale_place_stride, factors, some < kv_heads)
             tl.store(first + offset * place_stride, new, inside)
             # The last token in a page that this launch began clears the places after it.
             is_last = tl.load(token_pages + token + 1, token + 1 < tl.num_programs(0), other=-1) != page
@@ -195,3 +212,5 @@ def _rotate_and_keep(
             if is_last & is_begun:
                 for place in range(offset + 1, page_tokens):
                     tl.store(first + place * place_stride, tl.zeros_like(new), inside)
+                    if limit:
+                        tl.store(first_scale + place * scale_place_stride, tl.zeros_like(factors), some < kv_heads)
