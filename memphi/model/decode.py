@@ -231,7 +231,8 @@ class DecodeStep:
         add_norm(x, delta if number else None, norm.weight, norm.eps, _place_of_x(attention.qkv, operand))
         self._apply(attention.qkv, operand, qkv)
         heads = _place_of_x(attention.out, operand).unflatten(1, (-1, attention.head_dim))
-        attend_new(qkv, *rotary, *self._pool.layer(number), self._buffers.inputs.table, self._division, heads)
+        pages, scales = self._pool.layer(number), self._pool.scales(number)
+        attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)
         self._apply(attention.out, operand, delta)
 
     def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:
