@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from memphi.checkpoint.locate import locate
-from memphi.config import CacheChoice, EngineConfig
+from memphi.config import CacheChoice, EngineConfig, SchemeChoice
 from memphi.demo import bank, exam, photographs
 from memphi.demo.exam import Group, Part
 from memphi.demo.lesson import conversation
@@ -156,12 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--photographs", action="store_true", help=f"fetch Debian's {photographs.PACKAGE} and try it too"
     )
     parser.add_argument("--cache-format", choices=get_args(CacheChoice), default="auto", help="of keys and values")
+    parser.add_argument("--scheme", choices=get_args(SchemeChoice), default="auto", help="of the weights")
     parser.add_argument("--json", type=Path, help="write all scores into this file")
     chosen = parser.parse_args(arguments)
     parts = exam.parts(bank.read(chosen.bank), chosen.samples)
     if chosen.photographs:
         parts += photographs.parts()
-    engine = load(chosen.model, chosen.device, config=EngineConfig(cache_format=chosen.cache_format))
+    engine = load(
+        chosen.model, chosen.device, config=EngineConfig(cache_format=chosen.cache_format, scheme=chosen.scheme)
+    )
     report = _with_progress(engine, parts)
     print(report.text())
     if chosen.json:
@@ -190,6 +193,7 @@ def _facts(model: str, engine: Engine, samples: int) -> dict[str, Any]:
         "device": engine.model.device.type,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "cache_format": engine.plan.cache_format,
+        "scheme": engine.plan.scheme,
     }
 
 
