@@ -27,6 +27,7 @@ from benchmarks.kernels import LARGEST_ERROR, PAGE_TOKENS, error_of, measure
 from memphi import official
 from memphi.config import LanguageConfig, ModelConfig
 from memphi.model.attention.sdpa import ANY_LENGTH, SdpaAttention, varlen
+from memphi.model.kept import Kept
 from memphi.model.rows import Packing, Row, pack
 
 Way = Callable[[], Tensor]
@@ -57,8 +58,8 @@ class Scene:
     query: Tensor  # [tokens, heads, head_dim], as all three a view of the qkv product
     key: Tensor
     value: Tensor
-    keys: Tensor  # [pages, page_tokens, kv_heads, head_dim]
-    values: Tensor
+    keys: Kept
+    values: Kept
 
     @property
     def operations(self) -> int:
@@ -126,9 +127,10 @@ def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.dev
     # Two layers, so that a page's tokens lie apart from the next one's as they do in the pool.
     pool = make(sum(counts), 2, 2, PAGE_TOKENS, config.kv_heads, config.head_dim)
     assert packing.paging is not None
-    packing.paging.write(pool[:, 1, 0], key)
-    packing.paging.write(pool[:, 1, 1], value)
-    return Scene(packing, query, key, value, pool[:, 1, 0], pool[:, 1, 1])
+    keys, values = Kept(pool[:, 1, 0]), Kept(pool[:, 1, 1])
+    packing.paging.write(keys, key)
+    packing.paging.write(values, value)
+    return Scene(packing, query, key, value, keys, values)
 
 
 # --- ways ------------------------------------------------------------------------------------------------------------
@@ -196,7 +198,9 @@ def chunk_by_chunk(scene: Scene) -> Tensor:
     outputs = []
     rows = zip(scene.packing.rows, scene.packing.paging.table, scene.query.split(scene.packing.lengths), strict=True)
     for row, pages, query in rows:
-        key, value = (kept[pages].flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values))
+        key, value = (
+            kept.read(pages, query.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values)
+        )
         outputs.append(SdpaAttention().causal(query[None], key[None], value[None])[0])
     return torch.cat(outputs)
 
@@ -204,7 +208,11 @@ def chunk_by_chunk(scene: Scene) -> Tensor:
 def copy_all(scene: Scene) -> Tensor:
     """What attention over pasts copies out of the pages first."""
     assert scene.packing.paging is not None
-    copies = [rows.gather(kept) for rows in scene.packing.paging.continued for kept in (scene.keys, scene.values)]
+    copies = [
+        rows.gather(kept, scene.query.dtype)
+        for rows in scene.packing.paging.continued
+        for kept in (scene.keys, scene.values)
+    ]
     return torch.cat(copies) if len(copies) > 2 else copies[0]
 
 

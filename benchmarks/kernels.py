@@ -24,8 +24,11 @@ from torch import Tensor
 
 from benchmarks.document import write_document
 from memphi import official
+from memphi.cache.pool import CODE_DTYPES
 from memphi.config import LanguageConfig, ModelConfig
-from memphi.model.kernels import choice, division, gate, launch, norm, paged, rotary
+from memphi.memory.costs import SCALE_BYTES
+from memphi.model.kept import quantise
+from memphi.model.kernels import choice, codes, division, gate, launch, norm, paged, rotary
 from memphi.model.kernels.division import Division, Tiling
 
 Launch = Callable[[], None]
@@ -462,6 +465,31 @@ def kept_case(name: str, scene: Scene, sizes: Sizes) -> Case:
     return Case("attend", name, scene.n_bytes, error_of([scene.out], [expected]), {"as chosen": scene.launches(made)})
 
 
+def coded_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Attention over keys and values in 8 bits."""
+    for name, lengths in sizes.lengths.items():
+        for cache_format, code in CODE_DTYPES.items():
+            if codes.why_not_kept(cache_format, device) is None:
+                yield coded_case(f"{name}, {cache_format}", make_scene(lengths, 1, sizes, device), code, sizes)
+
+
+def coded_case(name: str, scene: Scene, code: torch.dtype, sizes: Sizes) -> Case:
+    config, expected = sizes.config, torch.empty_like(scene.out)
+    layers = [quantise(layer, code) for layer in scene.pool.unbind(1)]
+    kept = [(*numbers.unbind(1), scales.movedim(1, -1).contiguous()) for numbers, scales in layers]
+    made = scene.divide(sizes, choose(scene, sizes, fresh=True), fresh=True)
+
+    def attend(run: Callable[..., None], number: int, out: Tensor) -> Launch:
+        keys, values, scales = kept[number]
+        return partial(run, scene.qkv, *scene.rotary, keys, values, scene.table, made, out, scales)
+
+    attend(paged.plain_attend_new, 0, expected)()
+    attend(paged.attend_new, 0, scene.out)()
+    n_bytes = sum(scene.lengths) * 2 * config.kv_heads * (config.head_dim + SCALE_BYTES)
+    runs = [attend(paged.attend_new, number, scene.out) for number in range(len(kept))]
+    return Case("attend_new, 8 bits", name, n_bytes, error_of([scene.out], [expected]), {"as chosen": runs})
+
+
 def choose(scene: Scene, sizes: Sizes, *, fresh: bool) -> Tiling:
     device = scene.pool.device
     return division.choose_tiling(len(scene.lengths), scene.new_tokens, sizes.dtype, device, fresh=fresh)
@@ -522,6 +550,7 @@ CASES: Mapping[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "choice": choice_cases,
     "divide": divide_cases,
     "attention": attention_cases,
+    "codes": coded_cases,
     "chain": chain_cases,
 }
 

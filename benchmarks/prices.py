@@ -25,7 +25,7 @@ from benchmarks.dials.calibration import RowCase, SliceCase, Steps, prepare_medi
 from memphi import official
 from memphi.cache.pool import page_bytes
 from memphi.checkpoint.layout import read_config
-from memphi.config import AdapterForm, EngineConfig, ModelConfig
+from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig
 from memphi.engine.prices import price_rows, price_slices
 from memphi.engine.runner import Runner
 from memphi.engine.step import StepPlan
@@ -165,6 +165,7 @@ class MetaPool:
     """A pool of pages without any memory."""
 
     page_tokens = PAGE_TOKENS
+    cache_format: CacheFormat = "plain"
     mapped_bytes = 0
 
     def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -175,6 +176,9 @@ class MetaPool:
 
     def layer(self, index: int, /) -> tuple[Tensor, Tensor]:
         return self.tensor[:, index, 0], self.tensor[:, index, 1]
+
+    def scales(self, index: int, /) -> None:
+        """None: keys and values are as they are."""
 
     def missing_bytes(self, pages: Iterable[int]) -> int:
         """None is ever missing."""
@@ -214,7 +218,7 @@ class Simulation:
         network.keep_adapters(form == "packed", "vision" if form == "merged" else None)
         network.eval().requires_grad_(False)
         self.config, self.form = config, form
-        plan: MemoryPlan = make_plan(config, CARD, EngineConfig(), 2, form)
+        plan: MemoryPlan = make_plan(config, CARD, EngineConfig(cache_format="plain"), 2, form)
         pool = MetaPool(config, plan.pages)
         forbidden = torch.empty(config.language.vocab_size, dtype=torch.bool, device="meta")
         self._gauge = _Gauge([*network.state_dict().values(), pool.tensor, forbidden])

@@ -23,6 +23,10 @@ KernelChoice = Literal["auto", "plain"]
 Place = Literal["host", "device"]
 PlaceChoice = Literal["auto", "host", "device"]
 
+CacheFormat = Literal["plain", "int8", "fp8"]
+"""How keys and values are kept: in the model's own number format, or in 8 bits with a scale for each token and head."""
+CacheChoice = Literal["auto", "plain", "int8", "fp8"]
+
 Scheme = Literal["bf16", "int8", "int4", "fp8"]
 """How the decoder's linears are kept: bf16 is the number format that was asked for, the others are quantised."""
 SchemeChoice = Literal["auto", "bf16", "int8", "int4", "fp8"]
@@ -200,7 +204,8 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one, and for an adapter, a scheme or a choice of kernels that there is not.
+    Raises RequestError for a number below one, and for an adapter, a scheme, a cache format or a choice of kernels that
+    there is not.
     """
 
     memory_bytes: int | None = None
@@ -214,6 +219,8 @@ class EngineConfig:
     """Windows of 40 s of sound."""
     kv_cache: bool = True
     """False: every step computes its rows anew; the last resort."""
+    cache_format: CacheChoice = "auto"
+    """How keys and values are kept: auto: as the model has them, and in int8 where memory is short."""
     speculation: bool = True
     """Guess the next tokens of an answer that repeats what it read, and compute them along; changes no answer."""
     idle_seconds: float = 60.0
@@ -236,6 +243,13 @@ class EngineConfig:
             raise RequestError(f"preprocessing is {self.preprocessing!r}; it must be one of {choices}")
         if self.kernels not in get_args(KernelChoice):
             raise RequestError(f"kernels is {self.kernels!r}; it must be one of {', '.join(get_args(KernelChoice))}")
+        if self.cache_format not in get_args(CacheChoice):
+            choices = ", ".join(get_args(CacheChoice))
+            raise RequestError(f"cache_format is {self.cache_format!r}; it must be one of {choices}")
+        if not self.kv_cache and self.cache_format not in ("auto", "plain"):
+            raise RequestError(
+                f"cache_format is {self.cache_format!r}, but with kv_cache off nothing is kept: drop one"
+            )
         if self.merge is not None and self.merge not in get_args(AdapterName):
             raise RequestError(f"merge is {self.merge!r}; it must be one of {', '.join(get_args(AdapterName))}")
         if self.scheme not in get_args(SchemeChoice):

@@ -183,6 +183,9 @@ class PlainPool:
     def layer(self, index: int, /) -> tuple[torch.Tensor, torch.Tensor]:
         return self.memory[:, index, 0], self.memory[:, index, 1]
 
+    def scales(self, index: int, /) -> None:
+        return None
+
     def take(self, tokens: int) -> tuple[int, ...]:
         """Pages for so many tokens, taken by nobody before."""
         count = -(-tokens // self.page_tokens)

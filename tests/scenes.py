@@ -185,8 +185,8 @@ class Stage:
         if self.pool is not None:
             scheduler.reservations.pages.drop_idle()
             self.pool.trim(scheduler.reservations.pages.kept())
-            granule_bytes = self.pool._memory.granule_bytes
-            assert self.pool.mapped_bytes <= max(granule_bytes, self.pool.page_bytes)  # page 0 stays
+            granules = len(set(self.pool._granules_of(0)))
+            assert self.pool.mapped_bytes <= granules * self.pool._memory.granule_bytes  # page 0 stays
 
     def _hear(self, events: Sequence[Event]) -> list[Event]:
         for event in events:

@@ -194,7 +194,8 @@ class Steps:
         model = self._engine.model
         if plan.slices:
             return price_slices(plan.slices, self._config, model.dtype.itemsize)
-        return price_rows(plan, self._config, model.dtype.itemsize, model.device.type != "cuda", model.adapter_form)
+        sizes = (self._config, model.dtype.itemsize, model.device.type != "cuda", model.adapter_form)
+        return price_rows(plan, *sizes, cache_format=self._plan.cache_format)
 
     def step(self, case: RowCase | SliceCase) -> "StepPlan":
         """The plan of a case; puts memory behind its pages."""
@@ -212,7 +213,7 @@ class Steps:
     def _map(self, pages: int) -> None:
         """Put memory behind all pages: those of a row's past would have been written to before."""
         if self._runner.pool is not None:
-            self._runner.gauge.make_room(pages)
+            self._runner.gauge.make_room(self._runner.pool.missing_bytes(range(pages)))
             self._runner.pool.ensure(range(pages))
             self._runner.gauge.cap()
 

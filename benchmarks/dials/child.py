@@ -238,5 +238,5 @@ def fits_alone(request: Request, footprint: Footprint, plan: MemoryPlan, config:
     """Whether a request's price fits a plan if nothing else runs; the last token's keys and values are never needed."""
     answer_tokens = (request.sampling.max_tokens or 1) - 1
     within = footprint.prompt_tokens + answer_tokens <= config.language.max_tokens
-    price = costs.price_request(footprint, config, answer_tokens, page_tokens=plan.page_tokens)
+    price = costs.price_request(footprint, config, answer_tokens, cache_format=plan.cache_format)
     return within and price.pages <= plan.pages

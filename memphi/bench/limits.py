@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memphi.bench.workloads import Timing
-from memphi.config import AudioConfig, ModelConfig, VisionConfig
+from memphi.config import AudioConfig, CacheFormat, ModelConfig, VisionConfig
 from memphi.memory import costs
 from memphi.request import Footprint
 
@@ -45,12 +45,14 @@ class Phase:
         return max(self.bytes / card.bytes_per_second, self.operations / card.operations_per_second)
 
 
-def phases(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> tuple[Phase, Phase, Phase]:
+def phases(
+    config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int, cache_format: CacheFormat = "plain"
+) -> tuple[Phase, Phase, Phase]:
     """Encoding, prefill with the first tokens, and decoding, of requests that run at once."""
     return (
         _encode(config, tasks, dtype_bytes),
-        _prefill(config, tasks, dtype_bytes),
-        _decode(config, tasks, dtype_bytes),
+        _prefill(config, tasks, dtype_bytes, cache_format),
+        _decode(config, tasks, dtype_bytes, cache_format),
     )
 
 
@@ -74,7 +76,7 @@ def _encode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Pha
     return Phase("encode", sum(_bytes(config, group, dtype_bytes) for group in groups), operations)
 
 
-def _prefill(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Phase:
+def _prefill(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int, cache_format: CacheFormat) -> Phase:
     """All prompts at once; only their last tokens are scored. Their keys and values are written."""
     operations = 2 * _numbers(config, "embedding") * len(tasks)
     for task in tasks:
@@ -82,11 +84,11 @@ def _prefill(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Ph
         operations += tokens * _token_operations(config, task.adapter)
         operations += _attention_operations(config, tokens * (tokens + 1) // 2)
     adapters = {task.adapter for task in tasks}
-    written = sum(task.footprint.prompt_tokens for task in tasks) * _token_bytes(config, dtype_bytes)
+    written = sum(task.footprint.prompt_tokens for task in tasks) * _token_bytes(config, dtype_bytes, cache_format)
     return Phase("prefill", _step_bytes(config, adapters, dtype_bytes) + written, operations)
 
 
-def _decode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Phase:
+def _decode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int, cache_format: CacheFormat) -> Phase:
     """One step a token after the first: every weight in use is read, and the keys and values of every row."""
     n_bytes = operations = 0
     for adapter in {task.adapter for task in tasks} - {None}:
@@ -96,7 +98,7 @@ def _decode(config: ModelConfig, tasks: Sequence[Task], dtype_bytes: int) -> Pha
     for task in tasks:
         steps, prompt = task.answer_tokens - 1, task.footprint.prompt_tokens
         keys = steps * prompt + steps * (steps + 1) // 2
-        n_bytes += keys * _token_bytes(config, dtype_bytes)
+        n_bytes += keys * _token_bytes(config, dtype_bytes, cache_format)
         each = _token_operations(config, task.adapter) + 2 * _numbers(config, "embedding")
         operations += steps * each + _attention_operations(config, keys)
     return Phase("decode", n_bytes, operations)
@@ -118,9 +120,9 @@ def _step_bytes(config: ModelConfig, adapters: set[str | None], dtype_bytes: int
     return sum(_bytes(config, group, dtype_bytes) for group in groups)
 
 
-def _token_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+def _token_bytes(config: ModelConfig, dtype_bytes: int, cache_format: CacheFormat) -> int:
     """One token's keys and values in all layers."""
-    return costs.page(config, dtype_bytes, 1).bytes
+    return costs.page(config, dtype_bytes, 1, cache_format).bytes
 
 
 def _token_operations(config: ModelConfig, adapter: str | None) -> int:

@@ -60,7 +60,7 @@ class Bench:
         runs = self.repeat(workload)
         middle = _middle(runs, workload)
         model = self.engine.model
-        parts = phases(model.config, middle.tasks, model.dtype.itemsize)
+        parts = phases(model.config, middle.tasks, model.dtype.itemsize, self.engine.plan.cache_format)
         figure, limit = workload.figure(middle.timing), workload.figure(least(parts, self.card))
         footprints = [task.footprint for task in middle.tasks]
         return {

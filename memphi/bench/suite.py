@@ -24,7 +24,16 @@ from memphi.engine.device import find_device, find_dtype
 from memphi.engine.engine import Engine
 from memphi.engine.messages import Loading
 
-SIZES = ("rows", "step_tokens", "shared_step_tokens", "crops_per_pass", "windows_per_pass", "pages", "weights_bytes")
+SIZES = (
+    "rows",
+    "step_tokens",
+    "shared_step_tokens",
+    "crops_per_pass",
+    "windows_per_pass",
+    "pages",
+    "cache_format",
+    "weights_bytes",
+)
 """What a document tells of the plan."""
 
 
@@ -77,7 +86,7 @@ class Suite:
             "not_run": self.not_run,
         }
 
-    def _measure_engine(self, card: Card) -> dict[str, int]:
+    def _measure_engine(self, card: Card) -> dict[str, Any]:
         """Workloads and curves; returns the plan's sizes, and leaves nothing of the engine."""
         engine = self.load()
         bench = Bench(engine, card, self.wanted.repeats, self.wanted.seed, self._deadline, self.tell)

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from memphi.cache.pages import PAGE_TOKENS
-from memphi.config import LanguageConfig
+from memphi.config import CacheFormat, LanguageConfig
+from memphi.memory import costs
 
+CODE_DTYPES: dict[CacheFormat, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SCALE_DTYPE = torch.bfloat16
 HOST_GRANULE_BYTES = 2**16
 """In what units the host's memory is given back: a multiple of every usual operating system's page."""
 MAPPED_AT_ONCE, FEWEST_GRANULES = 8, 256
@@ -55,22 +58,36 @@ class Memory(Protocol):
 class PagePool:
     """Keys and values of `capacity_pages` pages: a tensor [pages, layers, 2, page_tokens, kv_heads, head_dim].
 
-    Memory comes in granules, of which a page may fill a part, one, or several; a granule that two pages share stays
-    while either is wanted.
+    In 8 bits these are codes, and a second tensor of their scales [pages, layers, page_tokens, kv_heads, 2] lies behind
+    all of them, so that a page of codes is still as large as what CUDA maps. Memory comes in granules, of which either
+    part of a page may fill a part, one, or several; a granule that pages share stays while one of them is wanted.
     """
 
     def __init__(
-        self, config: LanguageConfig, pages: int, dtype: torch.dtype, page_tokens: int, memory: Memory
+        self,
+        config: LanguageConfig,
+        pages: int,
+        dtype: torch.dtype,
+        page_tokens: int,
+        memory: Memory,
+        cache_format: CacheFormat = "plain",
     ) -> None:
         self.capacity_pages = pages
         self.page_tokens = page_tokens
-        self.page_bytes = page_bytes(config, dtype, page_tokens)
+        self.cache_format = cache_format
+        self.page_bytes = page_bytes(config, dtype, page_tokens, cache_format)
+        self._scale_bytes = costs.scale_bytes(config, page_tokens, cache_format)
+        self._number_bytes = self.page_bytes - self._scale_bytes
         self._memory = memory
         self._mapped: set[int] = set()
         self.ensure([0])  # torch takes only addresses with memory behind them for CUDA's.
         shape = (pages, config.layers, 2, page_tokens, config.kv_heads, config.head_dim)
-        pool = memory.tensor()[: pages * self.page_bytes].view(dtype).view(shape)
-        self._layers = [(pool[:, i, 0], pool[:, i, 1]) for i in range(config.layers)]
+        parts = memory.tensor()[: pages * self.page_bytes].split(pages * self._number_bytes)
+        numbers = parts[0].view(CODE_DTYPES.get(cache_format, dtype)).view(shape)
+        self._layers = [(numbers[:, i, 0], numbers[:, i, 1]) for i in range(config.layers)]
+        of_scales = (pages, config.layers, page_tokens, config.kv_heads, 2)
+        scales = [part.view(SCALE_DTYPE).view(of_scales) for part in parts[1:]]
+        self._scales = [part[:, i] for part in scales for i in range(config.layers)]
 
     @property
     def mapped_bytes(self) -> int:
@@ -80,6 +97,10 @@ class PagePool:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, each a view [pages, page_tokens, kv_heads, head_dim]."""
         return self._layers[index]
+
+    def scales(self, index: int) -> Tensor | None:
+        """The scales of a layer's codes, a view [pages, page_tokens, kv_heads, 2]; None where there are no codes."""
+        return self._scales[index] if self._scales else None
 
     def missing_bytes(self, pages: Iterable[int]) -> int:
         """How much memory `ensure` would take for these pages."""
@@ -109,7 +130,7 @@ class PagePool:
 
     def close(self) -> None:
         """Give all memory back; nothing of the pool may be used any more. Happens by itself with its last tensor."""
-        self._layers = []
+        self._layers, self._scales = [], []
         self._mapped.clear()
         self._memory.close()
 
@@ -117,13 +138,24 @@ class PagePool:
         """The granules of these pages without memory behind them."""
         return sorted(set(chain.from_iterable(self._granules_of(page) for page in pages)) - self._mapped)
 
-    def _granules_of(self, page: int) -> range:
+    def _granules_of(self, page: int) -> Iterator[int]:
         if not 0 <= page < self.capacity_pages:
             raise IndexError(f"there is no page {page} in a pool of {self.capacity_pages}")
-        return _overlapped(page, self.page_bytes, self._memory.granule_bytes)
+        for start, size in self._parts:
+            first = start + page * size
+            yield from range(first // self._memory.granule_bytes, -(-(first + size) // self._memory.granule_bytes))
 
-    def _pages_of(self, granule: int) -> range:
-        return _overlapped(granule, self._memory.granule_bytes, self.page_bytes)
+    def _pages_of(self, granule: int) -> Iterator[int]:
+        begin, end = granule * self._memory.granule_bytes, (granule + 1) * self._memory.granule_bytes
+        for start, size in self._parts:
+            yield from range(max((begin - start) // size, 0), min(-(-(end - start) // size), self.capacity_pages))
+
+    @property
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Where the first page's numbers begin, and its scales, if any; and how many bytes a page has of them."""
+        yield 0, self._number_bytes
+        if self._scale_bytes:
+            yield self.capacity_pages * self._number_bytes, self._scale_bytes
 
 
 class TensorPool(PagePool):
@@ -136,11 +168,12 @@ class TensorPool(PagePool):
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int = PAGE_TOKENS,
+        cache_format: CacheFormat = "plain",
     ) -> None:
-        n_bytes = pages * page_bytes(config, dtype, page_tokens)
+        n_bytes = pages * page_bytes(config, dtype, page_tokens, cache_format)
         lazy = device.type == "cpu" and sys.platform == "linux"
         memory = HostMemory(n_bytes) if lazy else WholeMemory(n_bytes, device)
-        super().__init__(config, pages, dtype, page_tokens, memory)
+        super().__init__(config, pages, dtype, page_tokens, memory, cache_format)
 
 
 class MappedPool(PagePool):
@@ -153,13 +186,19 @@ class MappedPool(PagePool):
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int = PAGE_TOKENS,
+        cache_format: CacheFormat = "plain",
     ) -> None:
-        memory = CudaMemory(pages * page_bytes(config, dtype, page_tokens), device)
-        super().__init__(config, pages, dtype, page_tokens, memory)
+        memory = CudaMemory(pages * page_bytes(config, dtype, page_tokens, cache_format), device)
+        super().__init__(config, pages, dtype, page_tokens, memory, cache_format)
 
 
 def make_pool(
-    config: LanguageConfig, pages: int, dtype: torch.dtype, device: torch.device, page_tokens: int = PAGE_TOKENS
+    config: LanguageConfig,
+    pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    page_tokens: int = PAGE_TOKENS,
+    cache_format: CacheFormat = "plain",
 ) -> PagePool:
     """The pool for a device; on CUDA a MappedPool where the driver can do that, else all pages at once, and a warning.
 
@@ -167,16 +206,18 @@ def make_pool(
     """
     obstacle = why_not_mapped(device)
     if obstacle is None:
-        return MappedPool(config, pages, dtype, device, page_tokens)
+        return MappedPool(config, pages, dtype, device, page_tokens, cache_format)
     if device.type == "cuda":
         log = logging.getLogger(__name__)
         log.warning("memory for pages is taken all at once and never given back: %s", obstacle)
-    return TensorPool(config, pages, dtype, device, page_tokens)
+    return TensorPool(config, pages, dtype, device, page_tokens, cache_format)
 
 
-def page_bytes(config: LanguageConfig, dtype: torch.dtype, page_tokens: int = PAGE_TOKENS) -> int:
+def page_bytes(
+    config: LanguageConfig, dtype: torch.dtype, page_tokens: int = PAGE_TOKENS, cache_format: CacheFormat = "plain"
+) -> int:
     """Memory of one page: keys and values of its tokens in all layers."""
-    return page_tokens * config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+    return costs.kept_bytes(config, page_tokens, dtype.itemsize, cache_format)
 
 
 def why_not_mapped(device: torch.device) -> str | None:
@@ -358,11 +399,6 @@ def _checked(result: tuple[Any, ...]) -> Any:  # noqa: ANN401
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _overlapped(index: int, size: int, other_size: int) -> range:
-    """Of a range cut into pieces of one size and of another: the others that piece number `index` overlaps."""
-    return range(index * size // other_size, -(-(index + 1) * size // other_size))
 
 
 def _runs(granules: list[int]) -> Iterator[tuple[int, int]]:

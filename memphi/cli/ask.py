@@ -29,6 +29,7 @@ def ask(
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    cache_format: options.CacheFormat = "auto",
     speculation: options.Speculation = True,
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
@@ -58,7 +59,7 @@ def ask(
         raise typer.BadParameter("give a question, an attachment (-a), or both")
     if each and not attach:
         raise typer.BadParameter("--each needs attachments (-a)")
-    config = options.engine_config(memory, kv_cache, pin, merge, speculation, kernels, scheme)
+    config = options.engine_config(memory, kv_cache, pin, merge, speculation, kernels, scheme, cache_format)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

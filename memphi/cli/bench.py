@@ -26,6 +26,7 @@ def bench(
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
+    cache_format: options.CacheFormat = "auto",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
@@ -58,7 +59,7 @@ def bench(
             return _draw_results([Path(name) for name in what], plot)
     wanted = _wanted(what or [], curve, against, repeats, seconds, scale, seed, commit)
     # Random weights repeat themselves: what speculation gains on them, it gains nowhere else.
-    config = options.engine_config(memory, "on", pin, merge, speculation=False, kernels=kernels, scheme=scheme)
+    config = options.engine_config(memory, "on", pin, merge, False, kernels, scheme, cache_format)
     warn_of_device(device)
     make_settings(allocator)
     with telling("starting"):

@@ -26,6 +26,7 @@ def chat(
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    cache_format: options.CacheFormat = "auto",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
@@ -47,7 +48,9 @@ def chat(
     """Talk over several turns. Attachments given with -a go with the first message; type /help for commands."""
     from memphi.request import SamplingParams
 
-    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme)
+    config = options.engine_config(
+        memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme, cache_format=cache_format
+    )
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

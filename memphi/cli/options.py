@@ -11,7 +11,7 @@ import typer
 from memphi.engine.settings import AllocatorName
 
 if TYPE_CHECKING:
-    from memphi.config import AdapterName, EngineConfig, KernelChoice, SchemeChoice
+    from memphi.config import AdapterName, CacheChoice, EngineConfig, KernelChoice, SchemeChoice
     from memphi.request import Detail as DetailValue
     from memphi.request import Grammar, Media
 
@@ -48,6 +48,7 @@ def engine_config(
     speculation: bool = True,
     kernels: "KernelChoice" = "auto",
     scheme: "SchemeChoice" = "auto",
+    cache_format: "CacheChoice" = "auto",
 ) -> "EngineConfig":
     """The dial, pins, and how things are computed; raises typer.BadParameter for a pin that means nothing."""
     from memphi.config import EngineConfig
@@ -68,6 +69,7 @@ def engine_config(
         speculation=speculation,
         kernels=kernels,
         scheme=scheme,
+        cache_format=cache_format,
         **values,
     )
 
@@ -128,6 +130,14 @@ Memory = Annotated[
 KvCache = Annotated[
     Literal["on", "off"],
     typer.Option("--kv-cache", help="off: compute everything anew for every token; slow, and the last resort."),
+]
+CacheFormat = Annotated[
+    Literal["auto", "plain", "int8", "fp8"],
+    typer.Option(
+        "--cache-format",
+        help="How keys and values are kept: plain: as computed; int8, fp8: in 8 bits, twice as many in the same "
+        "memory; auto: plain, and int8 where memory is short.",
+    ),
 ]
 Speculation = Annotated[
     bool,

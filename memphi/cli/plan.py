@@ -34,6 +34,7 @@ def plan(
     attach: options.Attachments = [],  # noqa: B006
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    cache_format: options.CacheFormat = "auto",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
@@ -61,7 +62,7 @@ def plan(
     config, facts, engine = (
         read_config(folder),
         _facts(device, gpu, memory),
-        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme),
+        options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme, cache_format=cache_format),
     )
     made = make_plan(config, facts, engine, DTYPE_BYTES[dtype])
     document = _document(model, dtype, facts, made, config)
@@ -256,8 +257,8 @@ class _Verdict:
             made.crops_per_pass,
             made.windows_per_pass,
             self.dtype_bytes,
-            made.page_tokens,
             made.preprocessing,
+            made.cache_format,
         )
 
     @property
@@ -357,6 +358,7 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "shared_step_tokens": "… beside answers",
         "crops_per_pass": "crops a pass",
         "windows_per_pass": "windows of sound a pass",
+        "cache_format": "cache format",
         "adapters": "adapters",
         "preprocessing": "crops, mel frames on",
         "scheme": "scheme of the weights",

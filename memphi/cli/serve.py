@@ -65,6 +65,7 @@ def serve(
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
     kv_cache: options.KvCache = "on",
+    cache_format: options.CacheFormat = "auto",
     pin: options.Pins = [],  # noqa: B006
     merge: options.Merge = None,
     kernels: options.Kernels = "auto",
@@ -98,7 +99,9 @@ def serve(
         log_requests=log_requests,
     )
     warn_of_device(device)
-    config = options.engine_config(memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme)
+    config = options.engine_config(
+        memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme, cache_format=cache_format
+    )
     load = _loading(Loading(model, device, dtype, attention, config, allocator))
     _run(load, settings, host, port, tls_cert, tls_key, drain_seconds)
 

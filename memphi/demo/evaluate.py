@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from memphi.checkpoint.locate import locate
+from memphi.config import CacheChoice, EngineConfig, SchemeChoice
 from memphi.demo import bank, exam, photographs
 from memphi.demo.exam import Group, Part
 from memphi.demo.lesson import conversation
@@ -154,12 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--photographs", action="store_true", help=f"fetch Debian's {photographs.PACKAGE} and try it too"
     )
+    parser.add_argument("--cache-format", choices=get_args(CacheChoice), default="auto", help="of keys and values")
+    parser.add_argument("--scheme", choices=get_args(SchemeChoice), default="auto", help="of the weights")
     parser.add_argument("--json", type=Path, help="write all scores into this file")
     chosen = parser.parse_args(arguments)
     parts = exam.parts(bank.read(chosen.bank), chosen.samples)
     if chosen.photographs:
         parts += photographs.parts()
-    engine = load(chosen.model, chosen.device)
+    engine = load(
+        chosen.model, chosen.device, config=EngineConfig(cache_format=chosen.cache_format, scheme=chosen.scheme)
+    )
     report = _with_progress(engine, parts)
     print(report.text())
     if chosen.json:
@@ -187,6 +192,8 @@ def _facts(model: str, engine: Engine, samples: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": engine.model.device.type,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "cache_format": engine.plan.cache_format,
+        "scheme": engine.plan.scheme,
     }
 
 

@@ -41,6 +41,7 @@ from memphi.memory.costs import host_media
 from memphi.memory.devices import this_machine
 from memphi.memory.planner import MemoryPlan, make_plan
 from memphi.model.attention import AttentionName, select_attention
+from memphi.model.kernels.codes import why_not_kept
 from memphi.model.kernels.launch import why_not_available
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant.host import use_host_products
@@ -82,7 +83,11 @@ def make_loop(
     """The loop of a model under a plan; on_ready is called from other threads when `step` has something new to do."""
     language = model.config.language
     # Reserved at its largest: page numbers never go beyond. Only what is in use takes memory.
-    pool = make_pool(language, plan.pages, model.dtype, model.device) if config.kv_cache else None
+    pool = (
+        make_pool(language, plan.pages, model.dtype, model.device, plan.page_tokens, plan.cache_format)
+        if config.kv_cache
+        else None
+    )
     forbidden = ~torch.from_numpy(tokenizer.known_ids(language.vocab_size)).to(model.device)
     graphs = make_graphs(model, pool, plan, config, forbidden)
     embedding_bytes = language.hidden_size * model.dtype.itemsize
@@ -91,7 +96,12 @@ def make_loop(
         step_limits(plan, config, model),
         _reservations(plan),
         MediaCache(plan.media_bytes),
-        Naming("loaded", str(model.dtype), f"{model.dtype} {model.config.scheme}", PREPROCESSING_VERSION),
+        Naming(
+            "loaded",
+            f"{plan.cache_format} of {model.dtype}",
+            f"{model.dtype} {model.config.scheme}",
+            PREPROCESSING_VERSION,
+        ),
         embedding_bytes,
         config.kv_cache,
     )
@@ -117,10 +127,13 @@ def make_graphs(
     model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: EngineConfig, forbidden: Tensor
 ) -> Graphs | None:
     """The graphs of decode steps where config wants kernels and the device has them; tells the model either way."""
-    model.use_kernels(config.kernels == "auto")
+    obstacle = why_not_available(model.device)
+    if obstacle is None and pool is not None:
+        obstacle = why_not_kept(pool.cache_format, model.device)
+    model.use_kernels(config.kernels == "auto" and obstacle is None)
     if config.kernels == "plain" or pool is None:
         return None
-    on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
+    on_gpu = model.device.type == "cuda"
     if obstacle is None:
         return Graphs(model, pool, min(plan.rows, plan.graph_rows), plan.context_tokens, on_gpu, forbidden)
     if on_gpu:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from memphi.config import AdapterForm, AudioConfig, ModelConfig
+from memphi.config import AdapterForm, AudioConfig, CacheFormat, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
 from memphi.memory.planner import MemoryPlan
@@ -56,6 +56,7 @@ def price_rows(
     masked: bool,
     adapters: AdapterForm = "plain",
     kernels: bool = False,
+    cache_format: CacheFormat = "plain",
 ) -> tuple[str, int]:
     """The kind of a step's forward pass, and its bytes: the layers', or the scores' where those take more.
 
@@ -67,15 +68,16 @@ def price_rows(
     kind = "decode step" if tokens == decoding else "mixed step" if decoding else "prefill chunk"
     scores = costs.logits(config, sum(row.scored for row in plan.rows), tokens, dtype_bytes).bytes
     if kernels:
-        own = costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters).bytes
+        own = costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters, cache_format).bytes
         return kind, max(with_unexplained(own), scores)
     keys, all_keys = max(row.past + row.tokens for row in plan.rows), pasts.all_copied
-    decode = costs.decode_step(config, decoding, keys, dtype_bytes, adapters, all_keys).bytes if decoding else 0
+    kept = (adapters, all_keys, cache_format)
+    decode = costs.decode_step(config, decoding, keys, dtype_bytes, *kept).bytes if decoding else 0
     if tokens == decoding:
         return kind, max(decode, scores)
     has_past = any(row.past for row in plan.rows)
     chunk = costs.prefill_chunk(
-        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, adapters, all_keys
+        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, *kept
     ).bytes
     return kind, max(chunk, decode, scores)
 
@@ -98,9 +100,10 @@ def draft_step_tokens(plan: MemoryPlan, config: ModelConfig, dtype_bytes: int, k
         rows, keys, all_keys = min(plan.rows, tokens), plan.context_tokens, plan.pages * plan.page_tokens
         if kernels:
             pasts = costs.Pasts(keys, rows, keys, all_keys, keys, rows, max(tokens // 2, 1))
-            chunk = costs.kernel_step(config, tokens, pasts, dtype_bytes, plan.adapters)
+            chunk = costs.kernel_step(config, tokens, pasts, dtype_bytes, plan.adapters, plan.cache_format)
         else:
-            chunk = costs.prefill_chunk(config, tokens, keys, dtype_bytes, rows, True, plan.adapters, all_keys)
+            kept = (plan.adapters, all_keys, plan.cache_format)
+            chunk = costs.prefill_chunk(config, tokens, keys, dtype_bytes, rows, True, *kept)
         return max(chunk.bytes, costs.logits(config, tokens, tokens, dtype_bytes).bytes) <= largest_bytes
 
     return next((n for n in range(min(DRAFT_STEP_TOKENS, plan.step_tokens), 0, -1) if fits(n)), 0)

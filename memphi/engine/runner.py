@@ -114,7 +114,8 @@ class Runner:
         if self._graphs_for(plan):
             return price_graph(plan, model.config)
         kernels = model.uses_kernels and self.pool is not None
-        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels)
+        kept = self.pool.cache_format if self.pool else "plain"
+        return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels, kept)
 
     def _graphs_for(self, plan: StepPlan) -> Graphs | None:
         """The graphs, where one of them can do this step: all rows are answers that go on by one id."""

@@ -13,6 +13,7 @@ from memphi.config import (
     AdapterConfig,
     AdapterForm,
     AudioConfig,
+    CacheFormat,
     LanguageConfig,
     ModelConfig,
     Place,
@@ -24,8 +25,11 @@ from memphi.request import Footprint
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE_TOKENS = 16
+"""Of 16 bits or more; of 8 bits a page has twice as many, and so the same bytes: 2 MiB at full size."""
+SCALE_BYTES = 2
+"""A code's scale, of which each token has one for every head of keys and of values."""
 PADDED_SHARE = 20
-"""The same of a vision pass in which some crops have padding, and are copied apart: at most 4 %."""
+"""The part of a vision pass that is added where some crops have padding, and are copied apart: at most 4 %."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of the pool at once; a longer row goes alone."""
 MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
@@ -285,16 +289,34 @@ def _projector_group(config: ModelConfig) -> Group:
 # --- what stays ----------------------------------------------------------------------------------------------------
 
 
-def page(config: ModelConfig, dtype_bytes: int, page_tokens: int = PAGE_TOKENS) -> Cost:
+def page_tokens(cache_format: CacheFormat) -> int:
+    """How many tokens a page has."""
+    return PAGE_TOKENS if cache_format == "plain" else 2 * PAGE_TOKENS
+
+
+def page(config: ModelConfig, dtype_bytes: int, tokens: int = PAGE_TOKENS, cache_format: CacheFormat = "plain") -> Cost:
     """Keys and values of all layers for one page of tokens."""
     language = config.language
-    n_bytes = page_tokens * language.layers * 2 * _key_size(language) * dtype_bytes
+    each = f"{language.head_dim} x {dtype_bytes} bytes"
+    if cache_format != "plain":
+        each = f"({language.head_dim} bytes and a scale of {SCALE_BYTES})"
     return Cost(
         "page",
-        n_bytes,
-        f"{page_tokens} tokens x {language.layers} layers x (key, value) x {language.kv_heads} heads x "
-        f"{language.head_dim} x {dtype_bytes} bytes",
+        kept_bytes(language, tokens, dtype_bytes, cache_format),
+        f"{tokens} tokens x {language.layers} layers x (key, value) x {language.kv_heads} heads x {each}",
     )
+
+
+def kept_bytes(language: LanguageConfig, tokens: int, dtype_bytes: int, cache_format: CacheFormat) -> int:
+    """Keys and values of all layers, with the scales of those in 8 bits."""
+    number_bytes = dtype_bytes if cache_format == "plain" else 1
+    numbers = tokens * language.layers * 2 * _key_size(language)
+    return numbers * number_bytes + scale_bytes(language, tokens, cache_format)
+
+
+def scale_bytes(language: LanguageConfig, tokens: int, cache_format: CacheFormat) -> int:
+    """The scales of all layers' keys and values."""
+    return 0 if cache_format == "plain" else tokens * language.layers * 2 * language.kv_heads * SCALE_BYTES
 
 
 def media_embeddings(config: ModelConfig, tokens: int, dtype_bytes: int) -> Cost:
@@ -556,6 +578,7 @@ def prefill_chunk(
     masked: bool = False,
     form: AdapterForm = "plain",
     all_keys: int | None = None,
+    cache_format: CacheFormat = "plain",
 ) -> Cost:
     """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
 
@@ -565,9 +588,9 @@ def prefill_chunk(
     language = config.language
     numbers = max(_layer_numbers(config, form))
     shared = _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    widest, attention = numbers * dtype_bytes + shared, _attention_numbers(language) * dtype_bytes + shared
+    widest, attention = numbers * dtype_bytes + shared, _attention_bytes(language, dtype_bytes, cache_format) + shared
     has_past = keys > tokens
-    gathered = _gather_bytes(language, rows, keys, dtype_bytes) if has_past else 0
+    gathered = _gather_bytes(language, rows, keys, dtype_bytes, cache_format) if has_past else 0
     places = _place_bytes(rows, keys, all_keys) if has_past else 0
     mask = 2 * tokens * keys if masked and has_past else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
@@ -588,24 +611,33 @@ def decode_step(
     dtype_bytes: int,
     form: AdapterForm = "plain",
     all_keys: int | None = None,
+    cache_format: CacheFormat = "plain",
 ) -> Cost:
     """Compute one token of each row; keys is the longest row's number of tokens, all_keys that of all rows at most."""
     language = config.language
-    numbers = max(*_layer_numbers(config, form), _attention_numbers(language))
-    each = numbers * dtype_bytes + _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
-    places = _place_bytes(rows, keys, all_keys)
-    masks = _gathered_tokens(rows, keys) * (1 + dtype_bytes) + places
+    widest = max(_layer_numbers(config, form)) * dtype_bytes
+    shared = _rotary_bytes(language, dtype_bytes) + METADATA_BYTES
+    each = max(widest, _attention_bytes(language, dtype_bytes, cache_format)) + shared
+    tokens, places = _gathered_tokens(rows, keys, cache_format), _place_bytes(rows, keys, all_keys)
+    masks = tokens * (1 + dtype_bytes) + places
     cost = Cost(
         "decode step",
-        rows * each + _gather_bytes(language, rows, keys, dtype_bytes) + masks,
+        rows * each + _gather_bytes(language, rows, keys, dtype_bytes, cache_format) + masks,
         f"{rows} rows' activations, and one layer's keys and values copied out of their pages, "
-        f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {_gathered_tokens(rows, keys)} tokens at once",
+        f"2 x {_key_size(language)} x {dtype_bytes} bytes a token: {tokens} tokens at once",
     )
     beside = rows * _product_bytes(config, dtype_bytes, form) + _input_bytes(config, rows, dtype_bytes) + places
     return _with_block(cost, beside, config, config.scheme, dtype_bytes)
 
 
-def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+def kernel_step(
+    config: ModelConfig,
+    tokens: int,
+    pasts: Pasts,
+    dtype_bytes: int,
+    form: AdapterForm = "plain",
+    cache_format: CacheFormat = "plain",
+) -> Cost:
     """Compute packed tokens of rows, new or not, through memphi's own kernels."""
     language = config.language
     numbers, query = max(_kernel_numbers(config, form)), _query_size(language)
@@ -615,11 +647,11 @@ def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int
     longest = pasts.copied_at_once
     if longest is None:
         longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
-    copied = 2 * _key_size(language) * dtype_bytes * longest
+    copied = (2 * _key_size(language) * dtype_bytes + _code_bytes(language, cache_format)) * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
     attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)
     products = _kernel_product_bytes(config, tokens, dtype_bytes)
-    staying = _lines_bytes(language, pasts) + PLACE_BYTES * pasts.all_copied
+    staying = _lines_bytes(language, pasts, page_tokens(cache_format)) + PLACE_BYTES * pasts.all_copied
     return Cost(
         "kernel step",
         max(tokens * (numbers * dtype_bytes + shared) + products, attention) + staying,
@@ -630,15 +662,15 @@ def kernel_step(config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int
     )
 
 
-def _lines_bytes(language: LanguageConfig, pasts: Pasts) -> int:
+def _lines_bytes(language: LanguageConfig, pasts: Pasts, page_size: int) -> int:
     """What stays all the step: tables of pages, and for rows in lines their places, and what pieces of them found."""
-    n_bytes = 4 * pasts.rows * -(-pasts.tokens // PAGE_TOKENS)
+    n_bytes = 4 * pasts.rows * -(-pasts.tokens // page_size)
     for count, new_tokens in ((pasts.single_lines, 1), (pasts.lines, LINE_TOKENS)):
         if count:
             units = count + GRAPH_PROGRAMS // language.kv_heads
             n_bytes += units * (new_tokens * language.heads * (language.head_dim + 2) * 4 + 32)
             n_bytes += count * (new_tokens * 24 + 4 + 4 * language.kv_heads)
-            n_bytes += count * 4 * -(-pasts.longest_lined // PAGE_TOKENS)
+            n_bytes += count * 4 * -(-pasts.longest_lined // page_size)
     return n_bytes
 
 
@@ -722,24 +754,40 @@ def _product_bytes(config: ModelConfig, dtype_bytes: int, form: AdapterForm) -> 
     return numbers * dtype_bytes + _rotary_bytes(config.language, dtype_bytes) + METADATA_BYTES
 
 
-def _attention_numbers(language: LanguageConfig) -> int:
-    """Numbers a token while attention runs: what a linear beside it has, and the output twice."""
-    query = _query_size(language)
-    return 3 * language.hidden_size + _qkv_size(language) + query + _key_size(language) + 2 * query
+def _attention_bytes(language: LanguageConfig, dtype_bytes: int, cache_format: CacheFormat) -> int:
+    """A token while attention runs: what a linear beside it has, and the output twice.
+
+    In 8 bits there are also keys and values as they are kept, and before all this they are made, one after the other:
+    in fp32, as codes and as what these stand for.
+    """
+    query, key = _query_size(language), _key_size(language)
+    before = (3 * language.hidden_size + _qkv_size(language) + query + key) * dtype_bytes
+    attending = 2 * query * dtype_bytes
+    if cache_format == "plain":
+        return before + attending
+    writing = key * (4 + 4 + dtype_bytes) + language.kv_heads * 16
+    return before + max(attending + 2 * key * dtype_bytes, key * dtype_bytes + writing)
 
 
 def _rotary_bytes(language: LanguageConfig, dtype_bytes: int) -> int:
     return 2 * language.rotary_dim * dtype_bytes
 
 
-def _gathered_tokens(rows: int, keys: int) -> int:
+def _gathered_tokens(rows: int, keys: int, cache_format: CacheFormat) -> int:
     """Tokens copied out of their pages at once: the longest row alone, or short rows together."""
-    return max(keys, min(rows * keys, GATHER_TOKENS)) + PAGE_TOKENS
+    return max(keys, min(rows * keys, GATHER_TOKENS)) + page_tokens(cache_format)
 
 
-def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int) -> int:
+def _gather_bytes(language: LanguageConfig, rows: int, keys: int, dtype_bytes: int, cache_format: CacheFormat) -> int:
     """One layer's keys and values copied out of their pages, in the blocks that the allocator gives."""
-    return 2 * _block_bytes(_gathered_tokens(rows, keys) * _key_size(language) * dtype_bytes)
+    tokens = _gathered_tokens(rows, keys, cache_format)
+    numbers_bytes = 2 * _block_bytes(tokens * _key_size(language) * dtype_bytes)
+    return numbers_bytes + _block_bytes(tokens * _code_bytes(language, cache_format))
+
+
+def _code_bytes(language: LanguageConfig, cache_format: CacheFormat) -> int:
+    """A token that is copied out as codes and scales, of which there is one of either, keys or values, at a time."""
+    return 0 if cache_format == "plain" else _key_size(language) + language.kv_heads * SCALE_BYTES
 
 
 def _block_bytes(n_bytes: int) -> int:
@@ -800,15 +848,16 @@ def price_request(
     crops_per_pass: int = 1,
     windows_per_pass: int = 1,
     dtype_bytes: int = 2,
-    page_tokens: int = PAGE_TOKENS,
     preprocessing: Place = "host",
+    cache_format: CacheFormat = "plain",
 ) -> RequestPrice:
     """Price one request with so much of an answer; together they hold no more than the model's context."""
     tokens = min(footprint.prompt_tokens + answer_tokens, config.language.max_tokens)
-    pages = -(-tokens // page_tokens)
+    size = page_tokens(cache_format)
+    pages = -(-tokens // size)
     media_tokens = footprint.image_tokens + footprint.audio_tokens
     windows = sum(-(-clip.tokens // config.audio.window_tokens) for clip in footprint.clips)
-    page_bytes = page(config, dtype_bytes, page_tokens).bytes
+    page_bytes = page(config, dtype_bytes, size, cache_format).bytes
     return RequestPrice(
         tokens=tokens,
         pages=pages,

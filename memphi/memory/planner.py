@@ -9,12 +9,13 @@ never below what the smallest steps need; the pool gets the rest. A larger dial 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from memphi.config import AdapterForm, EngineConfig, ModelConfig, Place, Scheme
+from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig, Place, Scheme
 from memphi.errors import DeviceError, DoesNotFitError, RequestError
 from memphi.memory import costs
-from memphi.memory.costs import GIB, MIB, PAGE_TOKENS, Cost, size_text
+from memphi.memory.costs import GIB, MIB, Cost, size_text
 from memphi.memory.devices import DeviceFacts
 
 STEP_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128)
@@ -28,6 +29,9 @@ all others get the fewest."""
 TYPICAL_TOKENS = 1024
 """A request with a picture and a short answer; so many rows run as fit at this length, and one always must."""
 MOST_PAGES = 1 << 18
+ENOUGH_TOKENS = 16384
+"""Room for so many is worth more than exact keys and values: a page of print in full detail and its answer, or as many
+typical requests as make good use of a GPU."""
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
@@ -64,6 +68,8 @@ class MemoryPlan:
     media_bytes: int
     page_bytes: int
     page_tokens: int
+    cache_format: CacheFormat
+    """How the pool keeps keys and values."""
     pages: int
     context_tokens: int
     """The longest sequence that fits alone, its answer included."""
@@ -107,10 +113,13 @@ def make_plan(
     adapters says how those of a model that is loaded already are kept; None leaves that to the plan. The config has the
     scheme of the folder's weights, or of the loaded model's; where that is bf16, these can be quantised.
     """
+    if engine.cache_format == "fp8" and device.kind == "mps":
+        raise DeviceError(f"{device.name} has no numbers in fp8; --cache-format int8 works there")
     form = adapters or _adapter_form(device, engine)
 
-    def planner(scheme: Scheme, reason: str) -> _Planner:
-        return _Planner(replace(config, scheme=scheme), device, engine, dtype_bytes, form, reason)
+    def plan(scheme: Scheme, reason: str) -> MemoryPlan:
+        kept = replace(config, scheme=scheme), device, engine, dtype_bytes, form, reason
+        return _choose_format(lambda cache_format: _Planner(*kept, cache_format).plan(), config, engine)
 
     if config.scheme != "bf16":
         if engine.scheme not in ("auto", config.scheme):
@@ -123,13 +132,29 @@ def make_plan(
                 f"these weights are in {config.scheme}, into which no adapter can be merged; leave --merge out, or "
                 "give the folder that they were made from"
             )
-        return planner(config.scheme, "as the weights are stored").plan()
+        return plan(config.scheme, "as the weights are stored")
     if engine.scheme == "auto":
-        return _choose_scheme(planner, min(USEFUL_TOKENS, config.language.max_tokens))
-    return planner(engine.scheme, ASKED).plan()
+        return _choose_scheme(plan, min(USEFUL_TOKENS, config.language.max_tokens))
+    return plan(engine.scheme, ASKED)
 
 
-def _choose_scheme(planner: Callable[[Scheme, str], "_Planner"], useful_tokens: int) -> MemoryPlan:
+def _choose_format(plan: Callable[[CacheFormat], MemoryPlan], config: ModelConfig, engine: EngineConfig) -> MemoryPlan:
+    """Keys and values as they are, where that leaves room for enough tokens, else in int8; or as pinned."""
+    if engine.cache_format != "auto" or not engine.kv_cache:
+        return plan("plain" if engine.cache_format == "auto" else engine.cache_format)
+    with suppress(DoesNotFitError):
+        made = plan("plain")
+        if made.context_tokens >= enough_tokens(config):
+            return made
+    return plan("int8")
+
+
+def enough_tokens(config: ModelConfig) -> int:
+    """From how many tokens on the pool of a plan keeps keys and values as they are."""
+    return min(ENOUGH_TOKENS, config.language.max_tokens)
+
+
+def _choose_scheme(plan: Callable[[Scheme, str], MemoryPlan], useful_tokens: int) -> MemoryPlan:
     """The first of AUTO_SCHEMES that leaves room for so many tokens of context; where none does, the last that fits.
 
     Raises the last one's DoesNotFitError.
@@ -138,7 +163,7 @@ def _choose_scheme(planner: Callable[[Scheme, str], "_Planner"], useful_tokens: 
     for scheme in AUTO_SCHEMES:
         is_last = scheme == AUTO_SCHEMES[-1]
         try:
-            made = planner(scheme, "").plan()
+            made = plan(scheme, "")
         except DoesNotFitError:
             if is_last:
                 raise
@@ -184,19 +209,22 @@ class _Planner:
         dtype_bytes: int,
         adapters: AdapterForm,
         scheme_reason: str,
+        cache_format: CacheFormat,
     ) -> None:
         """The config's scheme is the plan's."""
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
         self.adapters, self.scheme_reason = adapters, scheme_reason
+        self.cache_format: CacheFormat = cache_format
         self.preprocessing = _preprocessing(device, engine)
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
         rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
         self.weights = (*costs.weights(config, dtype_bytes, adapters), *rounding)
         self.weights_bytes = _sum(self.weights)
-        self.page_bytes = costs.page(config, dtype_bytes).bytes
+        self.page_tokens = costs.page_tokens(cache_format)
+        self.page = costs.page(config, dtype_bytes, self.page_tokens, cache_format)
         self.token_media_bytes = costs.media_embeddings(config, 1, dtype_bytes).bytes
-        self.unit_bytes = self.page_bytes + PAGE_TOKENS * self.token_media_bytes
+        self.unit_bytes = self.page.bytes + self.page_tokens * self.token_media_bytes
         self.ladders = self._make_ladders()
         self.smallest = self._pick(lambda ladder: ladder[-1])
         self.largest = self._pick(lambda ladder: ladder[0])
@@ -221,7 +249,7 @@ class _Planner:
             workspace_bytes = self._workspace_bytes(left_bytes, units)
         sizes = self._sizes(workspace_bytes, units)
         pages = units if self.engine.kv_cache else 0
-        pool_bytes = pages * self.page_bytes
+        pool_bytes = pages * self.page.bytes
         result = MemoryPlan(
             budget_bytes=self.fixed_bytes + workspace_bytes + kept_bytes,
             context_bytes=self.context.bytes,
@@ -231,8 +259,9 @@ class _Planner:
             workspace_bytes=workspace_bytes,
             pool_bytes=pool_bytes,
             media_bytes=kept_bytes - pool_bytes,
-            page_bytes=self.page_bytes,
-            page_tokens=PAGE_TOKENS,
+            page_bytes=self.page.bytes,
+            page_tokens=self.page_tokens,
+            cache_format=self.cache_format,
             pages=pages,
             context_tokens=self._context_tokens(units),
             rows=sizes.rows,
@@ -311,7 +340,7 @@ class _Planner:
         others = AUTO_SCHEMES if self.scheme_reason == ASKED else ()
         for scheme in others:
             config = replace(self.config, scheme=scheme)
-            other = _Planner(config, self.device, self.engine, self.dtype_bytes, self.adapters, "")
+            other = _Planner(config, self.device, self.engine, self.dtype_bytes, self.adapters, "", self.cache_format)
             if other._least_bytes() <= dial_bytes:
                 return f", or --scheme {scheme}"
         return ""
@@ -326,18 +355,18 @@ class _Planner:
     @property
     def _least_units(self) -> int:
         tokens = min(TYPICAL_TOKENS, self.most_tokens)
-        return -(-tokens // PAGE_TOKENS) if self.engine.kv_cache else tokens
+        return -(-tokens // self.page_tokens) if self.engine.kv_cache else tokens
 
     @property
     def _most_units(self) -> int:
         if not self.engine.kv_cache:
             return self.most_tokens
         if self.device.kind == "cuda" or self.engine.memory_bytes is not None:
-            return max(min(MOST_PAGES, self.largest.rows * -(-self.most_tokens // PAGE_TOKENS)), self._least_units)
-        return max(min(HOST_POOL_TOKENS, self.most_tokens) // PAGE_TOKENS, self._least_units)
+            return max(min(MOST_PAGES, self.largest.rows * -(-self.most_tokens // self.page_tokens)), self._least_units)
+        return max(min(HOST_POOL_TOKENS, self.most_tokens) // self.page_tokens, self._least_units)
 
     def _context_tokens(self, units: int) -> int:
-        return min(units * PAGE_TOKENS if self.engine.kv_cache else units, self.most_tokens)
+        return min(units * self.page_tokens if self.engine.kv_cache else units, self.most_tokens)
 
     def _units(self, left_bytes: int) -> int:
         """As many as leave the work space its share."""
@@ -358,23 +387,22 @@ class _Planner:
 
     def _transients(self, sizes: _Sizes, units: int) -> tuple[Cost, ...]:
         """What each kind of step takes, then the largest of them and what the allocator adds to it."""
-        keys, all_keys = self._context_tokens(units), units * PAGE_TOKENS
+        keys, all_keys = self._context_tokens(units), units * self.page_tokens
         tokens, rows, size = sizes.step_tokens, sizes.rows, self.dtype_bytes
         if not self.engine.kv_cache:
             tokens = keys if self.engine.step_tokens is None else tokens
+        kept = (self.adapters, all_keys, self.cache_format)
         kinds = [
             costs.vision_pass(self.config, sizes.crops, size),
             costs.audio_pass(self.config, sizes.windows, size, self.preprocessing == "device"),
-            costs.prefill_chunk(
-                self.config, tokens, keys, size, rows, self.device.kind != "cuda", self.adapters, all_keys
-            ),
+            costs.prefill_chunk(self.config, tokens, keys, size, rows, self.device.kind != "cuda", *kept),
             costs.logits(self.config, rows, tokens, size),
         ]
         if self.engine.kv_cache:
-            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, self.adapters, all_keys))
+            kinds.insert(3, costs.decode_step(self.config, rows, keys, size, *kept))
         if self.graphs:  # Where kernels are wanted; whether there are any turns out later.
             pasts = costs.Pasts(keys, rows, keys, min(rows * keys, all_keys), keys, rows, 2 * rows)
-            kinds.append(costs.kernel_step(self.config, tokens, pasts, size, self.adapters))
+            kinds.append(costs.kernel_step(self.config, tokens, pasts, size, self.adapters, self.cache_format))
         if self.preprocessing == "device":
             kinds.insert(1, costs.cropping(self.config, sizes.crops, size))
         if self.adapters == "merged":
@@ -460,8 +488,9 @@ class _Planner:
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",
             "media_bytes": "embeddings of pictures and sound, for as many tokens as the pool holds",
-            "page_bytes": costs.page(self.config, self.dtype_bytes).formula,
-            "page_tokens": "fixed: at full size a page is what CUDA maps at once",
+            "page_bytes": self.page.formula,
+            "page_tokens": "at full size the keys and values of so many are what CUDA maps at once",
+            "cache_format": self._reason_of_format(),
             "pages": f"{size_text(plan.pool_bytes)} in pages of {size_text(plan.page_bytes)}",
             "context_tokens": "the model's own limit"
             if plan.context_tokens == self.most_tokens
@@ -510,6 +539,13 @@ class _Planner:
         return (
             "pictures and sound are decoded on the host; crops and log-mel frames are made of them here, just in time"
         )
+
+    def _reason_of_format(self) -> str:
+        if self.engine.cache_format != "auto":
+            return "as pinned"
+        if self.cache_format == "plain":
+            return "keys and values as the model computes them"
+        return f"in the model's own format there would be room for fewer than {enough_tokens(self.config)} tokens"
 
     def _reason_of_size(self, chosen: int, cost: Cost, ladder: Sequence[int]) -> str:
         takes = f"the {cost.name} takes {size_text(cost.bytes)}"

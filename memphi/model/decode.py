@@ -229,7 +229,8 @@ class DecodeStep:
         add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand))
         attention.qkv.apply_to(operand, self._masks, qkv)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
-        attend_new(qkv, *rotary, *self._pool.layer(number), self._buffers.inputs.table, self._division, heads)
+        pages, scales = self._pool.layer(number), self._pool.scales(number)
+        attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)
         attention.out.apply_to(operand, self._masks, delta)
 
     def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memphi.config import LanguageConfig, ModelConfig
 from memphi.model.adapters import AdaptedLinear, multiply
 from memphi.model.attention import Attention
+from memphi.model.kept import kept_layer
 from memphi.model.rotary import rotary_table, rotate
 from memphi.model.rows import Packing
 
@@ -25,6 +26,10 @@ class KeyValuePool(Protocol):
 
     def layer(self, index: int, /) -> tuple[Tensor, Tensor]:
         """One layer's keys and values, each [pages, page_tokens, kv_heads, head_dim]; views, to be written to."""
+        ...
+
+    def scales(self, index: int, /) -> Tensor | None:
+        """Of keys and values that are kept in 8 bits the scales, a view [pages, page_tokens, kv_heads, 2]."""
         ...
 
 
@@ -77,9 +82,9 @@ class SelfAttention(nn.Module):
         if cache is None:
             return self.attention.packed(query, key, value, packing)
         assert packing.paging is not None
-        keys, values = cache.layer(self.layer)
-        packing.paging.write(keys, key)
-        packing.paging.write(values, value)
+        keys, values = kept_layer(*cache.layer(self.layer), cache.scales(self.layer))
+        # Every row sees what is kept, a whole one too: so it does not matter in how many steps a row is computed.
+        key, value = packing.paging.write(keys, key), packing.paging.write(values, value)
         out = torch.empty_like(query)
         self.attention.paged(query, key, value, keys, values, packing, out)
         return out

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from memphi.model.kept import kept_layer
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.norm import add_norm
@@ -66,23 +67,23 @@ def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
     """A layer's attention: what is to be added to the running sum."""
     packing, paging = step.packing, step.packing.paging
     assert paging is not None
-    count, (keys, values) = len(packing.positions), step.pool.layer(attention.layer)
+    count, pages, scales = len(packing.positions), step.pool.layer(attention.layer), step.pool.scales(attention.layer)
     qkv = attention.qkv.follow(norm, count, packing.adapter_tokens)
-    rotate_and_keep(qkv, *step.rotary, keys, values, paging.token_pages, paging.token_offsets)
+    rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
     parts = (part.unflatten(-1, (-1, attention.head_dim)) for part in qkv.split(attention.widths, dim=-1))
     query, key, value = parts  # [tokens, heads, head_dim]
 
     def mix(out: Tensor | None) -> Tensor:
         out = torch.empty_like(qkv[:, : attention.widths[0]]) if out is None else out
         heads = out.unflatten(-1, (-1, attention.head_dim))
-        attention.attention.paged(query, key, value, keys, values, packing, heads)
+        attention.attention.paged(query, key, value, *kept_layer(*pages, scales), packing, heads)
         for lines, division in step.lines:
             asked = query[lines.tokens]
             if isinstance(lines.tokens, slice):
                 attend(asked, keys, values, lines.table, division, heads[lines.tokens])
                 continue
             found = torch.empty_like(asked)
-            attend(asked, keys, values, lines.table, division, found)
+            attend(asked, *pages, lines.table, division, found, scales)
             heads.index_copy_(0, lines.targets, found if lines.kept is None else found[lines.kept])
         return out
 

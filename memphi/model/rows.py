@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memphi.model.adapters import AdapterTokens
+from memphi.model.kept import Kept
 
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of a pool at once; a longer row goes alone."""
@@ -64,9 +65,9 @@ class ContinuedRows:
     pages: Tensor  # [keys] int64
     offsets: Tensor  # [keys] int64: the place within the page
 
-    def gather(self, kept: Tensor) -> Tensor:
-        """Copy from [pages, page_tokens, kv_heads, head_dim] what the rows see: [keys, kv_heads, head_dim]."""
-        return kept[self.pages, self.offsets]
+    def gather(self, kept: Kept, dtype: torch.dtype) -> Tensor:
+        """Copy what the rows see: [keys, kv_heads, head_dim]."""
+        return kept.read((self.pages, self.offsets), dtype)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class GatheredRows:
     pages: Tensor  # [rows, most pages] int64; shorter rows repeat their last page
     seen: Tensor  # [rows, most pages * page_tokens] bool
 
-    def gather(self, kept: Tensor) -> Tensor:
-        """Copy from [pages, page_tokens, kv_heads, head_dim]: [rows, most pages * page_tokens, kv_heads, head_dim]."""
-        return kept[self.pages].flatten(1, 2)
+    def gather(self, kept: Kept, dtype: torch.dtype) -> Tensor:
+        """Copy what the rows see: [rows, most pages * page_tokens, kv_heads, head_dim]."""
+        return kept.read(self.pages, dtype).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,14 @@ class Paging:
     continued: tuple[ContinuedRows, ...]
     together: tuple[GatheredRows, ...]
 
-    def write(self, kept: Tensor, new: Tensor) -> None:
-        """Put the new tokens' [tokens, kv_heads, head_dim] into a layer's [pages, page_tokens, kv_heads, head_dim].
+    def write(self, kept: Kept, new: Tensor) -> Tensor:
+        """Put the new tokens' [tokens, kv_heads, head_dim] into a layer's pages; returns them as they will be read.
 
         A page's tokens after its row's end are zeros: what an earlier owner left could be NaN, which no mask hides.
         """
         if self.begun_pages is not None:
-            kept.index_fill_(0, self.begun_pages, 0)
-        kept[self.token_pages, self.token_offsets] = new.detach()
+            kept.clear(self.begun_pages)
+        return kept.write(self.token_pages, self.token_offsets, new)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_eight_gib_hold_the_model_in_four_bits(run):
 
 
 def test_the_way_out_keeps_the_scheme(run, picture):
-    pictures = ["-a", picture] * 12
+    pictures = ["-a", picture] * 16
     code, _, err = run("--memory", "8GiB", "What?", *pictures)
     assert code == 3
     advised = re.search(r"--memory \S+ --scheme int4", err)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memphi import official
+from memphi.cache.pool import CODE_DTYPES, SCALE_DTYPE
 from memphi.checkpoint.layout import read_config
 from memphi.demo.shape import demo_config
 from memphi.inputs.audio import RATE, decode_clip, fft_size, window_and_hop
@@ -36,6 +37,7 @@ CONFIGS = pytest.mark.parametrize("config", [OFFICIAL, DEMO], ids=["official", "
 SCHEMES = pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "fp8"])
 QUANTISED = pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 FORMS = pytest.mark.parametrize("form", ["plain", "packed", "merged"])
+KEPT = pytest.mark.parametrize("cache_format", ["plain", "int8", "fp8"])
 PAGE_TOKENS = costs.PAGE_TOKENS
 GROUPS = {
     "language": lambda name: name.startswith("language.") and "embedding" not in name and "adapters" not in name,
@@ -73,12 +75,17 @@ class Peak(TorchDispatchMode):
 
 
 class MetaPool:
-    page_tokens = PAGE_TOKENS
+    def __init__(self, config, pages, cache_format="plain"):
+        language, dtype = config.language, CODE_DTYPES.get(cache_format, torch.bfloat16)
+        self.page_tokens = costs.page_tokens(cache_format)
+        shape = (pages, language.layers, 2, self.page_tokens, language.kv_heads, language.head_dim)
+        self.tensor = torch.empty(shape, dtype=dtype, device="meta")
+        self.tensors = [self.tensor]
+        if cache_format != "plain":
+            self.tensors.append(torch.empty((*shape[:2], *shape[3:5], 2), dtype=SCALE_DTYPE, device="meta"))
 
-    def __init__(self, config, pages):
-        language = config.language
-        shape = (pages, language.layers, 2, PAGE_TOKENS, language.kv_heads, language.head_dim)
-        self.tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    def scales(self, index, /):
+        return self.tensors[1][:, index] if self.tensors[1:] else None
 
     def layer(self, index, /):
         return self.tensor[:, index, 0], self.tensor[:, index, 1]
@@ -119,19 +126,19 @@ def close(cost, real, slack=0.12):
     assert real <= cost.bytes <= real * (1 + slack) + 2 * costs.MIB, f"{cost.name}: {cost.bytes / real - 1:+.1%}"
 
 
-def step(model, config, planned, kernels=False):
+def step(model, config, planned, kernels=False, cache_format="plain"):
     n = sum(row.tokens for row in planned)
-    pool = MetaPool(config, max(page for row in planned for page in row.pages) + 1)
+    pool = MetaPool(config, max(page for row in planned for page in row.pages) + 1, cache_format)
     ids = torch.zeros(n, dtype=torch.int64, device="meta")
 
     def run():
-        packing = rows.pack(planned, ids.device, PAGE_TOKENS, in_lines=kernels)
+        packing = rows.pack(planned, ids.device, pool.page_tokens, in_lines=kernels)
         if kernels:
             prefill.compute(model.language, model.embed(ids, ()), packing, pool)
         else:
             model.language(model.embed(ids, ()), packing, pool)
 
-    return peak_of(model, run, pool.tensor)
+    return peak_of(model, run, *pool.tensors)
 
 
 def test_the_prices_go_by_the_sizes_that_the_model_uses():
@@ -183,12 +190,20 @@ def test_the_official_weights_are_as_large_as_its_files_say():
 
 
 @CONFIGS
-def test_a_page_is_as_large_as_in_the_pool(config):
-    assert costs.page(config, 2).bytes * 3 == MetaPool(config, 3).tensor.nbytes
+@KEPT
+def test_a_page_is_as_large_as_in_the_pool(config, cache_format):
+    pool = MetaPool(config, 3, cache_format)
+    page = costs.page(config, 2, pool.page_tokens, cache_format)
+    assert page.bytes * 3 == sum(tensor.nbytes for tensor in pool.tensors)
 
 
-def test_an_official_page_is_what_cuda_maps_at_once():
-    assert costs.page(OFFICIAL, 2).bytes == 2 * costs.MIB
+@KEPT
+def test_an_official_page_is_what_cuda_maps_at_once(cache_format):
+    """Its numbers are; the scales of 64 pages lie together."""
+    tokens = costs.page_tokens(cache_format)
+    scales = costs.scale_bytes(OFFICIAL.language, tokens, cache_format)
+    assert costs.page(OFFICIAL, 2, tokens, cache_format).bytes - scales == 2 * costs.MIB
+    assert scales in (0, 2 * costs.MIB // 64)
 
 
 MODES = pytest.mark.parametrize(
@@ -217,19 +232,32 @@ def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, form, adapt
 
 
 @CONFIGS
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_chunk_over_a_long_past(config, count, meta):
-    row = Row(64, past=65536, adapter="vision", pages=tuple(range(65600 // PAGE_TOKENS)))
-    cost = costs.prefill_chunk(config, count * 64, 65600, 2, rows=count)
-    close(cost, step(meta(config), config, [row] * count))
+@pytest.mark.parametrize("heads", [{}, {"heads": 8, "kv_heads": 8}], ids=["shared keys", "keys of their own"])
+@pytest.mark.parametrize("cache_format", ["int8", "fp8"])
+def test_a_chunk_kept_in_8_bits(config, heads, cache_format, meta):
+    config = replace(config, language=replace(config.language, **heads))
+    planned = [Row(2048, pages=tuple(range(2048 // costs.page_tokens(cache_format))))]
+    cost = costs.prefill_chunk(config, 2048, 2048, 2, form="merged", cache_format=cache_format)
+    close(cost, step(meta(config, "merged"), config, planned, cache_format=cache_format))
 
 
 @CONFIGS
+@KEPT
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_chunk_over_a_long_past(config, count, cache_format, meta):
+    row = Row(64, past=65536, adapter="vision", pages=tuple(range(65600 // PAGE_TOKENS)))
+    cost = costs.prefill_chunk(config, count * 64, 65600, 2, rows=count, cache_format=cache_format)
+    close(cost, step(meta(config), config, [row] * count, cache_format=cache_format))
+
+
+@CONFIGS
+@KEPT
 @pytest.mark.parametrize(("count", "past"), [(64, 2000), (3, 50_000), (1, 100_000)])
-def test_a_decode_step(config, count, past, meta):
+def test_a_decode_step(config, count, past, cache_format, meta):
     each = past // PAGE_TOKENS + 1
     planned = [Row(1, past=past, pages=tuple(range(i * each, (i + 1) * each))) for i in range(count)]
-    close(costs.decode_step(config, count, past + 1, 2), step(meta(config), config, planned))
+    cost = costs.decode_step(config, count, past + 1, 2, cache_format=cache_format)
+    close(cost, step(meta(config), config, planned, cache_format=cache_format))
 
 
 @CONFIGS
@@ -259,14 +287,15 @@ def test_a_chunk_through_the_kernels(config, tokens, form, adapters, meta):
     ],
     ids=["long pasts", "answers", "a long answer", "drafts", "a chunk beside answers", "all"],
 )
-def test_pasts_through_the_kernels(config, shape, meta):
-    each = max(sum(row) for row in shape) // PAGE_TOKENS + 1
+@KEPT
+def test_pasts_through_the_kernels(config, shape, cache_format, meta):
+    each = max(sum(row) for row in shape) // costs.page_tokens(cache_format) + 1
     planned = [
         Row(new, past, "vision", pages=tuple(range(i * each, (i + 1) * each))) for i, (new, past) in enumerate(shape)
     ]
     pasts = costs.pasts_of([(new, past) for new, past in shape], in_lines=True)
-    cost = costs.kernel_step(config, sum(new for new, _ in shape), pasts, 2, "packed")
-    close(cost, step(meta(config, "packed"), config, planned, kernels=True))
+    cost = costs.kernel_step(config, sum(new for new, _ in shape), pasts, 2, "packed", cache_format)
+    close(cost, step(meta(config, "packed"), config, planned, True, cache_format))
 
 
 @CONFIGS

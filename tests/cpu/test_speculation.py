@@ -301,7 +301,7 @@ def test_guesses_through_the_kernels_have_their_own_price():
     assert draft_step_tokens(plan, config, 2, kernels=True) == 64
     keys, all_keys = plan.context_tokens, plan.pages * plan.page_tokens
     pasts = costs.Pasts(keys, plan.rows, keys, all_keys, keys, plan.rows, 4)
-    priced = costs.kernel_step(config, 9, pasts, 2, plan.adapters).bytes
+    priced = costs.kernel_step(config, 9, pasts, 2, plan.adapters, plan.cache_format).bytes
     small = replace(plan, costs=(replace(plan.costs[0], name="largest step", bytes=priced),))
     assert 0 < draft_step_tokens(small, config, 2, kernels=True) <= 9
 

@@ -9,6 +9,7 @@ import torch
 from memphi import official
 from memphi.cache.pool import FEWEST_GRANULES, MappedPool, TensorPool, make_pool, page_bytes, why_not_mapped
 from memphi.config import ModelConfig
+from memphi.model.kept import kept_layer
 from tests.checkpoints import tiny_config
 
 DEVICE = torch.device("cuda")
@@ -56,6 +57,24 @@ def test_a_gpu_has_a_mapped_pool(full_size):
     pool = make_pool(full_size, 10, torch.bfloat16, DEVICE)
     assert isinstance(pool, MappedPool)
     assert pool.page_bytes == pool.mapped_bytes == 2 * MIB
+
+
+@pytest.mark.parametrize("cache_format", ["int8", "fp8"])
+def test_pages_in_8_bits_and_their_scales_are_mapped(full_size, cache_format):
+    """The codes of 32 tokens are what is mapped at once, and so are the scales of 64 pages."""
+    pool = make_pool(full_size, 100, torch.bfloat16, DEVICE, 32, cache_format)
+    assert pool.page_bytes == 2 * MIB + 2 * MIB // 64
+    assert pool.mapped_bytes == 4 * MIB
+    assert pool.missing_bytes(range(64)) == 63 * 2 * MIB
+    pool.ensure(range(65))
+    assert pool.mapped_bytes == (65 + 2) * 2 * MIB
+    page, place = torch.tensor([64, 3], device=DEVICE), torch.tensor([31, 0], device=DEVICE)
+    for kept in kept_layer(*pool.layer(31), pool.scales(31)):
+        new = torch.randn(2, full_size.kv_heads, full_size.head_dim, device=DEVICE, dtype=torch.bfloat16)
+        written = kept.write(page, place, new)
+        assert torch.equal(kept.read(page, torch.bfloat16)[[0, 1], place], written)
+        assert (written - new).norm() < 0.05 * new.norm()
+    assert pool.trim(()) == (64 + 1) * 2 * MIB
 
 
 @pytest.mark.parametrize("kind", [MappedPool, TensorPool])

@@ -4,7 +4,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from memphi.model.kept import dequantise, quantise
+
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+CODES = st.sampled_from([None, torch.int8, torch.float8_e4m3fn])
 SEEDS = st.integers(0, 2**16)
 FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -36,3 +39,22 @@ def assert_rounded_alike(actual, expected, steps):
     assert_near(actual, expected, steps=steps, scale=1e-3)
     if actual.dtype != torch.float32:
         assert (actual != expected).sum() <= 1 + actual.numel() // 32
+
+
+def coded(pool, code):
+    """A pool [pages, layers, 2, page_tokens, kv_heads, head_dim] in 8 bits: codes, and scales as a pool has them."""
+    codes, scales = quantise(pool, code)
+    return codes, scales.movedim(2, -1).contiguous()
+
+
+def decoded(codes, scales, dtype):
+    """The pool that codes and scales stand for."""
+    return dequantise(codes, scales.movedim(-1, 2), dtype)
+
+
+def assert_coded_alike(actual, expected, dtype):
+    """The same codes and scales; of fp32, whose products may be fused with their sum, a few may tip over."""
+    for made, wanted in zip(actual, expected, strict=True):
+        made, wanted = made.float(), wanted.float()
+        other = (made != wanted) & ~(made.isnan() & wanted.isnan())
+        assert other.sum() <= (1 + made.numel() // 500 if dtype == torch.float32 else 0)

@@ -15,7 +15,18 @@ def test_the_benchmark_writes_one_document(tmp_path):
     assert kernels.main(["--out", str(out), "--commit", "none"]) == 0
     document = json.loads(out.read_text())
     assert {figure["kernel"] for figure in document["figures"]} == {
-        *("add_norm", "gate", "tabulate", "rotate_and_keep", "choose", "divide", "attend_new", "attend", "chain")
+        *(
+            "add_norm",
+            "gate",
+            "tabulate",
+            "rotate_and_keep",
+            "choose",
+            "divide",
+            "attend_new",
+            "attend_new, 8 bits",
+            "attend",
+            "chain",
+        )
     }
     assert all(
         figure["relative_error"] < 1e-5 and all(figure["microseconds"].values()) for figure in document["figures"]

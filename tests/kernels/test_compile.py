@@ -8,7 +8,7 @@ from memphi.config import ModelConfig
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import choice, division, gate, norm, paged, rotary
+from memphi.model.kernels import choice, codes, division, gate, norm, paged, rotary
 from memphi.model.rows import LINE_TOKENS
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
@@ -35,7 +35,7 @@ def launch_simple(dtype, rows=4):
     rotary.rotate_and_keep(qkv_of(rows, dtype), cos, sin, *layer(dtype), numbers, numbers)
 
 
-def launch_attention(dtype, rows, new_tokens=1, fresh=True):
+def launch_attention(dtype, rows, new_tokens=1, fresh=True, code=None):
     tiling = division.choose_tiling(rows, new_tokens, dtype, CPU, fresh=fresh)
     divided = division.make_division(CONFIG, rows, new_tokens, tiling, CPU, fresh=fresh)
     division.divide(divided)
@@ -43,14 +43,19 @@ def launch_attention(dtype, rows, new_tokens=1, fresh=True):
     table, out = torch.empty(rows, PAGES, dtype=torch.int32), query_of(tokens, dtype)
     if fresh:
         cos, sin = (torch.empty(tokens, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
-        paged.attend_new(qkv_of(tokens, dtype), cos, sin, *layer(dtype), table, divided, out)
+        paged.attend_new(qkv_of(tokens, dtype), cos, sin, *layer(code or dtype), table, divided, out, scales_of(code))
     else:
-        paged.attend(query_of(tokens, dtype), *layer(dtype), table, divided, out)
+        paged.attend(query_of(tokens, dtype), *layer(code or dtype), table, divided, out, scales_of(code))
 
 
 def layer(dtype):
     pool = torch.empty(PAGES, 2, 2, PAGE_TOKENS, CONFIG.kv_heads, CONFIG.head_dim, dtype=dtype)
     return pool[:, 1, 0], pool[:, 1, 1]
+
+
+def scales_of(code):
+    """Of codes, if any."""
+    return torch.empty(PAGES, 2, PAGE_TOKENS, CONFIG.kv_heads, 2, dtype=torch.bfloat16)[:, 1] if code else None
 
 
 def qkv_of(tokens, dtype):
@@ -94,6 +99,22 @@ def test_drafts_and_other_numbers_fit():
         launch_attention(torch.float32, rows=64)
     for made in compiled:
         assert_fits(made, (8, 6), 0)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_keys_and_values_in_8_bits_fit(capability, code):
+    if code == torch.float8_e4m3fn and capability < codes.FP8_CAPABILITY:
+        pytest.skip("such cards are told to take int8")
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    numbers = torch.empty(4, dtype=torch.int64)
+    cos, sin = (torch.empty(4, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
+    with compiled_for(capability) as compiled:
+        launch_attention(dtype, rows=1, code=code)
+        launch_attention(dtype, rows=64, code=code)
+        rotary.rotate_and_keep(*(qkv_of(4, dtype), cos, sin, *layer(code), numbers, numbers, scales_of(code)))
+    for made in compiled:
+        assert_fits(made, capability, SLOW_STACK_BYTES if capability == (7, 5) else 0)
 
 
 def assert_fits(made, capability, stack_bytes):

@@ -9,6 +9,7 @@ from memphi.cache.pool import TensorPool
 from memphi.engine.graphs import Graphs
 from memphi.memory import costs
 from memphi.model.decode import Buffers, Chosen, DecodeStep
+from memphi.model.kept import kept_layer
 from memphi.model.kernels.choice import BLOCK, plain_choose
 from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rows import Row, pack
@@ -40,14 +41,16 @@ def make_model(device, form="packed", config=None, scheme="bf16"):
     return model.to(device)
 
 
-def make_pool(model, device):
+def make_pool(model, device, cache_format="plain"):
     """Pages of which each token holds other numbers, and those of no row too."""
-    pool = TensorPool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS)
+    pool = TensorPool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS, cache_format)
     pool.ensure(range(PAGES))
     generator = torch.Generator().manual_seed(5)
+    places = torch.arange(PAGES * PAGE_TOKENS, device=device)
     for number in range(model.config.language.layers):
-        for kept in pool.layer(number):
-            kept.copy_(torch.randn(kept.shape, generator=generator))
+        for kept in kept_layer(*pool.layer(number), pool.scales(number)):
+            new = torch.randn(kept.numbers.shape, generator=generator).to(device)
+            kept.write(places // PAGE_TOKENS, places % PAGE_TOKENS, new.flatten(0, 1))
     return pool
 
 
@@ -63,7 +66,10 @@ def make_rows(count, adapters=(None,)):
 
 
 def whole(model, pool):
-    return torch.stack([torch.stack(pool.layer(i)) for i in range(model.config.language.layers)])
+    """What all pages hold: [layers, 2, pages, page_tokens, kv_heads, head_dim]."""
+    pages = torch.arange(PAGES, device=model.device)
+    layers = [kept_layer(*pool.layer(i), pool.scales(i)) for i in range(model.config.language.layers)]
+    return torch.stack([torch.stack([kept.read(pages, torch.float32) for kept in layer]) for layer in layers])
 
 
 def defined(model, pool, rows, ids):
@@ -80,10 +86,10 @@ def used(rows):
     return {row.adapter for row in rows if row.adapter}
 
 
-def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
+def assert_equal_steps(device, model, rows, fillers=0, buffers=None, cache_format="plain"):
     ids = [(7 * i + 3) % model.config.language.vocab_size for i in range(len(rows))]
-    expected, expected_pages = defined(model, make_pool(model, device), rows, ids)
-    pool = make_pool(model, device)
+    expected, expected_pages = defined(model, make_pool(model, device, cache_format), rows, ids)
+    pool = make_pool(model, device, cache_format)
     buffers = buffers or Buffers(model.language, len(rows) + fillers, MOST_PAGES, PAGE_TOKENS)
     step = DecodeStep(model.language, pool, buffers, len(rows) + fillers, used(rows))
     step.fill(rows, ids)
@@ -93,7 +99,13 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None):
     assert step.chosen[: len(rows)].tolist() == found[: len(rows)].argmax(-1).tolist()
     torch.testing.assert_close(whole(model, pool), expected_pages, rtol=1e-5, atol=1e-5)
     assert expected.abs().max() > 0.01
-    assert not (expected_pages == whole(model, make_pool(model, device))).all()
+    assert not (expected_pages == whole(model, make_pool(model, device, cache_format))).all()
+
+
+@pytest.mark.parametrize("cache_format", ["int8", "fp8"])
+@torch.inference_mode()
+def test_a_step_over_pages_in_8_bits(device, cache_format):
+    assert_equal_steps(device, make_model(device), make_rows(8, SETS["both"]), cache_format=cache_format)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,18 @@ from memphi.model.kernels.gate import gate
 from memphi.model.kernels.paged import attend, attend_new, plain_attend, plain_attend_new
 from memphi.model.rotary import rotate
 from tests.checkpoints import tiny_config
-from tests.kernels.samples import DTYPES, FEW, SEEDS, assert_near, normal, strided, unwritten
+from tests.kernels.samples import (
+    DTYPES,
+    FEW,
+    SEEDS,
+    assert_coded_alike,
+    assert_near,
+    coded,
+    decoded,
+    normal,
+    strided,
+    unwritten,
+)
 
 NOWHERE = 10**9
 """A page so far away that reading it fails."""
@@ -120,6 +131,40 @@ def test_attend_new_equals_its_definition(device, rows, dtype, seed, tiling, gro
     steps = 2 if dtype == torch.float32 else 0  # Only fp32 products may be fused with their sum, on a GPU.
     assert_near(scene.pool.nan_to_num(), plain.pool.nan_to_num(), steps=steps, scale=4.0)
     exact = in_fp32(plain, rotate(plain.query, *plain.rotary))
+    assert_found(scene, found, exact)
+    assert_near(expected, exact, steps=32 if dtype == torch.float32 else 4, scale=1.0)
+
+
+@FEW
+@given(
+    rows=lengths_and_new(),
+    dtype=DTYPES,
+    seed=SEEDS,
+    tiling=st.sampled_from(TILINGS),
+    code=st.sampled_from([torch.int8, torch.float8_e4m3fn]),
+    fresh=st.booleans(),
+)
+@example(rows=([1], 1), dtype=torch.float32, seed=0, tiling=None, code=torch.int8, fresh=True)
+@example(rows=([0, 16, 33, 32], 1), dtype=torch.bfloat16, seed=0, tiling=None, code=torch.float8_e4m3fn, fresh=True)
+def test_attention_over_codes_equals_its_definition(device, rows, dtype, seed, tiling, code, fresh):
+    """What a row's pages stand for is seen, and its new tokens as they are kept."""
+    tiling = tiling and replace(tiling, early=tiling.early and fresh)
+    page_tokens = 32 if seed % 2 else 4
+    scene = make_scene(*rows, dtype, device, seed, fresh=fresh, page_tokens=page_tokens, tiling=tiling)
+    kept, plain = coded(scene.pool, code), coded(scene.pool, code)
+    expected, found, query = scene.out(), scene.out(), scene.query
+    divide(scene.division)
+    for (codes, scales), out, new, run in (
+        (plain, expected, plain_attend_new, plain_attend),
+        (kept, found, attend_new, attend),
+    ):
+        where = (codes[:, 1, 0], codes[:, 1, 1], scene.table, scene.division, out, scales[:, 1])
+        if fresh:
+            new(scene.qkv, *scene.rotary, *where)
+        else:
+            run(query, *where)
+    assert_coded_alike(kept, plain, dtype)
+    exact = in_fp32(replace(scene, pool=decoded(*kept, dtype)), rotate(query, *scene.rotary) if fresh else query)
     assert_found(scene, found, exact)
     assert_near(expected, exact, steps=32 if dtype == torch.float32 else 4, scale=1.0)
 

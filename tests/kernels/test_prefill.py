@@ -5,6 +5,7 @@ import torch
 
 from memphi.cache.pool import TensorPool
 from memphi.model.attention import EagerAttention
+from memphi.model.kept import kept_layer
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_config, tiny_model
@@ -30,15 +31,22 @@ def make_model(device, form="packed", config=None, attention=None, scheme="bf16"
     return model.to(device).eval()
 
 
-def make_pool(model):
+def make_pool(model, cache_format="plain"):
     """Pages that hold a past, and garbage where there is none."""
-    pool = TensorPool(model.config.language, PAGES, model.dtype, model.device, PAGE_TOKENS)
+    pool = TensorPool(model.config.language, PAGES, model.dtype, model.device, PAGE_TOKENS, cache_format)
     pool.ensure(range(PAGES))
     generator = torch.Generator().manual_seed(5)
-    for number in range(model.config.language.layers):
-        for kept in pool.layer(number):
-            kept.copy_(torch.randn(kept.shape, generator=generator))
+    places = torch.arange(PAGES * PAGE_TOKENS, device=model.device)
+    for kept in layers_of(model, pool):
+        new = torch.randn(kept.numbers.shape, generator=generator).flatten(0, 1).to(model.device, model.dtype)
+        kept.write(places // PAGE_TOKENS, places % PAGE_TOKENS, new)
     return pool
+
+
+def layers_of(model, pool):
+    """Keys and values of every layer."""
+    layers = (kept_layer(*pool.layer(i), pool.scales(i)) for i in range(model.config.language.layers))
+    return [kept for layer in layers for kept in layer]
 
 
 def make_rows(shape, adapters=(None,)):
@@ -57,18 +65,19 @@ def make_rows(shape, adapters=(None,)):
 
 
 @torch.inference_mode()
-def run(model, rows, kernels):
+def run(model, rows, kernels, cache_format="plain"):
     """Logits at every place, and the pages."""
     model.use_kernels(kernels)
-    pool, tokens = make_pool(model), sum(row.tokens for row in rows)
+    pool, tokens = make_pool(model, cache_format), sum(row.tokens for row in rows)
     ids = torch.arange(tokens, device=model.device) * 7 % model.config.language.vocab_size
     logits = model(ids, rows, cache=pool, logits_at=range(tokens))
-    pages = torch.stack([torch.stack(pool.layer(i)) for i in range(model.config.language.layers)])
-    return logits.float(), pages.float()
+    pages = torch.arange(PAGES, device=model.device)
+    return logits.float(), torch.stack([kept.read(pages, torch.float32) for kept in layers_of(model, pool)])
 
 
-def assert_equal_steps(model, rows, tolerance=1e-5):
-    for found, expected in zip(run(model, rows, True), run(model, rows, False), strict=True):
+def assert_equal_steps(model, rows, tolerance=1e-5, cache_format="plain"):
+    both = (run(model, rows, kernels, cache_format) for kernels in (True, False))
+    for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert expected.abs().max() > 0.01
 
@@ -76,6 +85,12 @@ def assert_equal_steps(model, rows, tolerance=1e-5):
 @pytest.mark.parametrize("shape", list(SHAPES)[:-1])
 def test_rows_of_every_kind_equal_the_definition(device, shape):
     assert_equal_steps(make_model(device), make_rows(SHAPES[shape], SETS["both and none"]))
+
+
+@pytest.mark.parametrize("cache_format", ["int8", "fp8"])
+def test_pages_in_8_bits(device, cache_format):
+    rows = make_rows(SHAPES["all at once"], SETS["both and none"])
+    assert_equal_steps(make_model(device), rows, cache_format=cache_format)
 
 
 @pytest.mark.parametrize("name", SETS)

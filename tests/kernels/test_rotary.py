@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from memphi import official
 from memphi.config import ModelConfig
+from memphi.model.kept import Kept
 from memphi.model.kernels.rotary import (
     plain_rotate_and_keep,
     plain_tabulate,
@@ -15,7 +16,18 @@ from memphi.model.kernels.rotary import (
 )
 from memphi.model.rotary import rotary_table
 from memphi.model.rows import Row, pack
-from tests.kernels.samples import DTYPES, FEW, SEEDS, assert_near, normal, strided, unwritten
+from tests.kernels.samples import (
+    CODES,
+    DTYPES,
+    FEW,
+    SEEDS,
+    assert_coded_alike,
+    assert_near,
+    coded,
+    normal,
+    strided,
+    unwritten,
+)
 
 CONFIG = ModelConfig.from_folder(official.folder()).language
 PLACES = st.lists(st.tuples(st.integers(0, CONFIG.max_tokens - 1), st.booleans()), min_size=1, max_size=9)
@@ -53,8 +65,8 @@ def rows_of(draw, page_tokens):
 
 
 @FEW
-@given(data=st.data(), dtype=DTYPES, seed=SEEDS, kv_heads=st.integers(1, 3), group=st.integers(1, 3))
-def test_turning_and_keeping_equals_its_definition(device, data, dtype, seed, kv_heads, group):
+@given(data=st.data(), dtype=DTYPES, seed=SEEDS, kv_heads=st.integers(1, 3), group=st.integers(1, 3), code=CODES)
+def test_turning_and_keeping_equals_its_definition(device, data, dtype, seed, kv_heads, group, code):
     page_tokens, head_dim, rotary_dim = data.draw(st.sampled_from([(16, 32, 24), (4, 24, 20), (1, 8, 8)]))
     rows = rows_of(data.draw, page_tokens)
     packing = pack(rows, device, page_tokens)
@@ -63,13 +75,21 @@ def test_turning_and_keeping_equals_its_definition(device, data, dtype, seed, kv
     half = (normal(tokens, 1, rotary_dim // 2, dtype=dtype, device=device, seed=seed + i) for i in (1, 2))
     table = [part.repeat(1, 1, 2) for part in half]
     pages = 1 + max(max(row.pages) for row in rows)
-    pools = [unwritten(pages, 2, 2, page_tokens, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
+    shape = (pages, 2, 2, page_tokens, kv_heads, head_dim)
+    pools = [unwritten(*shape, dtype=dtype, device=device) for _ in range(2)]
+    kept = [coded(pool, code) if code else (pool, None) for pool in pools]
     turned = [strided(wide), strided(wide)]
     token_pages = packing.paging.token_pages.clone()
     if data.draw(st.booleans()):
         token_pages[packing.bounds[-2] :] = -1  # The last row only fills up the batch.
-    for run, qkv, pool in zip((plain_rotate_and_keep, rotate_and_keep), turned, pools, strict=True):
-        run(qkv, *table, pool[:, 1, 0], pool[:, 1, 1], token_pages, packing.paging.token_offsets)
+    for run, qkv, (pool, scales) in zip((plain_rotate_and_keep, rotate_and_keep), turned, kept, strict=True):
+        places = (token_pages, packing.paging.token_offsets, None if scales is None else scales[:, 1])
+        run(qkv, *table, pool[:, 1, 0], pool[:, 1, 1], *places)
+    if code:
+        assert_coded_alike(kept[1], kept[0], dtype)
+        query = group * kv_heads * head_dim
+        assert_coded_alike((turned[1][:, query:],), (turned[0][:, query:],), dtype)
+        turned, pools = [qkv[:, :query] for qkv in turned], pools[:1] * 2
     # Rounded after every product, as the definition is; a GPU may fuse products of fp32 and fp16 with their sum.
     fused = {torch.float32: 2, torch.float16: 1, torch.bfloat16: 0}
     for expected, made in (turned, pools):
@@ -83,7 +103,7 @@ def test_what_is_kept_is_what_paging_writes(device):
     qkv = normal(25, 4 * 8, dtype=torch.float32, device=device, seed=0)
     before, table = qkv.clone(), rotary_table_of_nothing(25, device)
     expected, pool = (torch.ones(6, 16, 1, 8, device=device) for _ in range(2))
-    packing.paging.write(expected, qkv[:, 24:].unflatten(1, (1, 8)))
+    packing.paging.write(Kept(expected), qkv[:, 24:].unflatten(1, (1, 8)))
     rotate_and_keep(qkv, *table, torch.ones_like(pool), pool, packing.paging.token_pages, packing.paging.token_offsets)
     assert torch.equal(pool, expected)
     assert torch.equal(qkv, before)

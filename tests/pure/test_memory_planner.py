@@ -14,7 +14,7 @@ from memphi.demo.shape import demo_config
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.memory.costs import FIRST_ANSWER_TOKENS, GIB, MIB, price_request, size_text
 from memphi.memory.devices import DeviceFacts
-from memphi.memory.planner import FEWEST_GRAPH_ROWS, STEP_TOKENS, MemoryPlan, make_plan
+from memphi.memory.planner import FEWEST_GRAPH_ROWS, STEP_TOKENS, USEFUL_TOKENS, MemoryPlan, enough_tokens, make_plan
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
@@ -90,12 +90,44 @@ def test_media_embeddings_never_run_short_of_the_pages(config, kind, share):
     assert plan.media_bytes >= plan.pages * plan.page_tokens * config.language.hidden_size * 2
 
 
-@given(configs, kinds, shares, shares)
-def test_a_larger_dial_never_gives_a_smaller_pool(config, kind, one, other):
+@given(configs, kinds, st.sampled_from(["plain", "int8", "fp8"]), shares, shares)
+def test_a_larger_dial_never_gives_a_smaller_pool(config, kind, cache_format, one, other):
     smaller, larger = sorted((dial(config, one), dial(config, other)))
-    first, second = planned(config, smaller, kind), planned(config, larger, kind)
+    first, second = (planned(config, size, kind, cache_format=cache_format) for size in (smaller, larger))
     assert first.pages <= second.pages
     assert first.context_tokens <= second.context_tokens
+
+
+@given(configs, kinds, shares, shares)
+def test_8_bits_are_taken_where_there_is_little_room_otherwise(config, kind, one, other):
+    """A larger dial may have fewer tokens where it has enough of exact ones."""
+    smaller, larger = sorted((dial(config, one), dial(config, other)))
+    first, second = planned(config, smaller, kind), planned(config, larger, kind)
+    assert (first.cache_format, second.cache_format) in [("int8", "int8"), ("int8", "plain"), ("plain", "plain")]
+    assert min(first.context_tokens, enough_tokens(config)) <= second.context_tokens
+    pinned = planned(config, smaller, kind, cache_format="int8")
+    if first.cache_format == "int8":
+        assert replace(pinned, reasons={}) == replace(first, reasons={})
+        assert f"fewer than {enough_tokens(config)} tokens" in first.reasons["cache_format"]
+    else:
+        assert first.context_tokens >= enough_tokens(config)
+        assert first.context_tokens <= pinned.context_tokens
+
+
+def test_keys_and_values_give_way_before_weights():
+    plan = planned(OFFICIAL, 13 * GIB, scheme="auto")
+    assert (plan.scheme, plan.cache_format) == ("bf16", "int8")
+    plain = planned(OFFICIAL, 13 * GIB, cache_format="plain")
+    assert plain.context_tokens < USEFUL_TOKENS <= plan.context_tokens
+
+
+@pytest.mark.parametrize("cache_format", ["int8", "fp8"])
+def test_8_bits_hold_almost_twice_as_many_tokens(cache_format):
+    """Embeddings of media, of which there is room for as many, are not halved."""
+    plain, small = (planned(OFFICIAL, 16 * GIB, cache_format=kept) for kept in ("plain", cache_format))
+    assert (small.cache_format, small.page_tokens) == (cache_format, 2 * plain.page_tokens)
+    assert 1.8 * plain.context_tokens < small.context_tokens < 2 * plain.context_tokens
+    assert small.reasons["cache_format"] == "as pinned"
 
 
 @given(configs, kinds, shares)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from memphi.model.attention.eager import EagerAttention
 from memphi.model.attention.sdpa import SdpaAttention
+from memphi.model.kept import Kept
 from memphi.model.rows import Packing
 
 AttentionName = Literal["auto", "eager", "sdpa"]
@@ -33,13 +34,13 @@ class Attention(Protocol):
         ...
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Kept, values: Kept, packing: Packing, out: Tensor
     ) -> None:
         """Rows of the decoder over what a pool keeps of them, their new tokens included.
 
-        query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim] are the new tokens', all that rows
-        without a past need; keys and values [pages, page_tokens, kv_heads, head_dim] are one layer of the pool, where
-        packing.paging finds each row's. What comes of it goes into out [tokens, heads, head_dim].
+        query [tokens, heads, head_dim]; key and value [tokens, kv_heads, head_dim] are the new tokens' as the pool
+        keeps them, all that rows without a past need; keys and values are one layer of the pool, where packing.paging
+        finds each row's. What comes of it goes into out [tokens, heads, head_dim].
         """
         ...
 

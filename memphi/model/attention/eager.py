@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memphi.model.kept import Kept
 from memphi.model.rows import Packing
 
 
@@ -21,12 +22,12 @@ class EagerAttention:
         return torch.cat([self.causal(*row)[0] for row in rows])
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Kept, values: Kept, packing: Packing, out: Tensor
     ) -> None:
         assert packing.paging is not None
         outputs = []
         for row, pages, q in zip(packing.rows, packing.paging.table, query.split(packing.lengths), strict=True):
-            k, v = (kept[pages].flatten(0, 1)[: row.past + row.tokens] for kept in (keys, values))
+            k, v = (kept.read(pages, q.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (keys, values))
             outputs.append(self.causal(q[None], k[None], v[None])[0])
         out.copy_(torch.cat(outputs))
 

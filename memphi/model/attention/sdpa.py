@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from memphi.model.kept import Kept
 from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, recurs
 
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -41,7 +42,7 @@ class SdpaAttention:
         )
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, out: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Kept, values: Kept, packing: Packing, out: Tensor
     ) -> None:
         paging = packing.paging
         assert paging is not None
@@ -59,9 +60,9 @@ class SdpaAttention:
             return varlen(query, key, value, (rows.bounds, rows.bounds), (rows.lengths, rows.lengths))
         return self._each(query, key, value, rows.lengths, rows.lengths)
 
-    def _continued(self, query: Tensor, rows: ContinuedRows, keys: Tensor, values: Tensor) -> Tensor:
+    def _continued(self, query: Tensor, rows: ContinuedRows, keys: Kept, values: Kept) -> Tensor:
         """Rows' new tokens over all their tokens: query and result [tokens, heads, head_dim]."""
-        key, value = (rows.gather(kept) for kept in (keys, values))
+        key, value = (rows.gather(kept, query.dtype) for kept in (keys, values))
         if _has_flash(query):
             return varlen(query, key, value, (rows.bounds, rows.key_bounds), (rows.lengths, rows.key_lengths))
         return self._each(query, key, value, rows.lengths, rows.key_lengths)
@@ -74,12 +75,13 @@ class SdpaAttention:
         rows = list(zip(*(part[None].split(list(sizes), dim=1) for part, sizes in sides), strict=True))
         return self.causal(*rows[0])[0] if len(rows) == 1 else torch.cat([self.causal(*row)[0] for row in rows])
 
-    def _together(self, query: Tensor, rows: GatheredRows, keys: Tensor, values: Tensor) -> Tensor:
+    def _together(self, query: Tensor, rows: GatheredRows, keys: Kept, values: Kept) -> Tensor:
         """One new token of each row: query and result [rows, heads, head_dim].
 
         The heads that share a key stand as queries, because kernels that take a mask want as many heads as keys have.
         """
-        k, v = (rows.gather(kept).transpose(1, 2) for kept in (keys, values))  # [rows, kv_heads, keys, head_dim]
+        gathered = (rows.gather(kept, query.dtype) for kept in (keys, values))
+        k, v = (part.transpose(1, 2) for part in gathered)  # [rows, kv_heads, keys, head_dim]
         q = query.unflatten(1, (k.shape[1], -1))  # [rows, kv_heads, heads / kv_heads, head_dim]
         with sdpa_kernel(ANY_LENGTH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=rows.seen[:, None, None, :]).flatten(1, 2)

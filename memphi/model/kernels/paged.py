@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from memphi.model.attention.eager import EagerAttention
+from memphi.model.kept import kept_layer
+from memphi.model.kernels.codes import as_bytes, as_words, code_limit, decode, encode, join, split
 from memphi.model.kernels.division import UNIT_FIELDS, Division
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
 from memphi.model.kernels.rotary import load_rotated, plain_rotate_and_keep
@@ -19,12 +21,21 @@ LEAST_BLOCK = 16
 LOG2_E = 1.4426950408889634
 
 
-def plain_attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, division: Division, out: Tensor) -> None:
+def plain_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    division: Division,
+    out: Tensor,
+    scales: Tensor | None = None,
+) -> None:
     """Each new token over the tokens of its row up to itself, all of them in pages; the definition.
 
-    query and out [rows * new tokens, heads, head_dim], each token contiguous; keys and values are a layer of the pool;
-    table [rows, most pages] int32 names the pages of each row. Places that a row does not fill are not read, nor are
-    pages of which it fills none. A row of no tokens gets zeros.
+    query and out [rows * new tokens, heads, head_dim], each token contiguous; keys and values are a layer of the pool,
+    scales [pages, page_tokens, kv_heads, 2] those of its codes, if any; table [rows, most pages] int32 names the pages
+    of each row. Places that a row does not fill are not read, nor are pages of which it fills none. A row of no tokens
+    gets zeros.
     """
     new = division.new_tokens
     for i, length in enumerate(division.lengths.tolist()):
@@ -33,17 +44,26 @@ def plain_attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, div
             out[at] = 0
             continue
         pages = table[i, : -(-length // keys.shape[1])]
-        k, v = (kept[pages].flatten(0, 1)[None, :length] for kept in (keys, values))
+        both = kept_layer(keys, values, scales)
+        k, v = (kept.read(pages, query.dtype).flatten(0, 1)[None, :length] for kept in both)
         out[at] = EagerAttention().causal(query[None, at], k, v)[0]
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, division: Division, out: Tensor) -> None:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    division: Division,
+    out: Tensor,
+    scales: Tensor | None = None,
+) -> None:
     """As `plain_attend`, over a division that `divide` made; scores, weights and sums are fp32.
 
     Where it is launched dependently it reads the division and the table without waiting: between what wrote them and
     this there has to be a launch that is not dependent.
     """
-    _launch(query, None, keys, values, table, division, out)
+    _launch(query, None, keys, values, table, division, out, scales)
 
 
 def plain_attend_new(
@@ -55,6 +75,7 @@ def plain_attend_new(
     table: Tensor,
     division: Division,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """`plain_rotate_and_keep`, then `plain_attend`: a layer's attention from one product to the next; the definition.
 
@@ -65,9 +86,10 @@ def plain_attend_new(
     places = positions.clamp(min=0)
     pages = torch.where(positions < 0, -1, table.long().gather(1, places // page_tokens))
     turned = qkv.clone()
-    plain_rotate_and_keep(turned, cos, sin, keys, values, pages.flatten(), (places % page_tokens).flatten())
+    token_places = (pages.flatten(), (places % page_tokens).flatten())
+    plain_rotate_and_keep(turned, cos, sin, keys, values, *token_places, scales)
     query = turned[:, : out[0].numel()].view_as(out)
-    plain_attend(query, keys, values, table, division, out)
+    plain_attend(query, keys, values, table, division, out, scales)
 
 
 def attend_new(
@@ -79,9 +101,10 @@ def attend_new(
     table: Tensor,
     division: Division,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """As `plain_attend_new`, in one launch; it reads the pages of earlier tokens without waiting too (`attend`)."""
-    _launch(qkv, (cos, sin), keys, values, table, division, out)
+    _launch(qkv, (cos, sin), keys, values, table, division, out, scales)
 
 
 def _launch(
@@ -92,17 +115,21 @@ def _launch(
     table: Tensor,
     division: Division,
     out: Tensor,
+    scales: Tensor | None,
 ) -> None:
     assert keys.stride() == values.stride()
     assert keys.shape[1] == power_of_two(keys.shape[1])
+    assert (scales is None) == (code_limit(keys) == 0)
     assert division.unread == (division.new_tokens if rotary else 0)
     units, kv_heads, queries, head_dim = division.sums.shape
     tiling = division.tiling
     cos, sin = rotary or (query, query)
+    words = table if scales is None else as_words(scales)
     _attend[(kv_heads, units)](
-        *(query, cos, sin, keys, values, table, division.units),
+        *(query, cos, sin, as_bytes(keys), as_bytes(values), words, table, division.units),
         *(division.sums, division.weights, division.arrived, out),
-        *(query.stride(0), keys.stride(0), keys.stride(1), table.stride(0), out.stride(0)),
+        *(query.stride(0), keys.stride(0), keys.stride(1), words.stride(0), words.stride(1)),
+        *(table.stride(0), out.stride(0)),
         head_dim**-0.5 * LOG2_E,
         new_tokens=division.new_tokens,
         queries=queries,
@@ -110,6 +137,7 @@ def _launch(
         head_dim=head_dim,
         half=cos.shape[-1] // 2 if rotary else 0,
         page_tokens=keys.shape[1],
+        limit=code_limit(keys),
         query_block=max(LEAST_BLOCK, power_of_two(queries)),
         token_block=tiling.tokens,
         new_block=max(LEAST_BLOCK, power_of_two(division.new_tokens)),
@@ -139,6 +167,34 @@ def _place(
 def _load(source: Tile, places: Tile, inside: Tile, dims: Tile, head_dim: constexpr) -> Tile:
     """Keys or values [places, dims]; zeros, for which nothing is read, where they are not inside."""
     return tl.load(source + places[:, None] + dims[None, :], inside[:, None] & (dims < head_dim)[None, :], other=0)
+
+
+@jit
+def _load_both(
+    keys: Tile,
+    values: Tile,
+    words: Tile,
+    row_pages: Tile,
+    tokens: Tile,
+    inside: Tile,
+    dims: Tile,
+    like: Tile,
+    page_stride: Tile,
+    place_stride: Tile,
+    word_page_stride: Tile,
+    word_place_stride: Tile,
+    head_dim: constexpr,
+    page_tokens: constexpr,
+    limit: constexpr,
+) -> Tile:
+    """Keys and values [tokens, dims] of tokens of a row, as numbers like the queries."""
+    places = _place(row_pages, tokens, inside, page_stride, place_stride, page_tokens)
+    k, v = _load(keys, places, inside, dims, head_dim), _load(values, places, inside, dims, head_dim)
+    if limit:
+        at = _place(row_pages, tokens, inside, word_page_stride, word_place_stride, page_tokens)
+        key_scales, value_scales = split(tl.load(words + at, inside, other=0))
+        k, v = decode(k, key_scales, like, limit), decode(v, value_scales, like, limit)
+    return k, v
 
 
 @jit
@@ -201,6 +257,27 @@ def _keep(
         after = pages + page * page_stride + rest[:, None] * place_stride + dims[None, :]
         zeros = tl.zeros([page_tokens, dims.shape[0]], new.dtype)
         tl.store(after, zeros, (rest > last % page_tokens)[:, None] & columns)
+
+
+@jit
+def _keep_words(
+    pages: Tile,
+    new: Tile,
+    row_pages: Tile,
+    length: Tile,
+    page_stride: Tile,
+    place_stride: Tile,
+    new_tokens: constexpr,
+    page_tokens: constexpr,
+) -> None:
+    """The same for the words [new] of codes."""
+    tokens, last = length - new_tokens + tl.arange(0, new.shape[0]), length - 1
+    places = _place(row_pages, tokens, tokens < length, page_stride, place_stride, page_tokens)
+    tl.store(pages + places, new, tokens < length)
+    if last // page_tokens * page_tokens >= length - new_tokens:
+        page, rest = tl.load(row_pages + last // page_tokens).to(tl.int64), tl.arange(0, page_tokens)
+        after = pages + page * page_stride + rest * place_stride
+        tl.store(after, tl.zeros([page_tokens], new.dtype), rest > last % page_tokens)
 
 
 @jit
@@ -307,6 +384,7 @@ def _attend(
     sin: Tile,
     keys: Tile,
     values: Tile,
+    words: Tile,
     table: Tile,
     units: Tile,
     part_sums: Tile,
@@ -316,6 +394,8 @@ def _attend(
     query_stride: Tile,
     page_stride: Tile,
     place_stride: Tile,
+    word_page_stride: Tile,
+    word_place_stride: Tile,
     table_stride: Tile,
     out_stride: Tile,
     scale: Tile,
@@ -325,6 +405,7 @@ def _attend(
     head_dim: constexpr,
     half: constexpr,
     page_tokens: constexpr,
+    limit: constexpr,
     query_block: constexpr,
     token_block: constexpr,
     new_block: constexpr,
@@ -349,10 +430,13 @@ def _attend(
     row_pages = table + row * table_stride
     keys += head * head_dim
     values += head * head_dim
+    words += head
+    # fmt: off
     if early:
-        places = _place(row_pages, first + steps, first + steps < end, page_stride, place_stride, page_tokens)
-        early_k = _load(keys, places, first + steps < end, dims, head_dim)
-        early_v = _load(values, places, first + steps < end, dims, head_dim)
+        early_k, early_v = _load_both(keys, values, words, row_pages, first + steps, first + steps < end, dims, query,
+                                      page_stride, place_stride, word_page_stride, word_place_stride,
+                                      head_dim, page_tokens, limit)
+    # fmt: on
     if dependent:
         tl.extra.cuda.gdc_wait()
 
@@ -378,18 +462,31 @@ def _attend(
             new_v = _load(
                 query, lines * query_stride + (at + kv_heads) * head_dim, numbers < new_tokens, dims, head_dim
             )
+            kept_k, kept_v = new_k, new_v
+            if limit:  # A new token too is seen as it is kept.
+                kept_k, key_scales = encode(new_k, limit)
+                kept_v, value_scales = encode(new_v, limit)
+                new_k = decode(kept_k, key_scales.to(tl.float32), query, limit)
+                new_v = decode(kept_v, value_scales.to(tl.float32), query, limit)
             causal = (numbers < new_tokens)[None, :] & (numbers[None, :] <= new[:, None])
             peaks, totals, sums = _absorb(q, new_k, new_v, causal, scale, peaks, totals, sums)
-            _keep(keys, new_k, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
-            _keep(values, new_v, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+            # fmt: off
+            _keep(keys, kept_k, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+            _keep(values, kept_v, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+            if limit:
+                _keep_words(words, join(key_scales, value_scales), row_pages, length,
+                            word_page_stride, word_place_stride, new_tokens, page_tokens)
+            # fmt: on
     if early:
         seen = (first + steps)[None, :] <= last[:, None]
         peaks, totals, sums = _absorb(q, early_k, early_v, seen, scale, peaks, totals, sums)
         first += token_block
     for start in range(first, end, token_block):
         inside = start + steps < end
-        places = _place(row_pages, start + steps, inside, page_stride, place_stride, page_tokens)
-        k, v = _load(keys, places, inside, dims, head_dim), _load(values, places, inside, dims, head_dim)
+        # fmt: off
+        k, v = _load_both(keys, values, words, row_pages, start + steps, inside, dims, query, page_stride, place_stride,
+                          word_page_stride, word_place_stride, head_dim, page_tokens, limit)
+        # fmt: on
         seen = (start + steps)[None, :] <= last[:, None]
         peaks, totals, sums = _absorb(q, k, v, seen, scale, peaks, totals, sums)
     own, target = arrived + row * kv_heads + head, out + row * new_tokens * out_stride

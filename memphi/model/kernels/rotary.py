@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from memphi.config import LanguageConfig
+from memphi.model.kept import kept_layer
+from memphi.model.kernels.codes import as_bytes, code_limit, decode, encode
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
 from memphi.model.rotary import rotate
 
@@ -45,40 +47,57 @@ def tabulate(positions: Tensor, long: Tensor, frequencies: Tensor, scale: float,
 
 
 def plain_rotate_and_keep(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, token_pages: Tensor, token_offsets: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """Turn queries and keys where they are, and put keys and values into their pages; the definition.
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim], each token contiguous; cos and sin of `tabulate`; keys and values
-    are a layer of the pool; token_pages and token_offsets [tokens] as in `Paging`, the tokens of a row in order. A page
-    that is begun here has zeros after the row's end (`Paging.write`). A token whose page is negative, which fills up a
-    batch, goes nowhere.
+    are a layer of the pool, scales those of its codes, if any: then qkv's keys and values become what these stand for.
+    token_pages and token_offsets [tokens] as in `Paging`, the tokens of a row in order. A page that is begun here has
+    zeros after the row's end (`Paging.write`). A token whose page is negative, which fills up a batch, goes nowhere.
     """
     kv_heads, head_dim = keys.shape[2:]
     turning, value = qkv.unflatten(-1, (-1, head_dim)).tensor_split((-kv_heads,), dim=1)
     turning.copy_(rotate(turning, cos, sin))
     kept = token_pages >= 0
     begun = token_pages[kept & (token_offsets == 0)]
-    for pages, new in ((keys, turning[:, -kv_heads:]), (values, value)):
-        pages.index_fill_(0, begun.long(), 0)
-        pages[token_pages[kept].long(), token_offsets[kept].long()] = new[kept]
+    for part, new in zip(kept_layer(keys, values, scales), (turning[:, -kv_heads:], value), strict=True):
+        part.clear(begun.long())
+        new[kept] = part.write(token_pages[kept].long(), token_offsets[kept].long(), new[kept])
 
 
 def rotate_and_keep(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, token_pages: Tensor, token_offsets: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token_pages: Tensor,
+    token_offsets: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """As `plain_rotate_and_keep`, one program for each token and as many of its heads as there are kv_heads."""
     page_tokens, kv_heads, head_dim = keys.shape[1:]
     assert keys.stride() == values.stride()
+    assert (scales is None) == (code_limit(keys) == 0)
+    factors = keys if scales is None else scales
     parts = qkv.shape[1] // (kv_heads * head_dim)
     _rotate_and_keep[(len(qkv), parts)](
-        *(qkv, cos, sin, keys, values, token_pages, token_offsets),
-        *(qkv.stride(0), keys.stride(0), keys.stride(1)),
+        *(qkv, cos, sin, as_bytes(keys), as_bytes(values), factors, token_pages, token_offsets),
+        *(qkv.stride(0), keys.stride(0), keys.stride(1), factors.stride(0), factors.stride(1)),
         group=parts - 2,
         kv_heads=kv_heads,
         head_dim=head_dim,
         half=cos.shape[-1] // 2,
         page_tokens=page_tokens,
+        limit=code_limit(keys),
         head_block=power_of_two(kv_heads),
         dim_block=power_of_two(head_dim),
         num_warps=2,
@@ -135,16 +154,20 @@ def _rotate_and_keep(
     sin: Tile,
     keys: Tile,
     values: Tile,
+    scales: Tile,
     token_pages: Tile,
     token_offsets: Tile,
     qkv_stride: Tile,
     page_stride: Tile,
     place_stride: Tile,
+    scale_page_stride: Tile,
+    scale_place_stride: Tile,
     group: constexpr,
     kv_heads: constexpr,
     head_dim: constexpr,
     half: constexpr,
     page_tokens: constexpr,
+    limit: constexpr,
     head_block: constexpr,
     dim_block: constexpr,
     dependent: constexpr,
@@ -164,17 +187,27 @@ def _rotate_and_keep(
         tl.debug_barrier()  # Other threads' partners are read before they are replaced.
         tl.store(source, turned, turns)
     else:
+        page = tl.load(token_pages + token).to(tl.int64)
+        offset = tl.load(token_offsets + token).to(tl.int32)
         if part == group:
             new = load_rotated(source, inside, cos + table, sin + table, dims, half)
             tl.debug_barrier()
-            tl.store(source, new, turns)
+            if not limit:
+                tl.store(source, new, turns)
         else:
             new = tl.load(source, inside, other=0)
-        page = tl.load(token_pages + token).to(tl.int64)
-        offset = tl.load(token_offsets + token).to(tl.int32)
+        if limit:
+            codes, factors = encode(new, limit)
+            tl.store(source, tl.where(page >= 0, decode(codes, factors.to(tl.float32), qkv, limit), new), inside)
+            new = codes
         if page >= 0:
             pages = keys if part == group else values
             first = pages + page * page_stride + within
+            some = tl.arange(0, head_block)
+            # A key's and a value's scale stand side by side.
+            first_scale = scales + page * scale_page_stride + some * 2 + (part - group)
+            if limit:
+                tl.store(first_scale + offset * scale_place_stride, factors, some < kv_heads)
             tl.store(first + offset * place_stride, new, inside)
             # The last token in a page that this launch began clears the places after it.
             is_last = tl.load(token_pages + token + 1, token + 1 < tl.num_programs(0), other=-1) != page
@@ -183,3 +216,5 @@ def _rotate_and_keep(
             if is_last & is_begun:
                 for place in range(offset + 1, page_tokens):
                     tl.store(first + place * place_stride, tl.zeros_like(new), inside)
+                    if limit:
+                        tl.store(first_scale + place * scale_place_stride, tl.zeros_like(factors), some < kv_heads)

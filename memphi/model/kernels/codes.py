@@ -1,0 +1,84 @@
+"""Keys and values in 8 bits within a kernel, as `memphi.model.kept` defines them.
+
+A kernel gets codes of either format as int8, and the two scales of a token's key and value, bf16 both, as one word of
+32 bits: what is smaller than that Triton does not fetch ahead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memphi.config import CacheFormat
+from memphi.model.kept import CODE_LIMITS
+from memphi.model.kernels.launch import Tile, capability, constexpr, is_interpreted, jit, tl
+
+FP8_CAPABILITY = (8, 9)
+"""Since when cards, and Triton for them, know floats of 8 bits."""
+
+
+def why_not_kept(cache_format: CacheFormat, device: torch.device) -> str | None:
+    """What keeps kernels from reading a cache format on a device that has kernels, in words; None: nothing does."""
+    if cache_format != "fp8" or is_interpreted() or capability(device) >= FP8_CAPABILITY:
+        return None
+    return "compute capability {}.{} has no fp8 (8.9 and later have; --cache-format int8 works)".format(
+        *capability(device)
+    )
+
+
+def code_limit(numbers: Tensor) -> int:
+    """The largest code of a format; 0 where numbers are kept as they are."""
+    return int(CODE_LIMITS.get(numbers.dtype, 0))
+
+
+def as_bytes(numbers: Tensor) -> Tensor:
+    """Codes of a format as int8; other numbers as they are."""
+    return numbers.view(torch.int8) if numbers.dtype in CODE_LIMITS else numbers
+
+
+def as_words(scales: Tensor) -> Tensor:
+    """Scales [pages, page_tokens, kv_heads, 2] as words [pages, page_tokens, kv_heads]."""
+    return scales.view(torch.int32).squeeze(-1)
+
+
+@jit
+def encode(x: Tile, limit: constexpr) -> Tile:
+    """Codes of x [groups, dims], as int8, and their scales [groups] in bf16; what lies beyond a group must be zeros."""
+    wide = x.to(tl.float32)
+    scales = (tl.max(tl.abs(wide), 1) * (1.0 / limit)).to(tl.bfloat16)
+    steps = tl.where(scales == 0, 1.0, scales.to(tl.float32))
+    codes = tl.minimum(tl.maximum(tl.div_rn(wide, steps[:, None]), -limit), limit)
+    if limit == 127:
+        found = _whole(codes).to(tl.int8)
+    else:
+        # Rounded here already, to three bits after the first: the interpreter's own conversion only takes what fits.
+        powers = (codes.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        places = tl.maximum(powers, 0.015625) * 0.125  # Below 2 ** -6 they are as far apart as above it.
+        found = (_whole(codes / places) * places).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    return found, scales
+
+
+@jit
+def decode(codes: Tile, scales: Tile, like: Tile, limit: constexpr) -> Tile:
+    """The numbers [groups, dims] that codes stand for, in the format of what `like` points to; scales [groups] fp32."""
+    numbers = codes.to(tl.float32) if limit == 127 else codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return (numbers * scales[:, None]).to(like.dtype.element_ty)
+
+
+@jit
+def join(key_scales: Tile, value_scales: Tile) -> Tile:
+    """Two scales in bf16 as a word, the key's in its lower half."""
+    lower, upper = (key_scales.to(tl.int16, bitcast=True), value_scales.to(tl.int16, bitcast=True))
+    return (lower.to(tl.int32) & 0xFFFF) | (upper.to(tl.int32) << 16)
+
+
+@jit
+def split(words: Tile) -> Tile:
+    """A key's and a value's scale, in fp32."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@jit
+def _whole(numbers: Tile) -> Tile:
+    """The nearest whole numbers, halves to even: beyond 1.5 x 2 ** 23 fp32 has no others."""
+    return (numbers + 12582912.0) - 12582912.0
