@@ -23,6 +23,19 @@ KernelChoice = Literal["auto", "plain"]
 Place = Literal["host", "device"]
 PlaceChoice = Literal["auto", "host", "device"]
 
+Placement = Literal["resident", "towers", "adapters", "shared"]
+"""What of the weights lies on the host until a step needs it: nothing; the towers; these and the adapters; or the same,
+with less room for them on the device."""
+PlacementChoice = Literal["auto", "resident", "towers", "adapters", "shared"]
+TOWERS, ADAPTERS = ("vision tower", "audio encoder"), ("vision adapter", "speech adapter")
+ROOMS: dict[Placement, tuple[tuple[str, ...], ...]] = {
+    "resident": (),
+    "towers": (TOWERS,),
+    "adapters": (TOWERS, ADAPTERS),
+    "shared": ((*TOWERS, *ADAPTERS),),
+}
+"""The rooms that a device has for groups of weights on the host; of the groups of one, one is there at a time."""
+
 Scheme = Literal["bf16", "int8", "int4", "fp8"]
 """How the decoder's linears are kept: bf16 is the number format that was asked for, the others are quantised."""
 SchemeChoice = Literal["auto", "bf16", "int8", "int4", "fp8"]
@@ -200,7 +213,8 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one, and for an adapter, a scheme or a choice of kernels that there is not.
+    Raises RequestError for a number below one, and for an adapter, a scheme, a placement or a choice of kernels that there
+    is not.
     """
 
     memory_bytes: int | None = None
@@ -226,11 +240,23 @@ class EngineConfig:
     kernels: KernelChoice = "auto"
     """auto: memphi's own kernels and CUDA graphs where the card has them; plain: torch's."""
 
+    placement: PlacementChoice = "auto"
+    """Which weights lie on the host until they are needed; auto: as few as leave useful room on a CUDA device, else
+    none."""
+
     preprocessing: PlaceChoice = "auto"
     """Where crops and log-mel frames are made of decoded media: on the device, as they are encoded, or on the host,
     ahead of it; auto: on a CUDA device, else on the host."""
 
     def __post_init__(self) -> None:
+        if self.placement not in get_args(PlacementChoice):
+            choices = ", ".join(get_args(PlacementChoice))
+            raise RequestError(f"placement is {self.placement!r}; it must be one of {choices}")
+        if self.merge is not None and self.placement in ("adapters", "shared"):
+            raise RequestError(
+                f"with the {self.merge} adapter merged there are no adapters to be kept on the host; give "
+                'placement="towers", or leave merge out'
+            )
         if self.preprocessing not in get_args(PlaceChoice):
             choices = ", ".join(get_args(PlaceChoice))
             raise RequestError(f"preprocessing is {self.preprocessing!r}; it must be one of {choices}")
