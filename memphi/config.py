@@ -213,8 +213,8 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one, and for an adapter, a scheme, a placement or a choice of kernels that there
-    is not.
+    Raises RequestError for a number below one, and for an adapter, a scheme, a placement or a choice of kernels that
+    there is not.
     """
 
     memory_bytes: int | None = None

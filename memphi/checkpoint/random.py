@@ -41,8 +41,8 @@ def random_model(
     """A model with random weights, in eval mode and without gradients.
 
     Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it, nor on how
-    adapters are kept; under a scheme it is what that makes of the same numbers. All are drawn on the device, those too that
-    a placement has on the host.
+    adapters are kept; under a scheme it is what that makes of the same numbers. All are drawn on the device, those too
+    that a placement has on the host.
     Device memory: the model, and where adapters are packed or merged, for a while the largest of its tensors, of which
     those of more than DRAWN_NUMBERS are drawn in parts.
     """

@@ -107,8 +107,10 @@ def make_plan(
     adapters: AdapterForm | None = None,
     placement: Placement | None = None,
 ) -> MemoryPlan:
-    """Share the dial out, and choose scheme and placement; raises DoesNotFitError, with what is needed and what would
-    work, for a dial too small, and RequestError for a scheme or a merged adapter that quantised weights cannot be given.
+    """Share the dial out, and choose scheme and placement.
+
+    Raises DoesNotFitError, with what is needed and what would work, for a dial too small, and RequestError for a scheme
+    or a merged adapter that quantised weights cannot be given.
 
     adapters says how those of a model that is loaded already are kept, and placement where its weights lie; None leaves
     that to the plan. The config has the scheme of the folder's weights, or of the loaded model's; where that is bf16,
