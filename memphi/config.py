@@ -23,16 +23,17 @@ KernelChoice = Literal["auto", "plain"]
 Place = Literal["host", "device"]
 PlaceChoice = Literal["auto", "host", "device"]
 
-Placement = Literal["resident", "towers", "adapters", "shared"]
-"""What of the weights lies on the host until a step needs it: nothing; the towers; these and the adapters; or the same,
-with less room for them on the device."""
-PlacementChoice = Literal["auto", "resident", "towers", "adapters", "shared"]
+Placement = Literal["resident", "towers", "adapters", "shared", "streamed"]
+"""What of the weights lies on the host until a step needs it: nothing; the towers; these and the adapters; the same,
+with less room for them on the device; or the decoder's layers as well, which every step brings one after another."""
+PlacementChoice = Literal["auto", "resident", "towers", "adapters", "shared", "streamed"]
 TOWERS, ADAPTERS = ("vision tower", "audio encoder"), ("vision adapter", "speech adapter")
 ROOMS: dict[Placement, tuple[tuple[str, ...], ...]] = {
     "resident": (),
     "towers": (TOWERS,),
     "adapters": (TOWERS, ADAPTERS),
     "shared": ((*TOWERS, *ADAPTERS),),
+    "streamed": ((*TOWERS, *ADAPTERS),),
 }
 """The rooms that a device has for groups of weights on the host; of the groups of one, one is there at a time."""
 
@@ -252,7 +253,7 @@ class EngineConfig:
         if self.placement not in get_args(PlacementChoice):
             choices = ", ".join(get_args(PlacementChoice))
             raise RequestError(f"placement is {self.placement!r}; it must be one of {choices}")
-        if self.merge is not None and self.placement in ("adapters", "shared"):
+        if self.merge is not None and self.placement not in ("auto", "resident", "towers"):
             raise RequestError(
                 f"with the {self.merge} adapter merged there are no adapters to be kept on the host; give "
                 'placement="towers", or leave merge out'

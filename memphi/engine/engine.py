@@ -123,6 +123,8 @@ def make_graphs(
     on_gpu, obstacle = model.device.type == "cuda", why_not_available(model.device)
     if model.config.scheme != "bf16":
         obstacle = f"memphi's own have no products with weights in {model.config.scheme} yet"
+    if model.placement == "streamed":
+        obstacle = "memphi's own, and graphs, find no layers that come and go"
     if obstacle is None:
         return Graphs(model, pool, min(plan.rows, plan.graph_rows), plan.context_tokens, on_gpu, forbidden)
     if on_gpu:

@@ -134,7 +134,35 @@ def placed_weights(
     rooms = ROOMS[placement]
     on_host = {f"weights: {group}" for groups in rooms for group in groups}
     stay = (cost for cost in weights(config, dtype_bytes, form) if cost.name not in on_host)
-    return (*stay, *(room(config, dtype_bytes, form, groups) for groups in rooms))
+    taken = (*stay, *(room(config, dtype_bytes, form, groups) for groups in rooms))
+    if placement != "streamed":
+        return taken
+    return (*streamed_language(config, dtype_bytes), *(cost for cost in taken if cost.name != "weights: language"))
+
+
+def streamed_language(config: ModelConfig, dtype_bytes: int) -> tuple[Cost, ...]:
+    """What the decoder takes of the device where its layers lie on the host: two rooms for a layer; and its norm."""
+    norm_bytes = config.language.hidden_size * dtype_bytes
+    layer_bytes = layer_room_bytes(config, dtype_bytes)
+    return (
+        Cost("weights: last norm", norm_bytes, f"{config.language.hidden_size} numbers of {dtype_bytes} bytes"),
+        Cost(
+            "weights: two layers of the decoder",
+            2 * layer_bytes,
+            f"twice {layer_bytes} bytes: one computes while the next one comes",
+        ),
+    )
+
+
+def layer_room_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """The room for one of the decoder's layers, without its adapters: what it brings each time, too."""
+    sizes = [
+        size
+        for n_in, n_out in _linears(config.language)
+        for size in _stored_as(n_in, n_out, config.scheme, dtype_bytes)
+    ]
+    sizes += 2 * [config.language.hidden_size * dtype_bytes]
+    return sum(-(-size // ROOM_STEP) * ROOM_STEP for size in sizes)
 
 
 def room(config: ModelConfig, dtype_bytes: int, form: AdapterForm, groups: Sequence[str]) -> Cost:
@@ -172,6 +200,8 @@ def weights_rounding(
     rooms = ROOMS[placement]
     for name in (name for names in rooms for name in names):
         del groups[name]
+    if placement == "streamed":
+        groups["language"] = ((layer_room_bytes(config, dtype_bytes), 2),)
     sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
     sizes += [(room(config, dtype_bytes, form, names).bytes, 1) for names in rooms]
     large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)

@@ -15,6 +15,7 @@ PLACEMENT_WORDS: dict[Placement, str] = {
     "towers": "the idle tower on the host",
     "adapters": "the idle tower and the idle adapter on the host",
     "shared": "all towers and adapters but the one at work on the host",
+    "streamed": "all these and the decoder's layers on the host",
 }
 
 
@@ -37,6 +38,8 @@ def place_groups(
     return tuple(
         PlacedGroup(name, "host", n_bytes, _why_on_host(name, n_bytes, guests[name]))
         if name in guests
+        else PlacedGroup(name, "host", n_bytes, _why_streamed(config, dtype_bytes))
+        if name == "language" and placement == "streamed"
         else PlacedGroup(name, "device", n_bytes, _why_on_device(name))
         for name, n_bytes in groups
         if n_bytes
@@ -49,6 +52,17 @@ def _why_on_host(name: str, n_bytes: int, others: list[str]) -> str:
     return (
         f"brought {use}, in about {milliseconds} ms (an estimate: {HOST_LINK_BYTES / 1e9:.0f} GB/s), "
         f"into one room with the {', '.join(others)}"
+    )
+
+
+def _why_streamed(config: ModelConfig, dtype_bytes: int) -> str:
+    """What streaming costs, told beforehand."""
+    step_bytes = config.language.layers * costs.layer_room_bytes(config, dtype_bytes)
+    seconds = step_bytes / HOST_LINK_BYTES
+    return (
+        f"every step brings its layers one after another, {costs.size_text(step_bytes)}: {seconds:.2g} s a step at "
+        f"least, so {1 / seconds:.1f} tokens a second at most for each row "
+        f"(an estimate: {HOST_LINK_BYTES / 1e9:.0f} GB/s)"
     )
 
 

@@ -166,6 +166,8 @@ def _choose(
         moved: list[str] = []
         told = ""
         for placement in placements(scheme):
+            if placement == "streamed" and last is not None:
+                continue  # So slow that it is taken for any context at all, and for no more of it.
             try:
                 made = planner(scheme, placement, scheme_reason or "").plan()
             except DoesNotFitError as error:
@@ -210,7 +212,9 @@ def _placements(
         return ("resident",)
     if scheme == "bf16" or engine.merge:
         return ("resident", "towers")
-    return ("resident", "towers", "adapters") if can_shrink else ("resident", "towers", "adapters", "shared")
+    return (
+        ("resident", "towers", "adapters") if can_shrink else ("resident", "towers", "adapters", "shared", "streamed")
+    )
 
 
 def _adapter_form(device: DeviceFacts, engine: EngineConfig, placement: Placement) -> AdapterForm:
@@ -326,6 +330,8 @@ class _Planner:
         """For the longest sequence that any dial gives, so that a larger one never leaves less."""
         engine, quantised = self.engine, self.config.scheme != "bf16"
         if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache or quantised:
+            return ()
+        if self.placement == "streamed":
             return ()
         return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
 

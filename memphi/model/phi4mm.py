@@ -19,7 +19,7 @@ from memphi.model.projector import ImageProjector, Projector, token_order
 from memphi.model.quant.linears import QuantisedAdaptedLinear
 from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.swap import quantise
-from memphi.model.rooms import Room, groups_of
+from memphi.model.rooms import LayerStream, Room, groups_of, layers_of
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput, Prompt
@@ -91,9 +91,10 @@ class Phi4MM(nn.Module):
         To be said after `quantise` and `keep_adapters`; `place` follows when all is filled.
         """
         groups = groups_of(self)
-        for name in (name for room in ROOMS[placement] for name in room if name in groups):
-            for module in groups[name]:
-                module.to_empty(device="cpu")
+        moved = [groups[name] for room in ROOMS[placement] for name in room if name in groups]
+        moved += layers_of(self) if placement == "streamed" else []
+        for module in (module for modules in moved for module in modules):
+            module.to_empty(device="cpu", recurse=False)
 
         def move(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
@@ -110,6 +111,8 @@ class Phi4MM(nn.Module):
         for names in ROOMS[placement]:
             room = Room({name: groups[name] for name in names}, self.device)
             self.rooms |= dict.fromkeys(names, room)
+        if placement == "streamed":
+            self.language.bring = LayerStream(layers_of(self), self.device).through
         self.placement = placement
 
     @property
@@ -127,7 +130,7 @@ class Phi4MM(nn.Module):
 
         To be said after `quantise` and `keep_adapters`.
         """
-        self.kernels = wanted = wanted and self.config.scheme == "bf16"
+        self.kernels = wanted = wanted and self.config.scheme == "bf16" and self.placement != "streamed"
         for module in self.language.modules():
             if isinstance(module, PackedLinear):
                 module.kernels = wanted

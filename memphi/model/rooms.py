@@ -5,7 +5,7 @@ Weights do not change in inference, so nothing is ever carried back: the next gr
 on the current stream, behind what still reads the last group. Which groups these are the plan says (`config.ROOMS`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,19 +60,60 @@ class Room:
             module._buffers[name] = view
 
 
+class LayerStream:
+    """Two rooms for the layers of a decoder: one layer is computed while the next one comes."""
+
+    def __init__(self, layers: Sequence[Sequence[nn.Module]], device: torch.device) -> None:
+        """Move the layers to the host; needs two layers' memory on the device."""
+        named = {str(i): modules for i, modules in enumerate(layers)}
+        halves = [{name: named[name] for name in list(named)[first::2]} for first in range(min(2, len(layers)))]
+        self._rooms = [Room(half, device) for half in halves]
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def through(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        """The layers in their order, each as soon as it is there for what is launched next."""
+        some = list(layers)
+        self._fetch(0)
+        for number, layer in enumerate(some):
+            if self._copies is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+            if number + 1 < len(some):
+                self._fetch(number + 1)
+            yield layer
+
+    def _fetch(self, number: int) -> None:
+        """Bring a layer beside what is computed, behind all that was launched: what reads its room is among that."""
+        room = self._rooms[number % 2]
+        if self._copies is None:
+            room.bring(str(number))
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            room.bring(str(number))
+
+
 def groups_of(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The modules of the groups that may lie on the host, by the names that prices have for them."""
-    groups = {"vision tower": [model.get_submodule("vision")], "audio encoder": [model.get_submodule("audio")]}
+    towers = {"vision tower": "vision", "audio encoder": "audio"}
+    groups = {name: list(model.get_submodule(path).modules()) for name, path in towers.items()}
     linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for name in {name for linear in linears for name in linear.adapters}:
-        groups[f"{name} adapter"] = [linear.adapter(name) for linear in linears]
+        groups[f"{name} adapter"] = [part for linear in linears for part in linear.adapter(name).modules()]
     return groups
 
 
+def layers_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each of the decoder's layers, its adapters left out."""
+    adapters = {part for name, group in groups_of(model).items() if name.endswith(" adapter") for part in group}
+    layers = model.get_submodule("language.layers").children()
+    return [[module for module in layer.modules() if module not in adapters] for layer in layers]
+
+
 def slots(modules: Sequence[nn.Module]) -> Iterator[Slot]:
-    """The tensors of modules, one behind the other, each at a multiple of ROOM_STEP."""
+    """The modules' own tensors, one behind the other, each at a multiple of ROOM_STEP."""
     start = 0
-    for module in (inner for outer in modules for inner in outer.modules()):
+    for module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield module, name, tensor, start

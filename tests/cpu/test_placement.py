@@ -18,7 +18,7 @@ from memphi.engine.engine import Engine
 from memphi.memory import costs
 from memphi.model import rooms
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.rooms import Room, groups_of, room_bytes, slots
+from memphi.model.rooms import Room, groups_of, layers_of, room_bytes, slots
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_checkpoint, tiny_config
 from tests.faults import KINDS, Faults
@@ -106,6 +106,8 @@ def test_rooms_take_what_they_are_priced_at(config, scheme):
     assert groups.keys() == {*TOWERS, *ADAPTERS}
     for name, modules in groups.items():
         assert room_bytes(modules) == costs.room(model.config, 2, "plain", (name,)).bytes, name
+    layers = {room_bytes(modules) for modules in layers_of(model)}
+    assert layers == {costs.layer_room_bytes(model.config, 2)}
 
 
 @PLACEMENTS
@@ -116,6 +118,19 @@ def test_the_device_holds_what_the_plan_says(placement):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     priced = sum(cost.bytes for cost in costs.placed_weights(model.config, 2, "plain", placement))
     assert sum(storages.values()) == priced
+
+
+def test_layers_are_computed_as_each_is_there(model):
+    """Two rooms, and each layer's own numbers in its room when its turn comes."""
+    moved = copy.deepcopy(model)
+    expected = [[t.clone() for _, _, t, _ in slots(modules)] for modules in layers_of(moved)]
+    moved.place("streamed")
+    assert [len(modules) > 4 for modules in layers_of(moved)] == [True] * len(expected)
+    for _ in range(2):
+        for wanted, modules, _ in zip(
+            expected, layers_of(moved), moved.language.bring(moved.language.layers), strict=True
+        ):
+            assert all(map(torch.equal, [tensor for _, _, tensor, _ in slots(modules)], wanted))
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def test_what_nobody_asks_for_never_comes(placed, placement):
     stage = placed(placement)
     with Copies() as copies:
         stage.answer([mixed_requests()[0]])
-    assert copies.count == 0
+    assert copies.count == 0 or placement == "streamed"
     assert all(room.holds is None for room in stage.model.rooms.values())
 
 
