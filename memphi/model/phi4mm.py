@@ -107,6 +107,7 @@ class Phi4MM(nn.Module):
         Adapters that lie there are plain. Takes the device's memory for rooms, and lets go of what was there of them.
         """
         assert self.placement == "resident", "a model is placed once"
+        assert placement in ("resident", "towers") or self.adapter_form == "plain", "packed adapters come together"
         groups = groups_of(self)
         for names in ROOMS[placement]:
             room = Room({name: groups[name] for name in names}, self.device)

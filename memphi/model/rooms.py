@@ -2,7 +2,8 @@
 
 A room never moves and is as large as the largest of its groups: a group that comes back comes to the same addresses.
 Weights do not change in inference, so nothing is ever carried back: the next group is written over the last. Copies go
-on the current stream, behind what still reads the last group. Which groups these are the plan says (`config.ROOMS`).
+on the current stream, behind what still reads the last group; those of a decoder's layers on one beside it. Which
+groups these are the plan says (`config.ROOMS`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
