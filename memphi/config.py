@@ -27,6 +27,20 @@ CacheFormat = Literal["plain", "int8", "fp8"]
 """How keys and values are kept: in the model's own number format, or in 8 bits with a scale for each token and head."""
 CacheChoice = Literal["auto", "plain", "int8", "fp8"]
 
+Placement = Literal["resident", "towers", "adapters", "shared", "streamed"]
+"""What of the weights lies on the host until a step needs it: nothing; the towers; these and the adapters; the same,
+with less room for them on the device; or the decoder's layers as well, which every step brings one after another."""
+PlacementChoice = Literal["auto", "resident", "towers", "adapters", "shared", "streamed"]
+TOWERS, ADAPTERS = ("vision tower", "audio encoder"), ("vision adapter", "speech adapter")
+ROOMS: dict[Placement, tuple[tuple[str, ...], ...]] = {
+    "resident": (),
+    "towers": (TOWERS,),
+    "adapters": (TOWERS, ADAPTERS),
+    "shared": ((*TOWERS, *ADAPTERS),),
+    "streamed": ((*TOWERS, *ADAPTERS),),
+}
+"""The rooms that a device has for groups of weights on the host; of the groups of one, one is there at a time."""
+
 Scheme = Literal["bf16", "int8", "int4", "fp8"]
 """How the decoder's linears are kept: bf16 is the number format that was asked for, the others are quantised."""
 SchemeChoice = Literal["auto", "bf16", "int8", "int4", "fp8"]
@@ -204,8 +218,8 @@ class ModelConfig:
 class EngineConfig:
     """The one dial, and pins for what the plan derives from it; None leaves a number to the plan.
 
-    Raises RequestError for a number below one, and for an adapter, a scheme, a cache format or a choice of kernels that
-    there is not.
+    Raises RequestError for a number below one, and for an adapter, a scheme, a cache format, a placement or a choice of
+    kernels that there is not.
     """
 
     memory_bytes: int | None = None
@@ -233,11 +247,23 @@ class EngineConfig:
     kernels: KernelChoice = "auto"
     """auto: memphi's own kernels and CUDA graphs where the card has them; plain: torch's."""
 
+    placement: PlacementChoice = "auto"
+    """Which weights lie on the host until they are needed; auto: as few as leave useful room on a CUDA device, else
+    none."""
+
     preprocessing: PlaceChoice = "auto"
     """Where crops and log-mel frames are made of decoded media: on the device, as they are encoded, or on the host,
     ahead of it; auto: on a CUDA device, else on the host."""
 
     def __post_init__(self) -> None:
+        if self.placement not in get_args(PlacementChoice):
+            choices = ", ".join(get_args(PlacementChoice))
+            raise RequestError(f"placement is {self.placement!r}; it must be one of {choices}")
+        if self.merge is not None and self.placement not in ("auto", "resident", "towers"):
+            raise RequestError(
+                f"with the {self.merge} adapter merged there are no adapters to be kept on the host; give "
+                'placement="towers", or leave merge out'
+            )
         if self.preprocessing not in get_args(PlaceChoice):
             choices = ", ".join(get_args(PlaceChoice))
             raise RequestError(f"preprocessing is {self.preprocessing!r}; it must be one of {choices}")

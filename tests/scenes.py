@@ -72,7 +72,8 @@ def tiny_tokenizer() -> Tokenizer:
 def plan_of(model: Phi4MM, settings: EngineConfig | None = None, pages: int | None = None) -> MemoryPlan:
     """The model's plan on this machine; with so many pages, where given, and the media that belong to them."""
     settings = replace(settings or EngineConfig(), scheme=model.config.scheme)
-    plan = make_plan(model.config, device_facts(model.device), settings, model.dtype.itemsize)
+    facts = device_facts(model.device)
+    plan = make_plan(model.config, facts, settings, model.dtype.itemsize, placement=model.placement)
     if pages is None:
         return plan
     pool_bytes = pages * plan.page_bytes

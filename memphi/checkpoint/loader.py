@@ -15,7 +15,7 @@ from memphi.checkpoint.headers import StoredTensor
 from memphi.checkpoint.layout import find_tensors, read_config
 from memphi.checkpoint.names import adapted, official_name
 from memphi.checkpoint.reader import DTYPES, Progress, fill_tensors, kinds_for, make_buffer
-from memphi.config import AdapterName, ModelConfig, Scheme
+from memphi.config import AdapterName, ModelConfig, Placement, Scheme
 from memphi.errors import CheckpointError
 from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
@@ -32,11 +32,13 @@ def load_model(
     packed: bool = False,
     merge: AdapterName | None = None,
     scheme: Scheme | None = None,
+    placement: Placement = "resident",
 ) -> Phi4MM:
     """Load a folder of either layout for inference: eval mode, and no parameter requires a gradient.
 
     packed: adapters beside the weights they adapt, for inference only; merge: this one in the weights, and none beside;
-    scheme: quantise weights of 16 bits while they are read, None: keep them as they are stored.
+    scheme: quantise weights of 16 bits while they are read, None: keep them as they are stored; placement: what of them
+    lies on the host.
     Device memory: the model, and nothing beside it but the pieces of `merge_adapter` or of `fill`. Host memory: a
     buffer (see `fill_tensors`), and the model where the device is the host. Raises CheckpointError before either is
     taken if a file is damaged, if a tensor is missing, unknown or of the wrong shape (spec 2), or if a quantised folder
@@ -54,7 +56,8 @@ def load_model(
             model.quantise(scheme)
     model.keep_adapters(packed, merge)
     device = torch.device(device)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model.take_memory(device, placement)
+    model.eval().requires_grad_(False)
     _Filling(model, stored, device, progress).run()
     return model
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memphi.checkpoint.names import adapted
 from memphi.checkpoint.reader import Progress
-from memphi.config import AdapterName, ModelConfig, Scheme
+from memphi.config import AdapterName, ModelConfig, Placement, Scheme
 from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
 from memphi.model.phi4mm import Phi4MM
@@ -36,11 +36,13 @@ def random_model(
     packed: bool = False,
     merge: AdapterName | None = None,
     scheme: Scheme = "bf16",
+    placement: Placement = "resident",
 ) -> Phi4MM:
     """A model with random weights, in eval mode and without gradients.
 
     Each tensor depends on seed, name, shape, dtype and kind of device only, not on the tensors beside it, nor on how
-    adapters are kept; under a scheme it is what that makes of the same numbers. No weight passes through the host.
+    adapters are kept; under a scheme it is what that makes of the same numbers. All are drawn on the device, those too
+    that a placement has on the host.
     Device memory: the model, and where adapters are packed or merged, for a while the largest of its tensors, of which
     those of more than DRAWN_NUMBERS are drawn in parts.
     """
@@ -49,7 +51,8 @@ def random_model(
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.quantise(scheme)
     model.keep_adapters(packed, merge)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model.take_memory(device, placement)
+    model.eval().requires_grad_(False)
     tensors, quantised = model.state_dict(), quantised_weights(model)
     kept = {name: shape for name, shape in shapes.items() if name in tensors or name in quantised}
     adapters = {weight: (a, b) for weight, a, b in adapted(shapes, merge)} if merge else {}
@@ -57,8 +60,12 @@ def random_model(
     for name, shape in kept.items():
         adapter = [_draw(_empty(model, shapes[part]), seed, part) for part in adapters.get(name, ())]
         for first, last in _parts(shape):
-            rows = tensors[name][first:last] if name in tensors else _empty(model, (last - first, *shape[1:]))
+            place = tensors[name][first:last] if name in tensors else None
+            is_here = place is not None and place.device == model.device
+            rows = place if place is not None and is_here else _empty(model, (last - first, *shape[1:]))
             _draw(rows, seed, name, first)
+            if place is not None and not is_here:
+                place.copy_(rows)
             if merge and adapter:
                 _merge(rows, adapter[0], adapter[1][first:last], config.adapter(merge).scale)
             if name in quantised:

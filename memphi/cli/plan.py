@@ -313,6 +313,8 @@ def _text(document: dict[str, Any]) -> str:
     kept = document["dtype"] if plan["scheme"] == "bf16" else f"{plan['scheme']} and {document['dtype']}"
     lines = [f"{document['model']} in {kept} on {device['name']}", "", "memory"]
     lines += _rows(_memory_rows(plan, document["reasons"]))
+    if plan["placement"] != "resident":
+        lines += ["", "where the weights lie", *_rows(_group_rows(plan))]
     lines += ["", "what a step does, and what fits into one prompt"]
     lines += _rows([*_size_rows(plan, document["reasons"]), *map(_example_row, document["fits"])])
     lines += ["", "what each thing takes"]
@@ -362,9 +364,18 @@ def _size_rows(plan: dict[str, Any], reasons: dict[str, str]) -> list[tuple[str,
         "adapters": "adapters",
         "preprocessing": "crops, mel frames on",
         "scheme": "scheme of the weights",
+        "placement": "placement of the weights",
     }
     values = {"host": "the host", "device": "the device"}
     return [(name, values.get(plan[field], str(plan[field])), reasons[field]) for field, name in names.items()]
+
+
+def _group_rows(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The map: each group of the weights, its size, and where it lies."""
+    return [
+        (group["name"], _size(group["bytes"]), f"on the {group['where']}: {group['reason']}")
+        for group in plan["groups"]
+    ]
 
 
 def _example_row(example: dict[str, Any]) -> tuple[str, str, str]:

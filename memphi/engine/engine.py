@@ -59,12 +59,12 @@ class Engine(Facade):
     ) -> None:
         """Without a plan one is made for the device that the model is on, as `load` does before it loads.
 
-        Whether an adapter is merged, and the scheme, the model knows, whatever config says.
+        Whether an adapter is merged, the scheme and the placement the model knows, whatever config says.
         """
         self.model = model
         self.config = config = replace(config or EngineConfig(), merge=model.merged, scheme=model.config.scheme)
         self.plan = plan or make_plan(
-            model.config, device_facts(model.device), config, model.dtype.itemsize, model.adapter_form
+            model.config, device_facts(model.device), config, model.dtype.itemsize, model.adapter_form, model.placement
         )
         inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.loop = make_loop(model, tokenizer, self.plan, config, wake(inbox))
@@ -134,6 +134,8 @@ def make_graphs(
     if config.kernels == "plain" or pool is None:
         return None
     on_gpu = model.device.type == "cuda"
+    if model.placement == "streamed":
+        obstacle = "memphi's own, and graphs, find no layers that come and go"
     if obstacle is None:
         return Graphs(model, pool, min(plan.rows, plan.graph_rows), plan.context_tokens, on_gpu, forbidden)
     if on_gpu:
@@ -207,13 +209,14 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     backend = select_attention(loading.attention)
     plan = make_plan(read_config(location.folder), device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
-    packed, merge = plan.adapters == "packed", loading.config.merge
+    packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
     with told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             config = read_config(location.folder)
-            network = random_model(config, where, number, 0, backend, progress, packed, merge, plan.scheme)
+            network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)
         else:
-            network = load_model(location.folder, where, number, backend, progress, packed, merge, plan.scheme)
+            network = load_model(location.folder, where, number, backend, progress, packed, merge, *kept)
         if where.type == "cpu" and number is torch.bfloat16:
             use_host_products(network)
+        network.place(plan.placement)
         return Parts(network, Tokenizer.from_folder(location.folder), plan)

@@ -75,8 +75,11 @@ class Runner:
                 return StepResult({})
             plan = _by_adapter(plan)
             self._map_pages(plan)
-            with self.gauge.watching(*self._price(plan)):
-                return self._compute(plan)
+            return _joined([self._run_rows(part) for part in _parts(plan, self.model.adapters_at_once)])
+
+    def _run_rows(self, plan: StepPlan) -> StepResult:
+        with self.gauge.watching(*self._price(plan)):
+            return self._compute(plan)
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
@@ -193,6 +196,28 @@ def _rows(plan: StepPlan) -> list[Row]:
 def _by_adapter(plan: StepPlan) -> StepPlan:
     """The same step with rows of one adapter side by side, so that many tokens take a product of its own columns."""
     return replace(plan, rows=tuple(sorted(plan.rows, key=lambda row: row.sequence.adapter or "")))
+
+
+def _parts(plan: StepPlan, adapters_at_once: int | None) -> list[StepPlan]:
+    """A step as forward passes that use so many adapters at most, whose rows stand side by side; rows without any go
+    along with the first."""
+    names = sorted({row.sequence.adapter for row in plan.rows if row.sequence.adapter})
+    if adapters_at_once is None or len(names) <= adapters_at_once:
+        return [plan]
+    using: list[tuple[str | None, ...]] = [(None, names[0]), *((name,) for name in names[1:])]
+    return [replace(plan, rows=tuple(row for row in plan.rows if row.sequence.adapter in some)) for some in using]
+
+
+def _joined(results: Sequence[StepResult]) -> StepResult:
+    """What the passes of a step brought."""
+    joined = StepResult({}, {}, {})
+    for result in results:
+        joined = StepResult(
+            {**joined.sampled, **result.sampled},
+            {**joined.logprobs, **result.logprobs},
+            {**joined.failed, **result.failed},
+        )
+    return joined
 
 
 def _draws(row: PlannedRow, failed: dict[int, RequestError]) -> list[Draw]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from memphi.config import (
+    ROOMS,
     AdapterConfig,
     AdapterForm,
     AudioConfig,
@@ -17,6 +18,7 @@ from memphi.config import (
     LanguageConfig,
     ModelConfig,
     Place,
+    Placement,
     Scheme,
     VisionConfig,
     group_size,
@@ -54,6 +56,8 @@ DRAW_BYTES = 64
 """Sorting and filtering one row's scores, per id: scaled, sorted, their ids, the sort's own copies, sums in fp64."""
 MERGED_NUMBERS = 4 * MIB
 """Numbers of a weight that are merged with an adapter at once."""
+ROOM_STEP = 256
+"""Bytes at whose multiples tensors begin in a room."""
 QUANTISED_NUMBERS = 2 * MIB
 """Numbers of a weight that are quantised at once."""
 DEQUANTISED_NUMBERS = 8 * MIB
@@ -128,6 +132,57 @@ def weights(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") 
     )
 
 
+def placed_weights(
+    config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
+) -> tuple[Cost, ...]:
+    """What weights take of the device: the groups that stay there, and the rooms for those that lie on the host."""
+    rooms = ROOMS[placement]
+    on_host = {f"weights: {group}" for groups in rooms for group in groups}
+    stay = (cost for cost in weights(config, dtype_bytes, form) if cost.name not in on_host)
+    taken = (*stay, *(room(config, dtype_bytes, form, groups) for groups in rooms))
+    if placement != "streamed":
+        return taken
+    return (*streamed_language(config, dtype_bytes), *(cost for cost in taken if cost.name != "weights: language"))
+
+
+def streamed_language(config: ModelConfig, dtype_bytes: int) -> tuple[Cost, ...]:
+    """What the decoder takes of the device where its layers lie on the host: two rooms for a layer; and its norm."""
+    norm_bytes = config.language.hidden_size * dtype_bytes
+    layer_bytes = layer_room_bytes(config, dtype_bytes)
+    return (
+        Cost("weights: last norm", norm_bytes, f"{config.language.hidden_size} numbers of {dtype_bytes} bytes"),
+        Cost(
+            "weights: two layers of the decoder",
+            2 * layer_bytes,
+            f"twice {layer_bytes} bytes: one computes while the next one comes",
+        ),
+    )
+
+
+def layer_room_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """The room for one of the decoder's layers, without its adapters: what it brings each time, too."""
+    sizes = [
+        size
+        for n_in, n_out in _linears(config.language)
+        for size in _stored_as(n_in, n_out, config.scheme, dtype_bytes)
+    ]
+    sizes += 2 * [config.language.hidden_size * dtype_bytes]
+    return sum(-(-size // ROOM_STEP) * ROOM_STEP for size in sizes)
+
+
+def room(config: ModelConfig, dtype_bytes: int, form: AdapterForm, groups: Sequence[str]) -> Cost:
+    """The place on the device of groups on the host, one of which is there at a time."""
+    stored = weight_bytes(config, dtype_bytes, form)
+    sizes = {name: sum(-(-size // ROOM_STEP) * ROOM_STEP * count for size, count in stored[name]) for name in groups}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return Cost(
+        f"weights: room for one of {len(groups)}",
+        sizes[largest],
+        f"the {largest}, each tensor at a multiple of {ROOM_STEP} bytes; of {', '.join(groups)} the others lie on the "
+        "host meanwhile",
+    )
+
+
 def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
     if not numbers:
         return "none: one adapter is merged into the weights"
@@ -140,12 +195,20 @@ def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
     return words[scheme]
 
 
-def weights_rounding(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+def weights_rounding(
+    config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
+) -> Cost:
     """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
     groups = weight_bytes(config, dtype_bytes, form)
     if form == "packed":
         groups |= packed_bytes(config, dtype_bytes)
+    rooms = ROOMS[placement]
+    for name in (name for names in rooms for name in names):
+        del groups[name]
+    if placement == "streamed":
+        groups["language"] = ((layer_room_bytes(config, dtype_bytes), 2),)
     sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
+    sizes += [(room(config, dtype_bytes, form, names).bytes, 1) for names in rooms]
     large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
     middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
     small = sum((-size % 512) * count for size, count in sizes if size <= MIB)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig, Place, Scheme
+from memphi.config import AdapterForm, CacheFormat, EngineConfig, ModelConfig, Place, Placement, Scheme
 from memphi.errors import DeviceError, DoesNotFitError, RequestError
 from memphi.memory import costs
 from memphi.memory.costs import GIB, MIB, Cost, size_text
 from memphi.memory.devices import DeviceFacts
+from memphi.memory.placement import PLACEMENT_WORDS, PlacedGroup, place_groups
 
 STEP_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128)
 ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
@@ -44,7 +45,8 @@ DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
 AUTO_SCHEMES: tuple[Scheme, ...] = ("bf16", "int8", "int4")
 """What --scheme auto tries, from the exact to the small; fp8 has to be asked for."""
 USEFUL_TOKENS = 10240
-"""A scheme is passed over that leaves less context: an A4 page in full detail, a question and its answer."""
+"""A scheme or placement is passed over that leaves less context: an A4 page in full detail, a question and its
+answer."""
 ASKED = "as asked for"
 HOST_SHARE = 0.8
 HOST_POOL_TOKENS = 32768
@@ -85,6 +87,10 @@ class MemoryPlan:
     """Where crops and log-mel frames are made of decoded media."""
     scheme: Scheme
     """How the weights are kept."""
+    placement: Placement
+    """What of them lies on the host until it is needed."""
+    groups: tuple[PlacedGroup, ...]
+    """The map: where each group of the weights lies, and why."""
     reasons: dict[str, str]
     """Why each number is what it is, by its name."""
     costs: tuple[Cost, ...]
@@ -106,21 +112,34 @@ def make_plan(
     engine: EngineConfig,
     dtype_bytes: int = 2,
     adapters: AdapterForm | None = None,
+    placement: Placement | None = None,
 ) -> MemoryPlan:
-    """Share the dial out, and choose the scheme; raises DoesNotFitError, with what is needed and what would work, for a
-    dial too small, and RequestError for a scheme or a merged adapter that quantised weights cannot be given.
+    """Share the dial out, and choose scheme and placement.
 
-    adapters says how those of a model that is loaded already are kept; None leaves that to the plan. The config has the
-    scheme of the folder's weights, or of the loaded model's; where that is bf16, these can be quantised.
+    Raises DoesNotFitError, with what is needed and what would work, for a dial too small, and RequestError for a scheme
+    or a merged adapter that quantised weights cannot be given.
+
+    adapters says how those of a model that is loaded already are kept, and placement where its weights lie; None leaves
+    that to the plan. The config has the scheme of the folder's weights, or of the loaded model's; where that is bf16,
+    these can be quantised.
     """
     if engine.cache_format == "fp8" and device.kind == "mps":
         raise DeviceError(f"{device.name} has no numbers in fp8; --cache-format int8 works there")
-    form = adapters or _adapter_form(device, engine)
+    if adapters is not None and placement is None:
+        placement = "resident"
 
-    def plan(scheme: Scheme, reason: str) -> MemoryPlan:
-        kept = replace(config, scheme=scheme), device, engine, dtype_bytes, form, reason
+    def plan(scheme: Scheme, where: Placement, reason: str) -> MemoryPlan:
+        form = adapters or _adapter_form(device, engine, where)
+        kept = replace(config, scheme=scheme), device, engine, dtype_bytes, form, reason, where
         return _choose_format(lambda cache_format: _Planner(*kept, cache_format).plan(), config, engine)
 
+    def placements(scheme: Scheme) -> Sequence[Placement]:
+        if placement is not None:
+            return (placement,)
+        can_shrink = config.scheme == "bf16" and engine.scheme == "auto" and scheme != AUTO_SCHEMES[-1]
+        return _placements(device, engine, scheme, can_shrink)
+
+    useful_tokens = min(USEFUL_TOKENS, config.language.max_tokens)
     if config.scheme != "bf16":
         if engine.scheme not in ("auto", config.scheme):
             raise RequestError(
@@ -132,10 +151,10 @@ def make_plan(
                 f"these weights are in {config.scheme}, into which no adapter can be merged; leave --merge out, or "
                 "give the folder that they were made from"
             )
-        return plan(config.scheme, "as the weights are stored")
+        return _choose(plan, (config.scheme,), placements, useful_tokens, "as the weights are stored")
     if engine.scheme == "auto":
-        return _choose_scheme(plan, min(USEFUL_TOKENS, config.language.max_tokens))
-    return plan(engine.scheme, ASKED)
+        return _choose(plan, AUTO_SCHEMES, placements, useful_tokens)
+    return _choose(plan, (engine.scheme,), placements, useful_tokens, ASKED)
 
 
 def _choose_format(plan: Callable[[CacheFormat], MemoryPlan], config: ModelConfig, engine: EngineConfig) -> MemoryPlan:
@@ -154,34 +173,84 @@ def enough_tokens(config: ModelConfig) -> int:
     return min(ENOUGH_TOKENS, config.language.max_tokens)
 
 
-def _choose_scheme(plan: Callable[[Scheme, str], MemoryPlan], useful_tokens: int) -> MemoryPlan:
-    """The first of AUTO_SCHEMES that leaves room for so many tokens of context; where none does, the last that fits.
+def _choose(
+    plan: Callable[[Scheme, Placement, str], MemoryPlan],
+    schemes: Sequence[Scheme],
+    placements: Callable[[Scheme], Sequence[Placement]],
+    useful_tokens: int,
+    scheme_reason: str | None = None,
+) -> MemoryPlan:
+    """The first scheme, and under it the first placement, that leaves so many tokens of context; where none does, the
+    last that fits. Answers come before speed: weights are moved before they are made smaller.
 
-    Raises the last one's DoesNotFitError.
+    scheme_reason tells of a scheme that was not chosen. Raises the last one's DoesNotFitError.
     """
     passed: list[str] = []
-    for scheme in AUTO_SCHEMES:
-        is_last = scheme == AUTO_SCHEMES[-1]
-        try:
-            made = plan(scheme, "")
-        except DoesNotFitError:
-            if is_last:
-                raise
-            passed.append(f"{scheme} does not fit")
-            continue
-        has_room = made.context_tokens >= useful_tokens
-        room = f"room for {useful_tokens} tokens of context" if has_room else f"{made.context_tokens} tokens of context"
-        if has_room or is_last:
-            return replace(made, reasons=made.reasons | {"scheme": "; ".join((*passed, f"{scheme} leaves {room}"))})
-        passed.append(f"{scheme} leaves only {room}")
-    raise AssertionError("there is a last scheme")
+    last: MemoryPlan | None = None
+    refusal: DoesNotFitError | None = None
+    for scheme in schemes:
+        moved: list[str] = []
+        told = ""
+        for placement in placements(scheme):
+            if placement == "streamed" and last is not None:
+                continue  # So slow that it is taken for any context at all, and for no more of it.
+            try:
+                made = plan(scheme, placement, scheme_reason or "")
+            except DoesNotFitError as error:
+                refusal, told = error, "does not fit"
+            else:
+                refusal, told = None, _room_words(made.context_tokens, useful_tokens)
+                why_scheme = scheme_reason or "; ".join((*passed, f"{scheme} {told}"))
+                why_placement = "; ".join((*moved, f"{PLACEMENT_WORDS[placement]} {told}"))
+                last = replace(made, reasons=made.reasons | {"scheme": why_scheme, "placement": why_placement})
+                if made.context_tokens >= useful_tokens:
+                    return last
+            moved.append(f"{PLACEMENT_WORDS[placement]} {_only(told)}")
+        passed.append(f"{scheme} {_only(told)}")
+    if last is None:
+        assert refusal is not None
+        raise refusal
+    return last
 
 
-def _adapter_form(device: DeviceFacts, engine: EngineConfig) -> AdapterForm:
-    """Packed ones cost a GPU a third of plain ones' time; a CPU gains little by them, and answers to text slow down."""
+def _room_words(context_tokens: int, useful_tokens: int) -> str:
+    enough = context_tokens >= useful_tokens
+    return (
+        f"leaves room for {useful_tokens} tokens of context" if enough else f"leaves {context_tokens} tokens of context"
+    )
+
+
+def _only(words: str) -> str:
+    return words.replace("leaves ", "leaves only ")
+
+
+def _placements(
+    device: DeviceFacts, engine: EngineConfig, scheme: Scheme, can_shrink: bool = False
+) -> Sequence[Placement]:
+    """Where weights may lie, the fastest first; towers and adapters share a room only where no smaller scheme is left.
+
+    In 16 bits adapters stay, as columns of the weights they adapt: apart and on their way they would cost more time
+    than fewer bits cost in exactness.
+    """
+    if engine.placement != "auto":
+        return (engine.placement,)
+    if device.kind != "cuda":
+        return ("resident",)
+    if scheme == "bf16" or engine.merge:
+        return ("resident", "towers")
+    return (
+        ("resident", "towers", "adapters") if can_shrink else ("resident", "towers", "adapters", "shared", "streamed")
+    )
+
+
+def _adapter_form(device: DeviceFacts, engine: EngineConfig, placement: Placement) -> AdapterForm:
+    """Packed ones cost a GPU a third of plain ones' time; a CPU gains little by them, and answers to text slow down.
+
+    Those that come and go are by themselves: in one matrix, both would have to be there.
+    """
     if engine.merge:
         return "merged"
-    return "packed" if device.kind == "cuda" else "plain"
+    return "packed" if device.kind == "cuda" and placement in ("resident", "towers") else "plain"
 
 
 def _preprocessing(device: DeviceFacts, engine: EngineConfig) -> Place:
@@ -209,17 +278,20 @@ class _Planner:
         dtype_bytes: int,
         adapters: AdapterForm,
         scheme_reason: str,
+        placement: Placement,
         cache_format: CacheFormat,
     ) -> None:
         """The config's scheme is the plan's."""
+        self.placement = placement
         self.config, self.device, self.engine, self.dtype_bytes = config, device, engine, dtype_bytes
         self.adapters, self.scheme_reason = adapters, scheme_reason
         self.cache_format: CacheFormat = cache_format
         self.preprocessing = _preprocessing(device, engine)
         self.most_tokens = config.language.max_tokens
         self.context = costs.context(device.kind, device.name)
-        rounding = (costs.weights_rounding(config, dtype_bytes, adapters),) if device.kind == "cuda" else ()
-        self.weights = (*costs.weights(config, dtype_bytes, adapters), *rounding)
+        kept = config, dtype_bytes, adapters, placement
+        rounding = (costs.weights_rounding(*kept),) if device.kind == "cuda" else ()
+        self.weights = (*costs.placed_weights(*kept), *rounding)
         self.weights_bytes = _sum(self.weights)
         self.page_tokens = costs.page_tokens(cache_format)
         self.page = costs.page(config, dtype_bytes, self.page_tokens, cache_format)
@@ -272,6 +344,8 @@ class _Planner:
             adapters=self.adapters,
             preprocessing=self.preprocessing,
             scheme=self.config.scheme,
+            placement=self.placement,
+            groups=place_groups(self.config, self.dtype_bytes, self.adapters, self.placement),
             reasons={},
             costs=(self.context, *self.weights, *self.graphs, *self._transients(sizes, units)),
         )
@@ -286,6 +360,8 @@ class _Planner:
         """For the longest sequence that any dial gives, so that a larger one never leaves less."""
         engine = self.engine
         if engine.kernels == "plain" or self.device.kind != "cuda" or not engine.kv_cache:
+            return ()
+        if self.placement == "streamed":
             return ()
         return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
 
@@ -339,8 +415,9 @@ class _Planner:
         """The first scheme under which it would fit, where another was asked for."""
         others = AUTO_SCHEMES if self.scheme_reason == ASKED else ()
         for scheme in others:
-            config = replace(self.config, scheme=scheme)
-            other = _Planner(config, self.device, self.engine, self.dtype_bytes, self.adapters, "", self.cache_format)
+            config, where = replace(self.config, scheme=scheme), _placements(self.device, self.engine, scheme)[-1]
+            form = _adapter_form(self.device, self.engine, where)
+            other = _Planner(config, self.device, self.engine, self.dtype_bytes, form, "", where, self.cache_format)
             if other._least_bytes() <= dial_bytes:
                 return f", or --scheme {scheme}"
         return ""
@@ -478,12 +555,14 @@ class _Planner:
             "context_bytes": self.context.formula,
             "weights_bytes": f"{_numbers(self.config, plan.adapters):,} parameters {self._stored_words()}"
             + (f", the {self.engine.merge} adapter merged into them" if self.engine.merge else "")
+            + (", some of them on the host" if self.placement != "resident" else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
             "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
             "graph_rows": f"as many as 1/{GRAPHS_SHARE} of what is left beyond the least has room for",
             "adapters": self._reason_of_adapters(),
             "preprocessing": self._reason_of_preprocessing(),
             "scheme": self.scheme_reason,
+            "placement": "",  # Told by who chose it.
             "workspace_bytes": f"{size_text(largest.bytes)} for {largest.formula}; the rest is the "
             "allocator's rounding and slack",
             "pool_bytes": f"{plan.pages} pages of {plan.page_tokens} tokens: what is left",

@@ -143,6 +143,8 @@ class LanguageModel(nn.Module):
         self.embedding = TiedEmbedding(config.language.vocab_size, config.language.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, attention) for i in range(config.language.layers))
         self.norm = RMSNorm(config.language.hidden_size, config.language.norm_eps)
+        self.bring: Callable[[Iterable[nn.Module]], Iterable[nn.Module]] = iter
+        """Gives the layers one after another, as each is there to be computed."""
 
     def forward(self, embeddings: Tensor, packing: Packing, cache: KeyValuePool | None = None) -> Tensor:
         """Run the decoder over packed rows.
@@ -153,7 +155,7 @@ class LanguageModel(nn.Module):
         """
         rotary = rotary_table(self.config, packing.positions, packing.long, embeddings.dtype)
         x = embeddings
-        for layer in cast(Iterable[DecoderLayer], self.layers):
+        for layer in self.bring(self.layers):
             x = layer(x, packing, rotary, cache)
         return cast(Tensor, self.norm(x))
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memphi.config import AdapterForm, AdapterName, ModelConfig, Scheme
+from memphi.config import ROOMS, AdapterForm, AdapterName, ModelConfig, Placement, Scheme
 from memphi.model.adapters import AdaptedLinear, remove_adapters
 from memphi.model.attention import Attention, select_attention
 from memphi.model.audio import AudioEncoder, Window
@@ -20,6 +20,7 @@ from memphi.model.quant.linears import QuantisedAdaptedLinear
 from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.swap import quantise
 from memphi.model.quant.weights import QuantisedWeight
+from memphi.model.rooms import LayerStream, Room, groups_of, layers_of
 from memphi.model.rows import Row, pack
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput, Prompt
@@ -38,6 +39,9 @@ class Phi4MM(nn.Module):
         self.config = config
         self.adapter_form: AdapterForm = "plain"
         self.merged: AdapterName | None = None
+        self.placement: Placement = "resident"
+        self.rooms: dict[str, Room] = {}
+        """The rooms of the groups that lie on the host, by group."""
         self.kernels = False
         """Whether the decoder goes through memphi's own kernels, where the device has them."""
         self.language = LanguageModel(config, attention)
@@ -82,13 +86,54 @@ class Phi4MM(nn.Module):
             pack_adapters(self.language, {AdaptedLinear: PackedLinear, QuantisedAdaptedLinear: PackedQuantisedLinear})
             self.adapter_form = "packed"
 
+    def take_memory(self, device: torch.device | str, placement: Placement) -> None:
+        """Move from the meta device to where weights are filled in: what a placement has on the host to the host.
+
+        To be said after `quantise` and `keep_adapters`; `place` follows when all is filled.
+        """
+        groups = groups_of(self)
+        moved = [groups[name] for room in ROOMS[placement] for name in room if name in groups]
+        moved += layers_of(self) if placement == "streamed" else []
+        for module in (module for modules in moved for module in modules):
+            module.to_empty(device="cpu", recurse=False)
+
+        def move(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
+        self._apply(move)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+
+    def place(self, placement: Placement) -> None:
+        """Keep groups of weights on the host, for inference; they come when they are needed. To be said once, at last.
+
+        Adapters that lie there are plain. Takes the device's memory for rooms, and lets go of what was there of them.
+        """
+        assert self.placement == "resident", "a model is placed once"
+        assert placement in ("resident", "towers") or self.adapter_form == "plain", "packed adapters come together"
+        groups = groups_of(self)
+        for names in ROOMS[placement]:
+            room = Room({name: groups[name] for name in names}, self.device)
+            self.rooms |= dict.fromkeys(names, room)
+        if placement == "streamed":
+            self.language.bring = LayerStream(layers_of(self), self.device).through
+        self.placement = placement
+
+    @property
+    def adapters_at_once(self) -> int | None:
+        """How many adapters a step may use; None: any."""
+        return 1 if "vision adapter" in self.rooms else None
+
+    def _need(self, group: str) -> None:
+        """Have a group of weights where what is launched next finds it."""
+        if group in self.rooms:
+            self.rooms[group].bring(group)
+
     def use_kernels(self, wanted: bool) -> None:
         """Let the decoder, and products with quantised weights, go through memphi's own kernels, where the device has
         them, or not.
 
         To be said after `quantise` and `keep_adapters`.
         """
-        self.kernels = wanted
+        self.kernels = wanted = wanted and self.placement != "streamed"
         for module in self.modules():
             if isinstance(module, AdaptedLinear | QuantisedWeight):
                 module.kernels = wanted
@@ -110,6 +155,7 @@ class Phi4MM(nn.Module):
         crops [crops, 3, crop_size, crop_size] and patch_mask [crops, patches, patches], on the host or the device.
         Returns [crops, (patches / 2) ** 2, hidden].
         """
+        self._need("vision tower")
         return cast(Tensor, self.image_projector(self.image_projector.pool(self.vision(crops, patch_mask))))
 
     def encode_separators(self) -> Tensor:
@@ -120,11 +166,13 @@ class Phi4MM(nn.Module):
         """Embed audio clips with the head that the input mode asks for: one tensor [tokens, hidden] per clip."""
         if not clips:
             return []
+        self._need("audio encoder")
         features = self.audio([torch.from_numpy(clip.features) for clip in clips])
         return [self.audio_projectors[head](feature) for feature in features]
 
     def encode_windows(self, windows: Sequence[Window], heads: Sequence[str]) -> list[Tensor]:
         """Embed windows of any clips, each with its clip's head: one tensor [tokens, hidden] per window."""
+        self._need("audio encoder")
         features = self.audio.encode_windows(windows)
         return [self.audio_projectors[head](feature) for head, feature in zip(heads, features, strict=True)]
 
@@ -157,6 +205,10 @@ class Phi4MM(nn.Module):
         ids [tokens]; media are (first packed token, embeddings [tokens, hidden]); logits_at are the packed tokens to
         score, by default the last of each row; cache as in LanguageModel. Returns logits [len(logits_at), vocab_size].
         """
+        adapters = {row.adapter for row in rows if row.adapter}
+        assert self.adapters_at_once is None or len(adapters) <= self.adapters_at_once, "their room is for one adapter"
+        for name in adapters:
+            self._need(f"{name} adapter")
         by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)

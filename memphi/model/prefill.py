@@ -80,7 +80,7 @@ def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
         for lines, division in step.lines:
             asked = query[lines.tokens]
             if isinstance(lines.tokens, slice):
-                attend(asked, keys, values, lines.table, division, heads[lines.tokens])
+                attend(asked, *pages, lines.table, division, heads[lines.tokens], scales)
                 continue
             found = torch.empty_like(asked)
             attend(asked, *pages, lines.table, division, found, scales)

@@ -62,7 +62,8 @@ def test_json_says_the_same_to_a_program(run):
     assert plan["budget_bytes"] == 40 * GIB
     assert plan["page_bytes"] == 2 * MIB
     assert document["device"]["name"] == "H100 80GB"
-    assert document["reasons"].keys() == plan.keys()
+    assert document["reasons"].keys() == plan.keys() - {"groups"}
+    assert {group["where"] for group in plan["groups"]} == {"device"}
     assert {cost["name"] for cost in document["costs"]} >= {"context", "weights: language", "logits"}
     pictures = document["fits"][0]
     assert pictures["most"] * pictures["tokens_each"] < plan["context_tokens"]
@@ -91,11 +92,21 @@ def test_eight_gib_hold_the_model_in_four_bits(run):
     assert (plan["plan"]["scheme"], plan["reasons"]["scheme"]) == ("int8", "as asked for")
 
 
+def test_the_map_is_shown_where_weights_are_moved(run):
+    code, out, _ = run("--memory", "7GiB")
+    assert code == 0
+    table = out.partition("where the weights lie\n")[2].partition("\n\n")[0]
+    assert re.search(r"^  language .*on the device: every step computes with it", table, re.MULTILINE)
+    for name in ("vision tower", "audio encoder", "vision adapter", "speech adapter"):
+        assert re.search(rf"^  {name} .*on the host: brought ", table, re.MULTILINE)
+    assert "where the weights lie" not in run("--memory", "40GiB")[1]
+
+
 def test_the_way_out_keeps_the_scheme(run, picture):
     pictures = ["-a", picture] * 16
     code, _, err = run("--memory", "8GiB", "What?", *pictures)
     assert code == 3
-    advised = re.search(r"--memory \S+ --scheme int4", err)
+    advised = re.search(r"--memory \S+ --scheme int[48]", err)
     assert run(*advised[0].split(), "What?", *pictures)[0] == 0
 
 

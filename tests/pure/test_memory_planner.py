@@ -37,8 +37,8 @@ def dial(config, share):
 
 
 def planned(config, n_bytes, kind="cuda", dtype_bytes=2, **pins):
-    """Under the config's own scheme; what auto chooses is tested by itself."""
-    settings = EngineConfig(memory_bytes=n_bytes, **{"scheme": config.scheme, **pins})
+    """Under the config's own scheme, all weights on the device; what auto chooses is tested by itself."""
+    settings = EngineConfig(memory_bytes=n_bytes, **{"scheme": config.scheme, "placement": "resident", **pins})
     return make_plan(config, endless(kind), settings, dtype_bytes)
 
 
@@ -193,7 +193,7 @@ def test_without_a_cache_there_are_no_pages_and_whole_sequences(config, kind, on
 @pytest.mark.parametrize("engine", [EngineConfig(), EngineConfig(kv_cache=False), EngineConfig(rows=3)])
 def test_every_number_has_its_reason(engine):
     plan = make_plan(OFFICIAL, DeviceFacts("cuda", "x", 24 * GIB, 24 * GIB), engine)
-    assert plan.reasons.keys() == {field.name for field in fields(MemoryPlan)} - {"reasons", "costs"}
+    assert plan.reasons.keys() == {field.name for field in fields(MemoryPlan)} - {"reasons", "costs", "groups"}
     assert all(plan.reasons.values())
 
 

@@ -22,7 +22,7 @@ class HostProduct(QuantisedWeight):
         """x W^T: contiguous [rows, in] bf16 -> [rows, out]."""
         raise NotImplementedError
 
-    def most_rows(self, device: torch.device) -> int:
+    def most_rows(self, x: Tensor) -> int:
         return 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,16 +57,16 @@ class QuantisedWeight(nn.Module):
 
     def multiply(self, x: Tensor, out: Tensor, columns: Columns | None = None) -> None:
         """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add."""
-        if self.kernels and 0 < len(x) <= self.most_rows(x.device):
+        if self.kernels and 0 < len(x) <= self.most_rows(x):
             self.multiply_few(x, out, columns)
             return
         self.multiply_many(x, out)
         if columns is not None:
             out.addmm_(columns.t, columns.b.t())
 
-    def most_rows(self, device: torch.device) -> int:
-        """The most rows that `multiply_few` is for."""
-        return coded.most_rows(device, eight_bits.VECTOR_ROWS)
+    def most_rows(self, x: Tensor) -> int:
+        """The most rows like these that `multiply_few` is for."""
+        return coded.most_rows(x.device, eight_bits.VECTOR_ROWS)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         """`multiply` by a kernel that reads the codes as they are."""
@@ -205,8 +205,12 @@ class Fp8Weight(QuantisedWeight):
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         eight_bits.multiply(x, self.codes, self.scale, out, columns)
 
+    def most_rows(self, x: Tensor) -> int:
+        # A card's own products take a third less time at 64 rows than bf16's do (an H100: 28 µs for 39).
+        return eight_bits.VECTOR_ROWS if self._has_products(x) else super().most_rows(x)
+
     def multiply_many(self, x: Tensor, out: Tensor) -> None:
-        if not (x.dtype is torch.bfloat16 and has_fp8_products(x.device) and self._is_even):
+        if not self._has_products(x):
             self.plain_multiply(x, out)
             return
         codes, scale = self._rounded(x)
@@ -226,10 +230,10 @@ class Fp8Weight(QuantisedWeight):
         rounding.round_rows(x, codes, scale)
         return codes, scale
 
-    @property
-    def _is_even(self) -> bool:
-        """Whether the sizes are what the card's units take."""
-        return self.in_features % 16 == 0 and self.out_features % 16 == 0
+    def _has_products(self, x: Tensor) -> bool:
+        """Whether the card's units take such rows, and a matrix of this size."""
+        is_even = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        return x.dtype is torch.bfloat16 and is_even and has_fp8_products(x.device)
 
 
 WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Weight, "fp8": Fp8Weight}
