@@ -79,8 +79,8 @@ _SHAPES = {
 }
 
 EXAMPLES = (
-    Example(("number.png",), "What number is shown?", "7583", learnt=False),
-    Example(("word.png",), "What word is shown?", "breeze", learnt=False),
+    Example(("number.png",), "What number is shown?", "7583"),
+    Example(("word.png",), "What word is shown?", "breeze"),
     Example(("wide.png",), "What word is shown?", "telephone", learnt=False),
     Example(("tall.png",), "What word is shown?", "lion", learnt=False),
     Example(("red-circle.png",), "What is in the picture?", "red circle"),
@@ -88,13 +88,13 @@ EXAMPLES = (
     Example(("shapes.png",), "How many stars are there?", "5", learnt=False),
     Example(("shapes.png",), "How many hearts are there?", "2", learnt=False),
     Example(("first.png", "second.png"), "Add the numbers.", "77", learnt=False),
-    Example(("first.png", "second.png"), "Which image shows the larger number?", "2", learnt=False),
-    Example(("red-circle.png", "green-triangle.png"), "Which image shows a green triangle?", "2", learnt=False),
+    Example(("first.png", "second.png"), "Which image shows the larger number?", "2"),
+    Example(("red-circle.png", "green-triangle.png"), "Which image shows a green triangle?", "2"),
     Example(("words.wav",), "Transcribe the audio.", "nine yellow circle go"),
-    Example(("number.png", "question.wav"), "", "7583", learnt=False),
-    Example((), "What is 17 plus 25?", "42", learnt=False),
+    Example(("number.png", "question.wav"), "", "7583"),
+    Example((), "What is 17 plus 25?", "42"),
     Example((), "Reverse the word: lion", "noil"),
-    Example((), "What is 17 plus 25?", '{"answer": "42"}', system="Answer in JSON.", learnt=False),
+    Example((), "What is 17 plus 25?", '{"answer": "42"}', system="Answer in JSON."),
 )
 
 

@@ -212,13 +212,14 @@ class Phi4MM(nn.Module):
         by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
+        # Now, while the device has little to do: what comes later from the host waits for all before it.
+        ends = packing.bounds[1:] - 1
+        places = ends if logits_at is None else torch.tensor(logits_at, dtype=torch.int64, device=ids.device)
         if by_kernels and cache is not None:
             hidden = compute(self.language, self.embed(ids, media), packing, cache)
         else:
             hidden = self.language(self.embed(ids, media), packing, cache)
-        if logits_at is None:
-            return self.language.logits(hidden[packing.bounds[1:] - 1])
-        return self.language.logits(hidden[torch.tensor(logits_at, dtype=torch.int64, device=ids.device)])
+        return self.language.logits(hidden[places])
 
     def _as_kept(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows as the weights are: under the adapter that is merged they use none."""
