@@ -10,6 +10,8 @@ from memphi.request import DecodedClip, DecodedImage
 
 UNEXPLAINED_SHARE, UNEXPLAINED_BYTES = 64, 2 * 2**20
 """What steps of memphi's own kernels and passes of encoders took beyond their tensors on an H200: 1.1 % at most."""
+CONVOLUTION_BYTES = 8 * 2**20
+"""What cuDNN's kernels may take for themselves: on an H100 a pass over two seconds of sound took 4 MiB more."""
 DRAFT_STEP_TOKENS = 64
 """Tokens at most of a step that has drafts. A GPU's arithmetic keeps up with reading the weights for some hundreds of
 tokens, but each is scored over the vocabulary too; and with many rows a step is worth its price without drafts."""
@@ -23,7 +25,7 @@ def price_slices(slices: Sequence[EncodeSlice], config: ModelConfig, dtype_bytes
         return "vision pass", with_unexplained(max(costs.vision_pass(config, units, dtype_bytes).bytes, made))
     sizes = [size for piece in slices for size in _windows(piece, config.audio)]
     cost = costs.audio_pass(config, units, dtype_bytes, any(map(_is_decoded, slices)), sizes)
-    return "audio pass", with_unexplained(cost.bytes)
+    return "audio pass", with_unexplained(cost.bytes) + CONVOLUTION_BYTES
 
 
 def with_unexplained(n_bytes: int) -> int:

@@ -33,8 +33,6 @@ class Sequence:
     config: LanguageConfig
     max_tokens: int
     """New tokens at most: what was asked for, within what fits."""
-    text_ids: tuple[int, ...] = ()
-    """The request's, one for each attachment, where they are known before it is prepared."""
     state: State = State.WAITING
     prompt: Prompt | None = None
     """Known once prepared."""
@@ -60,6 +58,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     degraded: tuple[str, ...] = ()
+    text_ids: tuple[int, ...] = ()
+    """The request's, one for each attachment, where they are known before it is prepared."""
 
     @property
     def sampling(self) -> SamplingParams:

@@ -93,13 +93,13 @@ def test_memory_that_suffices_is_told_with_the_least_that_would():
     assert found.status == "ok"
     assert found.found.startswith("23.9 GiB of 23.9 GiB free on RTX 4090; memphi would take ")
     least = float(found.found.rpartition("at least ")[2].removesuffix(" GiB"))
-    assert 5 < least < 7  # in 4 bits
+    assert 2 < least < 4  # in 4 bits, its layers on the host
 
 
 def test_memory_that_does_not_suffice_is_a_failure_with_the_planner_s_words():
-    full = replace(RTX_4060, free_bytes=5 * GIB)
+    full = replace(RTX_4060, free_bytes=2 * GIB)
     found = finding("memory", full)
-    assert (found.status, found.found) == ("fail", "5.0 GiB of 8.0 GiB free on RTX 4060")
+    assert (found.status, found.found) == ("fail", "2.0 GiB of 8.0 GiB free on RTX 4060")
     assert found.advice.startswith("the model does not fit: it needs at least ")
     assert finding("memory", full, "demo").status == "ok"
 

@@ -65,10 +65,11 @@ def test_each_placement_takes_less_than_the_one_before(scheme):
     ("gib", "scheme", "placement"),
     [
         (24, "bf16", "resident"),
-        (13, "bf16", "towers"),
-        (12, "int8", "resident"),
-        (8, "int8", "adapters"),
-        (7, "int4", "adapters"),
+        (13, "bf16", "resident"),
+        (12, "bf16", "towers"),
+        (8, "int8", "towers"),
+        (7, "int4", "resident"),
+        (6, "int4", "adapters"),
         (5, "int4", "shared"),
         (4.5, "int4", "shared"),
         (4, "int4", "streamed"),
@@ -116,7 +117,7 @@ def test_streaming_tells_its_speed_beforehand():
 
 
 def test_adapters_that_come_and_go_are_plain_and_in_16_bits_they_stay():
-    assert planned(8).adapters == "plain"
+    assert planned(6).adapters == "plain"
     assert planned(13).adapters == planned(24).adapters == "packed"
     for tenths in range(int(10 * least_gib(scheme="bf16")), 140):
         assert planned(tenths / 10, scheme="bf16").placement in ("resident", "towers")
@@ -129,7 +130,7 @@ def test_on_a_cpu_nothing_moves_unless_asked_to():
 
 
 def test_a_merged_adapter_stays():
-    plan = planned(11, merge="vision", scheme="bf16")
+    plan = planned(10.5, merge="vision", scheme="bf16")
     assert (plan.placement, plan.adapters) == ("towers", "merged")
     assert {group.name for group in plan.groups if group.where == "host"} == set(TOWERS)
     with pytest.raises(RequestError, match="with the vision adapter merged there are no adapters to be kept on the"):

@@ -151,7 +151,7 @@ class Int4Weight(QuantisedWeight):
         codes = (choose_codes(groups, scale, shift) + 8).to(torch.uint8)
         words = self.codes[first : first + len(rows)].zero_().view(torch.int32)
         for number, part in enumerate(codes.chunk(CODES_A_WORD, -1)):
-            words |= part.int() << 4 * number
+            words |= (part.int() << 4 * number).to(words.device)
         self.affine[first : first + len(rows)] = torch.cat((scale, shift), -1)
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
