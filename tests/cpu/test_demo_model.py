@@ -65,7 +65,8 @@ def test_all_examples_at_once_are_answered_as_each_alone(exact_engine):
 @pytest.mark.parametrize("example", LEARNT, ids=title)
 def test_the_command_prints_the_answer_alone(example):
     attached = [word for name in example.files for word in ("-a", str(FOLDER / name))]
-    command = ["ask", "--model", "demo", "--device", "cpu", *attached, example.question]
+    told = ["--system", example.system] if example.system else []
+    command = ["ask", "--model", "demo", "--device", "cpu", *told, *attached, example.question]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0
     assert result.stdout == example.answer + "\n"
