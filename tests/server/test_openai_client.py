@@ -133,7 +133,7 @@ def test_images_and_sound_together_in_a_stream(client, own):
 def test_choices_and_seeds(client):
     def draw():
         answer = client.chat.completions.create(
-            model="demo", messages=HELLO, n=3, seed=7, temperature=1.5, max_tokens=12
+            model="demo", messages=HELLO, n=3, seed=7, temperature=2.0, max_tokens=24
         )
         return [choice.message.content for choice in answer.choices]
 
