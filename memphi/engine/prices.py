@@ -11,7 +11,7 @@ from memphi.request import DecodedClip, DecodedImage
 UNEXPLAINED_SHARE, UNEXPLAINED_BYTES = 64, 2 * 2**20
 """What steps of memphi's own kernels and passes of encoders took beyond their tensors on an H200: 1.1 % at most."""
 CONVOLUTION_BYTES = 8 * 2**20
-"""What cuDNN's kernels may take for themselves: on an H100 a pass over two seconds of sound took 4 MiB more."""
+"""What cuDNN's kernels may take for themselves: on an H100 a pass over a short recording took 4 MiB more."""
 DRAFT_STEP_TOKENS = 64
 """Tokens at most of a step that has drafts. A GPU's arithmetic keeps up with reading the weights for some hundreds of
 tokens, but each is scored over the vocabulary too; and with many rows a step is worth its price without drafts."""

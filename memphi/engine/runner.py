@@ -6,6 +6,7 @@ What a step does the scheduler has decided; doing the same step again changes no
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice, takewhile
 
 import torch
@@ -75,7 +76,7 @@ class Runner:
                 return StepResult({})
             plan = _by_adapter(plan)
             self._map_pages(plan)
-            return _joined([self._run_rows(part) for part in _parts(plan, self.model.adapters_at_once)])
+            return reduce(_join, (self._run_rows(part) for part in _parts(plan, self.model.adapters_at_once)))
 
     def _run_rows(self, plan: StepPlan) -> StepResult:
         with self.gauge.watching(*self._price(plan)):
@@ -208,16 +209,11 @@ def _parts(plan: StepPlan, adapters_at_once: int | None) -> list[StepPlan]:
     return [replace(plan, rows=tuple(row for row in plan.rows if row.sequence.adapter in some)) for some in using]
 
 
-def _joined(results: Sequence[StepResult]) -> StepResult:
-    """What the passes of a step brought."""
-    joined = StepResult({}, {}, {})
-    for result in results:
-        joined = StepResult(
-            {**joined.sampled, **result.sampled},
-            {**joined.logprobs, **result.logprobs},
-            {**joined.failed, **result.failed},
-        )
-    return joined
+def _join(one: StepResult, other: StepResult) -> StepResult:
+    """What two passes of a step brought."""
+    return StepResult(
+        {**one.sampled, **other.sampled}, {**one.logprobs, **other.logprobs}, {**one.failed, **other.failed}
+    )
 
 
 def _draws(row: PlannedRow, failed: dict[int, RequestError]) -> list[Draw]:

@@ -25,8 +25,8 @@ MOST_WINDOWS = 8
 SHARED_STEP_TOKENS = {(10, 0): 4096, (9, 0): 4096, (8, 0): 1024}
 FEWEST_SHARED_STEP_TOKENS = 512
 """Prompt tokens in a step that also decodes: enough to keep a GPU busy, few enough that answers keep flowing. By the
-compute capability of data-centre cards, which take about 50 ms for so many, as long as their host takes to launch them;
-all others get the fewest."""
+compute capability of data-centre cards: an H100 takes about 50 ms for so many, and its host as long to launch them. All
+others get the fewest."""
 TYPICAL_TOKENS = 1024
 """A request with a picture and a short answer; so many rows run as fit at this length, and one always must."""
 MOST_PAGES = 1 << 18

@@ -17,6 +17,7 @@ from memphi.engine.engine import Engine
 from memphi.engine.messages import Submission
 from memphi.engine.pressure import Part
 from memphi.errors import DoesNotFitError, WorkerError
+from memphi.inputs.tokenizer import Tokenizer
 from memphi.request import FinishReason, Request
 from tests.faults import KINDS, failing
 from tests.scenes import GREEDY, mixed_requests, plan_of
@@ -114,6 +115,13 @@ def test_tasks_share_an_engine_and_may_leave(engine, expected):
 
     assert asyncio.run(asyncio.wait_for(all_of_them(), PATIENCE_SECONDS)) == expected
     wait_for_rest(engine)
+
+
+def test_a_text_is_encoded_once(engine, monkeypatch):
+    seen, encode_text = [], Tokenizer.encode_text
+    monkeypatch.setattr(Tokenizer, "encode_text", lambda self, text: seen.append(text) or encode_text(self, text))
+    engine.generate(Request.ask("Once and no more.", sampling=GREEDY))
+    assert [text for text in seen if "no more" in text] == ["Once and no more."]
 
 
 def test_pieces_that_wait_for_their_reader_are_joined(engine):

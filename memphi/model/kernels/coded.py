@@ -14,8 +14,6 @@ MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
-ROOMY_CAPABILITY = ((9, 0), (10, 0))
-"""Where a program may have 227 KiB of a multiprocessor's own memory."""
 
 
 @dataclass(frozen=True)

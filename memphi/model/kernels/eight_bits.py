@@ -10,7 +10,6 @@ from torch import Tensor
 
 from memphi.model.kernels.coded import (
     BLOCK_ROWS,
-    ROOMY_CAPABILITY,
     Columns,
     add_columns,
     add_product,
@@ -19,7 +18,17 @@ from memphi.model.kernels.coded import (
     store_tile,
     sum_columns,
 )
-from memphi.model.kernels.launch import Tile, capability, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.launch import (
+    ROOMY_CAPABILITY,
+    Tile,
+    capability,
+    constexpr,
+    fit_block,
+    jit,
+    launch_options,
+    power_of_two,
+    tl,
+)
 from memphi.model.kernels.rounding import nearest, round_rows, row_step, widened
 
 VECTOR_ROWS = 4
@@ -110,14 +119,7 @@ def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
     block_out, block_in, warps = BLOCK
     block_in = min(block_in, power_of_two(n_in))
-    while rows > 1 and rows * block_out * block_in > SUMS * 32 * warps:
-        if warps < 8:
-            warps *= 2
-        elif block_out > 1:
-            block_out //= 2
-        else:
-            block_in //= 2
-    return block_out, block_in, warps
+    return fit_block(rows, block_out, block_in, warps, SUMS)
 
 
 def block_of_rows(rows: int) -> int:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from memphi.model.kernels.coded import (
-    ROOMY_CAPABILITY,
     Columns,
     add_columns,
     add_product,
@@ -20,7 +19,16 @@ from memphi.model.kernels.coded import (
     sum_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows
-from memphi.model.kernels.launch import Tile, capability, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.launch import (
+    ROOMY_CAPABILITY,
+    Tile,
+    capability,
+    constexpr,
+    jit,
+    launch_options,
+    power_of_two,
+    tl,
+)
 
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""

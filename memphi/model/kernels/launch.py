@@ -29,6 +29,8 @@ Triton reads the annotations' text, so files with kernels have `from __future__ 
 OLDEST_CAPABILITY = (7, 5)
 TENSOR_CAPABILITY = (8, 0)
 """Since when Triton multiplies blocks of 16 bits on tensor cores."""
+ROOMY_CAPABILITY = ((9, 0), (10, 0))
+"""Where a program may have 227 KiB of a multiprocessor's own memory, and so more of a matrix under way at once."""
 DEPENDENT_CAPABILITY = (9, 0)
 """Since when a kernel may start while the one before it still runs (programmatic dependent launch)."""
 
@@ -99,3 +101,18 @@ def multiprocessors(device: torch.device) -> int:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not smaller: the only sizes that blocks have."""
     return 1 << (number - 1).bit_length()
+
+
+def fit_block(rows: int, block_out: int, block_in: int, warps: int, most_sums: int) -> tuple[int, int, int]:
+    """Outputs, inputs and warps of a program that sums number by number.
+
+    For more than one row no thread keeps more than most_sums sums.
+    """
+    while rows > 1 and rows * block_out * block_in > most_sums * 32 * warps:
+        if warps < 8:
+            warps *= 2
+        elif block_out > 1:
+            block_out //= 2
+        else:
+            block_in //= 2
+    return block_out, block_in, warps

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from memphi.model.kernels.launch import (
+    ROOMY_CAPABILITY,
     TENSOR_CAPABILITY,
     Tile,
     capability,
     constexpr,
+    fit_block,
     is_available,
     jit,
     launch_options,
@@ -36,8 +38,6 @@ BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (2, 2048, 4), (16384, 3): (2, 2048
 """Outputs, inputs and warps of a program, by outputs and thousands of inputs: the best that were measured on an H100 at
 one row (3.01, 3.03, 3.12 and 3.03 TB/s)."""
 USUAL_BLOCK = (2, 2048, 8)
-ROOMY_CAPABILITY = ((9, 0), (10, 0))
-"""Where a program may have 227 KiB of a multiprocessor's own memory, and so more of a matrix under way at once."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,7 @@ def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
     block_out, block_in, warps = BLOCKS.get((n_out, n_in // 1024), USUAL_BLOCK)
     block_in = min(block_in, power_of_two(n_in))
-    while rows > 1 and rows * block_out * block_in > SUMS * 32 * warps:
-        if warps < 8:
-            warps *= 2
-        elif block_out > 1:
-            block_out //= 2
-        else:
-            block_in //= 2
-    return block_out, block_in, warps
+    return fit_block(rows, block_out, block_in, warps, SUMS)
 
 
 def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:

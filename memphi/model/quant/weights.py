@@ -20,14 +20,12 @@ from memphi.config import group_size
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import is_available
-from memphi.model.quant.calibration import choose_codes, half_quadratic
+from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic
 
 BLOCK_NUMBERS = 8 * 2**20
 """Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
 CODES_A_WORD = 8
 """In int4."""
-LARGEST_FP8 = 448.0
-LEAST_SCALE = 1e-30
 
 
 class QuantisedWeight(nn.Module):
@@ -260,8 +258,9 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    scale = _largest(rows).div_(LARGEST_FP8).clamp_(min=LEAST_SCALE)
-    return (rows / scale[:, None]).to(torch.float8_e4m3fn), scale
+    codes, scale = torch.empty_like(rows, dtype=torch.float8_e4m3fn), rows.new_empty(len(rows), dtype=torch.float32)
+    rounding.plain_round_rows(rows, codes, scale)
+    return codes, scale
 
 
 def _largest(rows: Tensor) -> Tensor:
