@@ -1,0 +1,118 @@
+"""What takes memory, and how much: one function per thing that allocates, each with its formula in words.
+
+Knows the model's sizes and in which order its modules hold their tensors; touches none. The planner sizes everything
+by these functions, admission prices a request by them, and tests hold each against what is really allocated. They price
+the sdpa attention; eager's scores are not among them.
+"""
+
+from memphi.memory.costs.cached import (
+    PAGE_TOKENS,
+    SCALE_BYTES,
+    kept_bytes,
+    media_embeddings,
+    page,
+    page_tokens,
+    scale_bytes,
+)
+from memphi.memory.costs.cost import GIB, MIB, Cost, size_text
+from memphi.memory.costs.device import GRAPHS_BYTES, PIECE_SCORES, allocator_rounding, context, graphs
+from memphi.memory.costs.encoders import (
+    BAND_FRAMES,
+    BAND_VALUES,
+    BIAS_STEP,
+    CONVOLVED_VALUES,
+    SAMPLES_A_FRAME,
+    SPECTRUM,
+    WINDOW_SAMPLES,
+    WindowSize,
+    audio_pass,
+    cropping,
+    vision_pass,
+)
+from memphi.memory.costs.groups import (
+    MERGED_NUMBERS,
+    QUANTISED_NUMBERS,
+    ROOM_STEP,
+    layer_room_bytes,
+    merging,
+    packed_bytes,
+    placed_weights,
+    quantising,
+    room,
+    weight_bytes,
+    weight_tensors,
+    weights,
+    weights_rounding,
+)
+from memphi.memory.costs.products import DEQUANTISED_NUMBERS
+from memphi.memory.costs.request import FIRST_ANSWER_TOKENS, RequestPrice, host_media, price_request
+from memphi.memory.costs.steps import (
+    GATHER_TOKENS,
+    GRAPH_PROGRAMS,
+    LINE_TOKENS,
+    MOST_LINED_TOKENS,
+    Pasts,
+    decode_step,
+    kernel_step,
+    logits,
+    pasts_of,
+    prefill_chunk,
+)
+
+__all__ = [
+    "BAND_FRAMES",
+    "BAND_VALUES",
+    "BIAS_STEP",
+    "CONVOLVED_VALUES",
+    "DEQUANTISED_NUMBERS",
+    "FIRST_ANSWER_TOKENS",
+    "GATHER_TOKENS",
+    "GIB",
+    "GRAPHS_BYTES",
+    "GRAPH_PROGRAMS",
+    "LINE_TOKENS",
+    "MERGED_NUMBERS",
+    "MIB",
+    "MOST_LINED_TOKENS",
+    "PAGE_TOKENS",
+    "PIECE_SCORES",
+    "QUANTISED_NUMBERS",
+    "ROOM_STEP",
+    "SAMPLES_A_FRAME",
+    "SCALE_BYTES",
+    "SPECTRUM",
+    "WINDOW_SAMPLES",
+    "Cost",
+    "Pasts",
+    "RequestPrice",
+    "WindowSize",
+    "allocator_rounding",
+    "audio_pass",
+    "context",
+    "cropping",
+    "decode_step",
+    "graphs",
+    "host_media",
+    "kept_bytes",
+    "kernel_step",
+    "layer_room_bytes",
+    "logits",
+    "media_embeddings",
+    "merging",
+    "packed_bytes",
+    "page",
+    "page_tokens",
+    "pasts_of",
+    "placed_weights",
+    "prefill_chunk",
+    "price_request",
+    "quantising",
+    "room",
+    "scale_bytes",
+    "size_text",
+    "vision_pass",
+    "weight_bytes",
+    "weight_tensors",
+    "weights",
+    "weights_rounding",
+]

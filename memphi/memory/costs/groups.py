@@ -1,0 +1,294 @@
+"""Weights: as they are stored, where they lie, and what it takes to load them."""
+
+from collections.abc import Sequence
+
+from memphi.config import (
+    ROOMS,
+    AdapterConfig,
+    AdapterForm,
+    AudioConfig,
+    LanguageConfig,
+    ModelConfig,
+    Placement,
+    Scheme,
+    VisionConfig,
+    group_size,
+)
+from memphi.memory.costs.cost import MIB, Cost
+from memphi.memory.costs.sizes import all_ranks, decoder_linears
+
+MERGED_NUMBERS = 4 * MIB
+"""Numbers of a weight that are merged with an adapter at once."""
+ROOM_STEP = 256
+"""Bytes at whose multiples tensors begin in a room."""
+QUANTISED_NUMBERS = 2 * MIB
+"""Numbers of a weight that are quantised at once."""
+Tensors = tuple[tuple[int, int], ...]
+"""Sizes of tensors: (numbers or bytes in one, how many there are)."""
+Matrices = tuple[tuple[int, int, int], ...]
+"""The matrices of linears and of the embedding, to which schemes apply: (inputs, outputs, how many there are)."""
+
+
+def weight_tensors(config: ModelConfig, form: AdapterForm = "plain") -> dict[str, Tensors]:
+    """The numbers of all weights, by group; a merged adapter has none of its own, and the other is left out."""
+    return {
+        name: (*((n_in * n_out, count) for n_in, n_out, count in matrices), *others)
+        for name, (matrices, others) in _groups(config, form).items()
+    }
+
+
+def weight_bytes(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> dict[str, Tensors]:
+    """The same in bytes, as the config's scheme stores them."""
+    return {
+        name: (*_stored(matrices, _scheme_of(name, config), dtype_bytes), *_in_bytes(others, dtype_bytes))
+        for name, (matrices, others) in _groups(config, form).items()
+    }
+
+
+def weights(config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain") -> tuple[Cost, ...]:
+    """The weights, group by group."""
+    numbers, stored = weight_tensors(config, form), weight_bytes(config, dtype_bytes, form)
+    return tuple(
+        Cost(
+            f"weights: {group}",
+            _total(stored[group]),
+            _weights_formula(_total(numbers[group]), _scheme_of(group, config), dtype_bytes),
+        )
+        for group in numbers
+    )
+
+
+def placed_weights(
+    config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
+) -> tuple[Cost, ...]:
+    """What weights take of the device: the groups that stay there, and the rooms for those that lie on the host."""
+    rooms = ROOMS[placement]
+    on_host = {f"weights: {group}" for groups in rooms for group in groups}
+    stay = (cost for cost in weights(config, dtype_bytes, form) if cost.name not in on_host)
+    taken = (*stay, *(room(config, dtype_bytes, form, groups) for groups in rooms))
+    if placement != "streamed":
+        return taken
+    return (*streamed_language(config, dtype_bytes), *(cost for cost in taken if cost.name != "weights: language"))
+
+
+def streamed_language(config: ModelConfig, dtype_bytes: int) -> tuple[Cost, ...]:
+    """What the decoder takes of the device where its layers lie on the host: two rooms for a layer; and its norm."""
+    norm_bytes = config.language.hidden_size * dtype_bytes
+    layer_bytes = layer_room_bytes(config, dtype_bytes)
+    return (
+        Cost("weights: last norm", norm_bytes, f"{config.language.hidden_size} numbers of {dtype_bytes} bytes"),
+        Cost(
+            "weights: two layers of the decoder",
+            2 * layer_bytes,
+            f"twice {layer_bytes} bytes: one computes while the next one comes",
+        ),
+    )
+
+
+def layer_room_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """The room for one of the decoder's layers, without its adapters: what it brings each time, too."""
+    sizes = [
+        size
+        for n_in, n_out in decoder_linears(config.language)
+        for size in _stored_as(n_in, n_out, config.scheme, dtype_bytes)
+    ]
+    sizes += 2 * [config.language.hidden_size * dtype_bytes]
+    return sum(-(-size // ROOM_STEP) * ROOM_STEP for size in sizes)
+
+
+def room(config: ModelConfig, dtype_bytes: int, form: AdapterForm, groups: Sequence[str]) -> Cost:
+    """The place on the device of groups on the host, one of which is there at a time."""
+    stored = weight_bytes(config, dtype_bytes, form)
+    sizes = {name: sum(-(-size // ROOM_STEP) * ROOM_STEP * count for size, count in stored[name]) for name in groups}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return Cost(
+        f"weights: room for one of {len(groups)}",
+        sizes[largest],
+        f"the {largest}, each tensor at a multiple of {ROOM_STEP} bytes; of {', '.join(groups)} the others lie on the "
+        "host meanwhile",
+    )
+
+
+def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
+    if not numbers:
+        return "none: one adapter is merged into the weights"
+    words = {
+        "bf16": f"{numbers:,} numbers of {dtype_bytes} bytes",
+        "int8": f"{numbers:,} numbers, matrices in 1 byte and a scale for each output",
+        "int4": f"{numbers:,} numbers, matrices in half a byte, scale and shift for each group of 128 or 64 inputs",
+        "fp8": f"{numbers:,} numbers, matrices in 1 byte (e4m3) and a scale for each output",
+    }
+    return words[scheme]
+
+
+def weights_rounding(
+    config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
+) -> Cost:
+    """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
+    groups = weight_bytes(config, dtype_bytes, form)
+    if form == "packed":
+        groups |= packed_bytes(config, dtype_bytes)
+    rooms = ROOMS[placement]
+    for name in (name for names in rooms for name in names):
+        del groups[name]
+    if placement == "streamed":
+        groups["language"] = ((layer_room_bytes(config, dtype_bytes), 2),)
+    sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
+    sizes += [(room(config, dtype_bytes, form, names).bytes, 1) for names in rooms]
+    large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
+    middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
+    small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
+    return Cost(
+        "weights: allocator",
+        large + middle // 16 + small + 22 * MIB,
+        "tensors from 10 MiB on rounded up to 2 MiB; a sixteenth of those above 1 MiB, which share segments of 20 MiB; "
+        "smaller ones rounded to 512 bytes; one segment of either kind half used",
+    )
+
+
+def packed_bytes(config: ModelConfig, dtype_bytes: int) -> dict[str, Tensors]:
+    """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt.
+
+    Beside weights in few bits, adapters have matrices of their own.
+    """
+    language, ranks = config.language, all_ranks(config)
+    linears = decoder_linears(language)
+    is_quantised = config.scheme != "bf16"
+    wide = tuple((((0 if is_quantised else n_in) + ranks) * n_out, language.layers) for n_in, n_out in linears)
+    narrow = tuple((ranks * n_in, language.layers) for n_in, _ in linears)
+    base = _stored(_language_group(language)[0], config.scheme, dtype_bytes) if is_quantised else ()
+    lying = (*base, *_in_bytes((*wide, *narrow, *_language_group(language)[1]), dtype_bytes))
+    return {"language": lying, "vision adapter": (), "speech adapter": ()}
+
+
+def _scheme_of(group: str, config: ModelConfig) -> Scheme:
+    """How a group's matrices are stored: adapters always in 16 bits."""
+    if group == "language":
+        return config.scheme
+    return "bf16" if group.endswith(" adapter") else config.other_scheme
+
+
+def _stored(matrices: Matrices, scheme: Scheme, dtype_bytes: int) -> Tensors:
+    """The tensors that a scheme stores matrices as, in bytes."""
+    return tuple(
+        (size, count) for n_in, n_out, count in matrices for size in _stored_as(n_in, n_out, scheme, dtype_bytes)
+    )
+
+
+def _stored_as(n_in: int, n_out: int, scheme: Scheme, dtype_bytes: int) -> tuple[int, ...]:
+    """One matrix: codes, scales and shifts."""
+    group = group_size(n_in)
+    groups = -(-n_in // group)
+    return {
+        "bf16": (n_in * n_out * dtype_bytes,),
+        "int8": (n_in * n_out, 2 * n_out),
+        "int4": (groups * group // 2 * n_out, 4 * groups * n_out),
+        "fp8": (n_in * n_out, 4 * n_out),
+    }[scheme]
+
+
+def _in_bytes(tensors: Tensors, dtype_bytes: int) -> Tensors:
+    return tuple((size * dtype_bytes, count) for size, count in tensors)
+
+
+def _total(tensors: Tensors) -> int:
+    return sum(size * count for size, count in tensors)
+
+
+Group = tuple[Matrices, Tensors]
+"""A group's matrices, and its other tensors in numbers."""
+
+
+def _groups(config: ModelConfig, form: AdapterForm) -> dict[str, Group]:
+    language, none = config.language, ((), ())
+    return {
+        "language": _language_group(language),
+        "embedding": (((language.hidden_size, language.vocab_size, 1),), ()),
+        "vision adapter": none if form == "merged" else ((), _adapter_tensors(language, config.vision_adapter)),
+        "speech adapter": none if form == "merged" else ((), _adapter_tensors(language, config.speech_adapter)),
+        "vision tower": _vision_group(config.vision),
+        "audio encoder": _audio_group(config.audio),
+        "projectors": _projector_group(config),
+    }
+
+
+def _language_group(language: LanguageConfig) -> Group:
+    linears = tuple((n_in, n_out, language.layers) for n_in, n_out in decoder_linears(language))
+    return linears, ((language.hidden_size, 2 * language.layers + 1),)
+
+
+def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
+    return tuple((size * adapter.rank, language.layers) for linear in decoder_linears(language) for size in linear)
+
+
+def _vision_group(vision: VisionConfig) -> Group:
+    size, inner, layers = vision.hidden_size, vision.intermediate_size, vision.layers
+    matrices = ((size, size, 4 * layers), (size, inner, layers), (inner, size, layers))
+    others = (
+        (3 * vision.patch_size**2 * size, 1),
+        (vision.patches**2 * size, 1),
+        (size, 1 + (4 + 4 + 1) * layers),  # biases and norms
+        (inner, layers),
+    )
+    return matrices, others
+
+
+def _audio_group(audio: AudioConfig) -> Group:
+    size, inner, channels, layers = audio.hidden_size, audio.intermediate_size, audio.conv_channels, audio.layers
+    matrices = (
+        (channels * -(-audio.mel_bins // 8), size, 1),
+        (size, 2 * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
+        (inner, size, 2 * layers),
+        (size, size, 4 * layers),
+    )
+    subsampling = (
+        (audio.mel_bins, 2),
+        (9 * channels, 3),
+        (channels * channels, 2),
+        (channels, 5),
+        (size, 1),
+        (2 * audio.bias_distance * audio.heads, 1),
+    )
+    layer = (
+        (2 * inner, 2 * layers),
+        (size * size, 2 * layers),  # the convolution's pointwise and out
+        (2 * size * size, layers),
+        (2 * size, layers),
+        (audio.kernel_size * size, layers),
+        (size, (4 + 2 + 4 + 2 + 2 + 1 + 2 + 2 + 2) * layers),  # biases and norms
+    )
+    return matrices, subsampling + layer
+
+
+def _projector_group(config: ModelConfig) -> Group:
+    hidden, vision, audio = config.language.hidden_size, config.vision.hidden_size, config.audio.hidden_size
+    return ((vision, hidden, 1), (audio, hidden, 2), (hidden, hidden, 3)), ((hidden, 6), (vision, 2))
+
+
+def merging(config: ModelConfig, dtype_bytes: int) -> Cost:
+    """Merge an adapter while loading: a piece of W as stored, in fp32 and with B A added, and a layer's A and B."""
+    rank = max(config.vision_adapter.rank, config.speech_adapter.rank)
+    sizes = [
+        (size_in, min(MERGED_NUMBERS // size_in + 1, size_out))
+        for size_in, size_out in decoder_linears(config.language)
+    ]
+    numbers = max(
+        rows * size_in * (dtype_bytes + 8) + (rows + size_in) * rank * (dtype_bytes + 4) for size_in, rows in sizes
+    )
+    return Cost(
+        "merging",
+        numbers,
+        f"while loading: {MERGED_NUMBERS} numbers of a weight x ({dtype_bytes} bytes and twice 4 in fp32), and the "
+        "adapter's of one layer",
+    )
+
+
+def quantising(config: ModelConfig, dtype_bytes: int) -> Cost:
+    """Quantise while loading: a piece of W as stored and in fp32, and what choosing codes or fitting them takes."""
+    each = dtype_bytes + {"bf16": 0, "int8": 5, "int4": 17, "fp8": 6}[config.scheme]
+    numbers = min(QUANTISED_NUMBERS, largest_matrix(config))
+    return Cost("quantising", numbers * each, f"while loading: {numbers} numbers of a weight x {each} bytes")
+
+
+def largest_matrix(config: ModelConfig) -> int:
+    return max(n_in * n_out for matrices, _ in _groups(config, "plain").values() for n_in, n_out, _ in matrices)
