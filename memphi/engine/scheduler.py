@@ -20,6 +20,9 @@ from memphi.engine.stats import Stats
 from memphi.engine.step import EncodeSlice, PlannedRow, StepPlan, StepResult
 from memphi.request import FinishReason, Media, MediaKind, Prompt
 
+BURST = 4
+"""Prompts that make a burst, and how many answers for each of them still count as few beside it."""
+
 
 @dataclass(frozen=True)
 class StepLimits:
@@ -28,7 +31,7 @@ class StepLimits:
     rows: int
     step_tokens: int
     shared_step_tokens: int
-    """Prompt tokens in a step that also decodes, unless fewer decode than wait for their first token."""
+    """Prompt tokens in a step that also decodes, unless those that wait for their first token are a burst."""
     crops: int
     windows: int
     draft_tokens: int = 0
@@ -215,8 +218,7 @@ class Scheduler:
         most_drafts = self._most_drafts(running, prefilling)
         for sequence in decoding:
             yield self._row(sequence, sequence.computed, 1, self._draft(sequence, most_drafts))
-        # While more wait for their first token than have one, the step is theirs.
-        shares = len(decoding) >= len(prefilling)
+        shares = not _is_burst(len(prefilling), len(decoding))
         room = self.limits.shared_step_tokens if shares else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
         for sequence, tokens in _divide(prefilling, max(min(room, self.limits.step_tokens - len(decoding)), 1)):
@@ -396,6 +398,14 @@ def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelCon
         return sequence.footprint.images[index].crops
     frames = sequence.footprint.clips[index].frames
     return -(-frames // (config.audio.window_tokens * config.audio.compression))
+
+
+def _is_burst(prompts: int, answers: int) -> bool:
+    """Whether a step is the prompts' that wait for their first token, whatever answers run beside them.
+
+    Prompts take a device as long in few steps as in many: so a burst of them ends sooner, and for the answers too.
+    """
+    return answers < prompts * (BURST if prompts >= BURST else 1)
 
 
 def _never_drafted(prompt: Prompt, config: ModelConfig) -> frozenset[int]:

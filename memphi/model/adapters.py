@@ -4,7 +4,7 @@ W, A and B are separate parameters: this is the definition that every faster pac
 """
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from memphi.config import AdapterConfig
 from memphi.model.kernels import skinny
 
-AdapterTokens = Mapping[str, slice | Tensor | None]
-"""For each adapter in use, the packed tokens it applies to: all (None), those of a slice, those of an index [n] int64,
-or those of a mask [tokens] bool, which may change while the kernels that read it stay."""
+Uses = slice | Tensor | None
+"""The packed tokens that an adapter applies to: all (None), those of a slice, those of an index [n] int64, or those of
+a mask [tokens] bool, which may change while the kernels that read it stay."""
+
+
+class AdapterTokens(dict[str, Uses]):
+    """The tokens of each adapter in use, in one step."""
+
+    def __init__(self, uses: Mapping[str, Uses] | None = None) -> None:
+        super().__init__(uses or {})
+        self.products: dict[tuple[int, ...], Any] = {}
+        """What linears of one shape decided on: they are many, and the host is to think once."""
+
 
 MERGED_NUMBERS = 4 * 2**20
 """Numbers of a weight that are merged at once, in fp32."""
@@ -90,7 +100,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
     return out
 
 
-def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: slice | Tensor | None) -> Tensor:
+def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: Uses) -> Tensor:
     """y with an adapter's share for its tokens."""
     if tokens is None:
         return y + cast(Tensor, adapter(x))

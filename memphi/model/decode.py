@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.choice import choose, pieces_of
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
@@ -186,7 +187,8 @@ class DecodeStep:
             forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.logits.device)
         self._forbidden = forbidden
         self._division = buffers.division_of(rows)
-        self._masks = {name: buffers.inputs.masks[name][:rows] for name in ADAPTERS if name in adapters}
+        masks = {name: buffers.inputs.masks[name][:rows] for name in ADAPTERS if name in adapters}
+        self._uses = AdapterTokens(masks)
 
     def fill(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> None:
         """Say what the next run computes: one token of each of these rows, which may be fewer than the step's.
@@ -227,17 +229,17 @@ class DecodeStep:
         operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
         attention, norm = layer.attention, layer.attention_norm
         add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand))
-        attention.qkv.apply_to(operand, self._masks, qkv)
+        attention.qkv.apply_to(operand, self._uses, qkv)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
         pages, scales = self._pool.layer(number), self._pool.scales(number)
         attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)
-        attention.out.apply_to(operand, self._masks, delta)
+        attention.out.apply_to(operand, self._uses, delta)
 
     def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:
         """x += delta; delta = the layer's MLP."""
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
         add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand))
-        layer.mlp.gate_up.apply_to(operand, self._masks, gate_up)
+        layer.mlp.gate_up.apply_to(operand, self._uses, gate_up)
         gate(gate_up, layer.mlp.down.x_of(inner))
-        layer.mlp.down.apply_to(inner, self._masks, delta)
+        layer.mlp.down.apply_to(inner, self._uses, delta)

@@ -8,13 +8,14 @@ With no adapter in use, or one, the product takes a range of the columns, which 
 adapter of the range has zeros for its t. `AdaptedLinear` is the definition, and what training keeps.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens, multiply
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, multiply
 from memphi.model.kernels import skinny
 from memphi.model.kernels.skinny import Narrow
 
@@ -23,6 +24,16 @@ READ_TOKENS = 256
 
 Span = tuple[str | None, slice]
 """Tokens side by side, and the adapter that all of them use."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product for some tokens side by side."""
+
+    names: tuple[str, ...]
+    """The adapters that it applies, each to those of the tokens that use it."""
+    columns: slice
+    span: slice
 
 
 class PackedLinear(AdaptedLinear):
@@ -47,6 +58,7 @@ class PackedLinear(AdaptedLinear):
             wide[:, self._x] = linear.weight
             for name in linear.adapters:
                 wide[:, self._t[name]], narrow[self._a[name]] = linear.adapter(name).b, linear.adapter(name).a
+        self._shape = n_out, n_in, left, right
         self._view(wide, narrow)
 
     def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
@@ -79,10 +91,11 @@ class PackedLinear(AdaptedLinear):
 
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
         """Apply to the x that stands in an operand, whose other columns are overwritten; into out [tokens, out]."""
-        self._narrow(operand, adapter_tokens)
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
-        for names, span in self._products(adapter_tokens, len(operand)):
-            columns = self.columns(names)
+        products = self._products(adapter_tokens, len(operand))
+        self._narrow(operand, adapter_tokens, products)
+        for product in products:
+            columns, span = product.columns, product.span
             multiply(operand[span, columns], self.wide[:, columns], y[span], self.kernels)
         return y
 
@@ -91,39 +104,46 @@ class PackedLinear(AdaptedLinear):
         parts = [self._x, *(self._t[name] for name in names)]
         return slice(min(part.start for part in parts), max(part.stop for part in parts))
 
-    def _products(self, adapter_tokens: AdapterTokens, count: int) -> list[tuple[list[str], slice]]:
+    def _products(self, adapter_tokens: AdapterTokens, count: int) -> list[Product]:
         """The products that take the least: one for all tokens, or one for each span of its own columns.
 
         Each reads the weights anew.
         """
-        whole = (list(adapter_tokens), slice(0, count))
-        apart = [([name] if name else [], span) for name, span in _spans(adapter_tokens, count)]
+        known: list[Product] | None = adapter_tokens.products.get(self._shape)
+        if known is None:
+            whole = [self._product(list(adapter_tokens), slice(0, count))]
+            apart = [self._product([name] if name else [], span) for name, span in _spans(adapter_tokens, count)]
+            known = apart if apart and sum(map(_price, apart)) < sum(map(_price, whole)) else whole
+            adapter_tokens.products[self._shape] = known
+        return known
 
-        def price(names: list[str], span: slice) -> int:
-            return max(_length(span), READ_TOKENS) * _length(self.columns(names))
+    def _product(self, names: Sequence[str], span: slice) -> Product:
+        return Product(tuple(names), self.columns(names), span)
 
-        return apart if apart and sum(price(*each) for each in apart) < price(*whole) else [whole]
+    def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens, products: Sequence[Product]) -> None:
+        """Put every t = scale * A x that a product reads in its place, scaled before it is rounded.
 
-    def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens) -> None:
-        """Put every t = scale * A x in its place, scaled before it is rounded; zeros for tokens without the adapter."""
+        Zeros for a product's tokens that do not use the adapter.
+        """
         names = [name for name in self.adapters if name in adapter_tokens]
-        if not names:
-            return
-        masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])]
         few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
-        if few and len(masks) == len(names):
+        masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])] if few else []
+        if names and len(masks) == len(names):
             parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
             skinny.narrow(self.x_of(operand), parts)
             return
-        for name in names:
-            self._narrow_plainly(operand, name, adapter_tokens[name])
+        for product in products:
+            for name in product.names:
+                self._narrow_plainly(operand, name, adapter_tokens[name], product.span)
 
-    def _narrow_plainly(self, operand: Tensor, name: str, tokens: slice | Tensor | None) -> None:
-        if isinstance(tokens, slice):
-            within = operand[tokens]
+    def _narrow_plainly(self, operand: Tensor, name: str, tokens: Uses, span: slice) -> None:
+        if tokens == span or tokens is None:
+            within = operand[span]
             skinny.plain_narrow(self.x_of(within), [self._part(within, name, None)])
-            operand[: tokens.start, self._t[name]] = 0
-            operand[tokens.stop :, self._t[name]] = 0
+        elif isinstance(tokens, slice):
+            self._narrow_plainly(operand, name, tokens, tokens)
+            operand[span.start : tokens.start, self._t[name]] = 0
+            operand[tokens.stop : span.stop, self._t[name]] = 0
         else:
             mask = _as_mask(tokens, len(operand))
             skinny.plain_narrow(self.x_of(operand), [self._part(operand, name, mask)])
@@ -159,11 +179,15 @@ def pack_adapters(model: nn.Module, forms: Mapping[type[nn.Module], Callable[[An
         del linear
 
 
+def _price(product: Product) -> int:
+    return max(_length(product.span), READ_TOKENS) * _length(product.columns)
+
+
 def _length(span: slice) -> int:
     return int(span.stop) - int(span.start)
 
 
-def _is_mask(tokens: slice | Tensor | None) -> TypeGuard[Tensor | None]:
+def _is_mask(tokens: Uses) -> TypeGuard[Tensor | None]:
     """Whether these are the tokens of a mask, or all."""
     return tokens is None or (isinstance(tokens, Tensor) and tokens.dtype is torch.bool)
 

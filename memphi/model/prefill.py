@@ -70,8 +70,8 @@ def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
     count, pages, scales = len(packing.positions), step.pool.layer(attention.layer), step.pool.scales(attention.layer)
     qkv = attention.qkv.follow(norm, count, packing.adapter_tokens)
     rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
-    parts = (part.unflatten(-1, (-1, attention.head_dim)) for part in qkv.split(attention.widths, dim=-1))
-    query, key, value = parts  # [tokens, heads, head_dim]
+    heads = [width // attention.head_dim for width in attention.widths]
+    query, key, value = qkv.view(count, -1, attention.head_dim).split(heads, dim=1)  # [tokens, heads, head_dim]
 
     def mix(out: Tensor | None) -> Tensor:
         out = torch.empty_like(qkv[:, : attention.widths[0]]) if out is None else out

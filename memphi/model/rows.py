@@ -155,9 +155,12 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
         bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
         positions=torch.from_numpy(positions).to(device),
         long=torch.from_numpy(np.repeat(np.array([row.long for row in rows]), lengths)).to(device),
-        adapter_tokens={
-            name: _tokens_of(adapters == name, device) for name in sorted({row.adapter for row in rows if row.adapter})
-        },
+        adapter_tokens=AdapterTokens(
+            {
+                name: _tokens_of(adapters == name, device)
+                for name in sorted({row.adapter for row in rows if row.adapter})
+            }
+        ),
         whole=tuple(_whole(group, bounds, device) for group in _divide_whole(rows)),
         paging=None if page_tokens is None else _page(rows, bounds, positions, page_tokens, device, in_lines),
     )

@@ -13,7 +13,7 @@ from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import AdapterConfig
 from memphi.demo.shape import demo_config
 from memphi.model import packing
-from memphi.model.adapters import AdaptedLinear
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
 from memphi.model.packing import PackedLinear, pack_adapters
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
@@ -70,17 +70,17 @@ def packed_linears(model):
 @pytest.mark.parametrize("used", SETS, ids=str)
 def test_every_set_of_adapters_for_any_tokens(used):
     linear, x = make_linear(), numbers(COUNT, 48)
-    adapter_tokens = {name: TOKENS[tokens] for name, tokens in used.items()}
+    adapter_tokens = AdapterTokens({name: TOKENS[tokens] for name, tokens in used.items()})
     expected = linear(x, adapter_tokens)
     assert largest_difference(PackedLinear(linear)(x, adapter_tokens), expected) <= TOLERANCE
     if used:
-        assert largest_difference(expected, linear(x, {})) > 0.1
+        assert largest_difference(expected, linear(x, AdapterTokens())) > 0.1
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_adapters_than_two(count):
     linear, x = make_linear(count=count), numbers(COUNT, 48)
-    used = dict.fromkeys(linear.adapters)
+    used = AdapterTokens(dict.fromkeys(linear.adapters))
     packed = PackedLinear(linear)
     assert packed.wide.shape == (40, 48 + 4 * count)
     assert largest_difference(packed(x, used), linear(x, used)) <= TOLERANCE
@@ -90,7 +90,7 @@ def test_fewer_adapters_than_two(count):
 def test_in_bf16_it_is_no_further_from_the_truth_than_the_definition(used):
     """It rounds less: the sum of base and adapters once, and what A makes of x once, after its scale."""
     linear, x = make_linear(256, 320, (16, 24), dtype=torch.bfloat16), numbers(COUNT, 256, dtype=torch.bfloat16)
-    adapter_tokens = {name: TOKENS[tokens] for name, tokens in used.items()}
+    adapter_tokens = AdapterTokens({name: TOKENS[tokens] for name, tokens in used.items()})
     exact = make_linear(256, 320, (16, 24), dtype=torch.bfloat16).float()(x.float(), adapter_tokens)
     error, allowed = (
         (layer(x, adapter_tokens).float() - exact).pow(2).mean().sqrt().item()
@@ -114,7 +114,8 @@ SPANS = {
 
 @pytest.mark.parametrize("case", SPANS)
 def test_many_tokens_are_divided_by_adapter_where_that_takes_less(case, monkeypatch):
-    adapter_tokens, wanted = SPANS[case]
+    used, wanted = SPANS[case]
+    adapter_tokens = AdapterTokens(used)
     count = 40 if case == "few in all" else 1000
     linear, x = make_linear(), numbers(count, 48)
     products, multiply = [], packing.multiply
@@ -147,14 +148,14 @@ def test_an_adapter_that_is_not_in_use_is_not_read(name):
     for weight in packed.adapters[name].parameters():
         weight.fill_(torch.nan)
     other = "speech" if name == "vision" else "vision"
-    for used in ({}, {other: None}, {other: slice(0, 3)}):
+    for used in map(AdapterTokens, ({}, {other: None}, {other: slice(0, 3)})):
         assert largest_difference(packed(numbers(5, 48), used), linear(numbers(5, 48), used)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("used", SETS, ids=str)
 def test_x_may_be_computed_in_its_place(used):
     packed, x = PackedLinear(make_linear()), numbers(COUNT, 48)
-    adapter_tokens = {name: TOKENS[tokens] for name, tokens in used.items()}
+    adapter_tokens = AdapterTokens({name: TOKENS[tokens] for name, tokens in used.items()})
     expected = packed(x, adapter_tokens)
     assert torch.equal(packed.follow(lambda out: torch.mul(x, 1, out=out), COUNT, adapter_tokens), expected)
     operand, out = packed.operand(COUNT).fill_(torch.nan), torch.full((COUNT, 40), torch.nan)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memphi.model.adapters import AdapterTokens
 from memphi.model.attention import select_attention
 from memphi.model.rows import Row, pack
 from tests.checkpoints import tiny_model, variants
@@ -103,11 +104,11 @@ def test_packing_names_the_tokens_of_each_adapter():
 def test_an_adapter_for_some_tokens_equals_the_same_for_all(adapter):
     linear = tiny_model().language.layers[0].mlp.gate_up
     x = torch.randn(13, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    everywhere, nowhere = linear(x, {adapter: None}), linear(x, {})
+    everywhere, nowhere = linear(x, AdapterTokens({adapter: None})), linear(x, AdapterTokens())
     some = torch.tensor([1, 4, 12])
     expected = nowhere.clone()
     expected[some] = everywhere[some]
-    assert largest_difference(linear(x, {adapter: some}), expected) <= 1e-5
+    assert largest_difference(linear(x, AdapterTokens({adapter: some})), expected) <= 1e-5
     assert largest_difference(everywhere, nowhere) > 1e-2
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from memphi.config import group_size
 from memphi.errors import CheckpointError
-from memphi.model.adapters import AdaptedLinear
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant import calibration, swap, weights
 from memphi.model.quant.calibration import choose_codes, half_quadratic, nearest
@@ -217,7 +217,7 @@ def test_adapters_stay_as_they_were(scheme):
     other, x = model[0], normal(5, 96)
     assert isinstance(other, QuantisedAdaptedLinear)
     mask = torch.tensor([True, False, True, False, False])
-    real = other(x, {"vision": mask, "speech": slice(3, 5)})
+    real = other(x, AdapterTokens({"vision": mask, "speech": slice(3, 5)}))
     wanted = other.base(x)
     wanted[mask] += linear.adapter("vision")(x[mask])
     wanted[3:5] += linear.adapter("speech")(x[3:5])

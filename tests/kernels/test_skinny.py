@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels import skinny
 from memphi.model.kernels.launch import is_interpreted
 from memphi.model.kernels.skinny import Narrow
@@ -135,5 +136,6 @@ def test_masks_of_a_step_reach_the_kernels(device, rows):
     linear = packed.to(device).language.layers[0].mlp.down
     x = numbers(rows, 72, device=device, dtype=torch.float32)
     vision = torch.arange(rows, device=device) % 3 == 0
-    for used in ({"vision": vision}, {"speech": ~vision}, {"vision": vision, "speech": ~vision}, {"vision": None}):
+    sets = ({"vision": vision}, {"speech": ~vision}, {"vision": vision, "speech": ~vision}, {"vision": None})
+    for used in map(AdapterTokens, sets):
         assert_close(linear(x, used), plain(x, used))

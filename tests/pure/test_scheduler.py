@@ -302,6 +302,21 @@ def test_a_step_is_theirs_who_wait_while_they_are_more_than_those_who_answer():
     assert (first, sum(others)) == (1, LIMITS.step_tokens - 1)
 
 
+@pytest.mark.parametrize(("prompts", "whole"), [(3, False), (4, True)])
+def test_a_burst_has_whole_steps_beside_more_answers_than_it_has_prompts(prompts, whole):
+    limits = replace(LIMITS, rows=20)
+    some = world(config=make_config(400, 500), pages=200, limits=limits)
+    for number in range(12):
+        some.arrive(text(4, number % 2, max_tokens=40, ignore_eos=True))
+    some.step()
+    for number in range(prompts):
+        some.arrive(text(40, number % 3, max_tokens=40, ignore_eos=True))
+    tokens = [row.tokens for row in some.step().rows]
+    assert tokens[:12] == [1] * 12
+    assert sum(tokens[12:]) == (limits.step_tokens - 12 if whole else limits.shared_step_tokens)
+    some.drain()
+
+
 def test_one_grows_page_by_page_before_another_is_paused_for_it():
     """There is no room for a stretch of 3 pages, but for the one that the next token needs."""
     some = world(pages=19, limits=replace(LIMITS, shared_step_tokens=1))

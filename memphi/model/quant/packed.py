@@ -35,6 +35,7 @@ class PackedQuantisedLinear(PackedLinear):
         self._t = dict(zip(linear.adapters, (slice(0, first), slice(first, ranks)), strict=False))
         self._a = self._t
         self._x = slice(ranks, ranks + linear.in_features)
+        self._shape = linear.out_features, linear.in_features, first, ranks - first
         with torch.no_grad():
             self._view(torch.cat([each.b for each in adapters], 1), torch.cat([each.a for each in adapters]))
 
@@ -53,12 +54,12 @@ class PackedQuantisedLinear(PackedLinear):
         return super().forward(x, adapter_tokens, operand) if adapter_tokens else self.base(x)
 
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
-        self._narrow(operand, adapter_tokens)
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
+        adding = [product for product in self._products(adapter_tokens, len(operand)) if product.names]
+        self._narrow(operand, adapter_tokens, adding)
         products = [
-            (Columns(self.wide[:, self.columns(names)], operand[span, self.columns(names)]), span)
-            for names, span in self._products(adapter_tokens, len(operand))
-            if names
+            (Columns(self.wide[:, product.columns], operand[product.span, product.columns]), product.span)
+            for product in adding
         ]
         if len(products) == 1 and len(products[0][0].t) == len(operand):
             self.base_weight.multiply(self.x_of(operand), y, products[0][0])
