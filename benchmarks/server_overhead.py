@@ -1,8 +1,10 @@
 """What the HTTP layer costs: the same streams from the engine directly, and through the server, in turns.
 
-Once with a real engine, in its own process: tokens per second both ways, and the share lost. Once with an engine that
-brings tokens as fast as they are taken, so that the serving process alone is the limit: its own time for each token.
-Clients are processes of their own. Usage: python -m benchmarks.server_overhead --model random --out FILE
+With a real engine, in its own process: tokens per second both ways, and the share lost; once while streams that are
+through ask again, answers being of different lengths, as on a busy server; once where all ask at one moment, and once.
+And with an engine that brings tokens as fast as they are taken, so that the serving process alone is the limit: its own
+time for each token. Clients are processes of their own.
+Usage: python -m benchmarks.server_overhead --model random --out FILE
 """
 
 import argparse
@@ -45,6 +47,7 @@ CORES_PER_CLIENT, MOST_CLIENTS = 4, 4
 """Processes of clients: one for so many cores, so that it is not they who are measured."""
 CHAT = "/v1/chat/completions"
 READ_BYTES = 1 << 16
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 SHARED_CORES = (
     "engine, server and clients share these cores: what one takes the others lack, so the share lost is the server's "
     "and the clients' share of the machine's time; on a GPU the engine's time is the device's"
@@ -57,7 +60,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--streams", type=int, default=64, help="how many are open at once")
-    parser.add_argument("--tokens", type=int, default=256, help="how long each answer is")
+    parser.add_argument("--tokens", type=int, default=256, help="how long an answer is; in rounds, on average")
+    parser.add_argument("--rounds", type=int, default=6, help="how many answers each stream asks for, one by one")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is done; the middle counts")
     parser.add_argument("--out", type=Path, help="where the JSON document goes")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
@@ -67,14 +71,17 @@ def main() -> int:
         asyncio.run(ask(json.loads(arguments.ask)))
         return 0
     assert "torch" not in sys.modules, "a serving process has no torch in it"
-    sizes = Sizes(arguments.streams, arguments.tokens, arguments.repeats)
+    sizes = Sizes(arguments.streams, arguments.tokens, arguments.rounds, arguments.repeats)
+    burst = replace(sizes, rounds=1)
     figures: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "cores": os.cpu_count()}
     figures |= asdict(sizes)
-    figures["fast_engine"] = compare(fast_engine(sizes.streams), sizes)
+    figures["fast_engine"] = compare(fast_engine(sizes.streams), burst)
     print(f"an engine that is never waited for: {figures['fast_engine']}", file=sys.stderr)
     with closing(start(arguments.model, arguments.device, arguments.dtype)) as engine:
         figures["engine"] = compare(engine, sizes)
-    print(f"{arguments.model}: {figures['engine']}", file=sys.stderr)
+        print(f"{arguments.model}: {figures['engine']}", file=sys.stderr)
+        figures["burst"] = compare(engine, burst)
+    print(f"{arguments.model}, all at one moment: {figures['burst']}", file=sys.stderr)
     if arguments.out:
         write(arguments.out, arguments.device, arguments.commit, figures)
     return 0
@@ -86,8 +93,20 @@ class Sizes:
 
     streams: int
     tokens: int
-    """Of each answer."""
+    """Of an answer; where a stream has several, on average."""
+    rounds: int
+    """Answers of each stream, one after another."""
     repeats: int
+
+    def answers(self, stream: int) -> list[int]:
+        """The lengths of a stream's answers: half to one and a half of the average, so that streams drift apart."""
+        if self.rounds == 1:
+            return [self.tokens]
+        return [self.tokens * (9 + (5 * stream + 7 * turn) % 17) // 17 for turn in range(self.rounds)]
+
+    @property
+    def all_tokens(self) -> int:
+        return sum(sum(self.answers(stream)) for stream in range(self.streams))
 
 
 @dataclass(frozen=True)
@@ -107,11 +126,11 @@ def compare(engine: ServedEngine, sizes: Sizes) -> dict[str, Any]:
     with listening(make_app(endless, settings)) as port:
         ways = {"direct": lambda few: take(endless, few), "http": lambda few: fetch(port.url, few)}
         for way in ways.values():
-            way(replace(sizes, tokens=WARM_UP_TOKENS))
+            way(replace(sizes, tokens=WARM_UP_TOKENS, rounds=1))
         runs = {name: list[Run]() for name in ways}
         for _, (name, way) in product(range(sizes.repeats), ways.items()):
             runs[name].append(way(sizes))
-            assert runs[name][-1].tokens == sizes.streams * sizes.tokens, f"{name}: not all tokens came"
+            assert runs[name][-1].tokens == sizes.all_tokens, f"{name}: not all tokens came"
     told = {name: _tell(some) for name, some in runs.items()}
     pace = {name: told[name]["tokens_per_second"] for name in told}
     spent = {name: told[name]["process_microseconds_per_token"] for name in told}
@@ -131,9 +150,9 @@ def _tell(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def question(number: int) -> str:
-    """Another for each stream."""
-    return f"Count on from {number}."
+def question(number: int, turn: int) -> str:
+    """Another for each answer."""
+    return f"Count on from {number}, {turn}."
 
 
 class Endless:
@@ -168,7 +187,10 @@ def take(engine: Endless, sizes: Sizes) -> Run:
     """All streams at once, from the engine."""
 
     async def stream(number: int) -> int:
-        request = Request.ask(question(number), sampling=SamplingParams(max_tokens=sizes.tokens))
+        return sum([await answer(number, *each) for each in enumerate(sizes.answers(number))])
+
+    async def answer(number: int, turn: int, tokens: int) -> int:
+        request = Request.ask(question(number, turn), sampling=SamplingParams(max_tokens=tokens))
         parts = await asyncio.to_thread(engine.accept, request)
         return sum([len(delta.ids) async for delta in engine.submit(parts)])
 
@@ -223,7 +245,8 @@ def fetch(url: str, sizes: Sizes) -> Run:
     processes = max(1, min(MOST_CLIENTS, (os.cpu_count() or 1) // CORES_PER_CLIENT, sizes.streams))
     edges = [sizes.streams * place // processes for place in range(processes + 1)]
     clients = [
-        _Client({"url": url, "first": first, "end": end, "tokens": sizes.tokens}) for first, end in pairwise(edges)
+        _Client({"url": url, "first": first, "answers": [sizes.answers(stream) for stream in range(first, end)]})
+        for first, end in pairwise(edges)
     ]
     with _clock() as clock:
         for client in clients:
@@ -257,28 +280,38 @@ class _Client:
 
 async def ask(asked: dict[str, Any]) -> None:
     """What a process of clients does: connect, say so, wait for a line, read all streams, tell the tokens."""
-    url = urlsplit(asked["url"])
-    numbers = range(asked["first"], asked["end"])
-    connections = [await asyncio.open_connection(url.hostname, url.port) for _ in numbers]
+    url, first = urlsplit(asked["url"]), asked["first"]
+    connections = [await asyncio.open_connection(url.hostname, url.port) for _ in asked["answers"]]
     print("connected", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    streams = [_hear(*pair, number, asked["tokens"]) for number, pair in zip(numbers, connections, strict=True)]
+    streams = [
+        _hear_all(*connection, first + place, answers)
+        for place, (connection, answers) in enumerate(zip(connections, asked["answers"], strict=True))
+    ]
     print(sum(await asyncio.gather(*streams)), flush=True)
 
 
-async def _hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, tokens: int) -> int:
-    """One stream to its end, without looking at what it says; its tokens as the server counted them."""
-    messages = [{"role": "user", "content": question(number)}]
+async def _hear_all(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, answers: Sequence[int]
+) -> int:
+    """A stream's answers to their ends, one after another; their tokens as the server counted them."""
+    heard = [await _hear(reader, writer, question(number, turn), tokens) for turn, tokens in enumerate(answers)]
+    writer.close()
+    return sum(heard)
+
+
+async def _hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: str, tokens: int) -> int:
+    """One answer, without looking at what it says."""
+    messages = [{"role": "user", "content": asked}]
     options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": tokens}
     body = json.dumps({"messages": messages, **options}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     writer.write(head.encode() + b"\r\n\r\n" + body)
     heard = b""
-    while b"[DONE]" not in heard:
+    while not (b"[DONE]" in heard and heard.endswith(LAST_CHUNK)):
         more = await reader.read(READ_BYTES)
         assert more, f"the stream breaks off: {heard.decode()}"
         heard = (heard + more)[-READ_BYTES:]
-    writer.close()
     found = re.search(rb'"completion_tokens":(\d+)', heard)
     assert found is not None, heard.decode()
     return int(found[1])

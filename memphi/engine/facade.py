@@ -8,12 +8,14 @@ import asyncio
 import queue
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing
+from functools import partial
 from itertools import count
 from typing import Protocol, overload
 
 from memphi.config import ModelConfig
 from memphi.engine.messages import Event, Mailbox, Submission
+from memphi.engine.posts import Letterbox, Posts
 from memphi.engine.pressure import Bounds, Listing, Measured, Part, endless, relieve
 from memphi.inputs.chat import lay_out
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
@@ -53,6 +55,8 @@ class Facade:
         self._worker = worker
         self._grammars = Grammars(tokenizer, model_config)
         self._ids = count()
+        self._posts: weakref.ref[Posts] | None = None
+        """Those of the loop that was heard of last, as long as somebody waits there."""
         weakref.finalize(self, worker.close)
 
     @property
@@ -172,15 +176,18 @@ class Facade:
             if event is None or event.delta is not None:
                 self.cancel(number)
 
+    def _posts_here(self) -> Posts:
+        """The way into the running event loop: one for all who wait there."""
+        loop = asyncio.get_running_loop()
+        posts = self._posts() if self._posts else None
+        if posts is None or posts.loop is not loop:
+            posts = Posts(loop)
+            self._posts = weakref.ref(posts)
+        return posts
+
     async def _posted_pieces(self, part: Part) -> AsyncGenerator[Delta, None]:
-        mailbox: asyncio.Queue[Event] = asyncio.Queue()
-        caller = asyncio.get_running_loop()
-
-        def post(event: Event) -> None:
-            with suppress(RuntimeError):  # The caller's loop is closed: nobody listens any more.
-                caller.call_soon_threadsafe(mailbox.put_nowait, event)
-
-        number = self.hand_over(part, post)
+        mailbox: Letterbox = asyncio.Queue()
+        number = self.hand_over(part, partial(self._posts_here().send, mailbox))
         event: Event | None = None
         try:
             while (event := await mailbox.get()).delta is not None:

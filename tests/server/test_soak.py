@@ -2,6 +2,7 @@
 
 from benchmarks.server_overhead import Endless, Sizes, fast_engine, fetch, listening, take
 from benchmarks.server_soak import Load, soak
+from memphi import load
 from memphi.server.app import make_app
 from memphi.server.settings import ServerSettings
 
@@ -18,6 +19,16 @@ def test_clients_that_leave_and_memory_that_runs_out_change_no_answer():
 
 
 def test_streams_bring_every_token_directly_and_over_http():
-    engine, sizes = Endless(fast_engine(4)), Sizes(streams=4, tokens=8, repeats=1)
+    engine, sizes = Endless(fast_engine(4)), Sizes(streams=4, tokens=8, rounds=1, repeats=1)
     with listening(make_app(engine, ServerSettings("model"))) as port:
         assert take(engine, sizes).tokens == fetch(port.url, sizes).tokens == 32
+
+
+def test_streams_that_ask_again_get_answers_of_different_lengths():
+    sizes = Sizes(streams=3, tokens=8, rounds=3, repeats=1)
+    lengths = [sizes.answers(stream) for stream in range(3)]
+    assert len({length for own in lengths for length in own}) > 4
+    engine = Endless(load("demo", device="cpu"))
+    with listening(make_app(engine, ServerSettings("model"))) as port:
+        assert take(engine, sizes).tokens == fetch(port.url, sizes).tokens == sum(map(sum, lengths))
+    engine.close()
