@@ -34,6 +34,22 @@ MOST_LINES, MOST_KERNELS = 40, 30
 SAMPLE_SECONDS = 0.001
 
 
+class Mark:
+    """A moment on the device, once it has come to it; on a CPU, which waits for nobody, on the host."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        self._noted = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def until(self, other: "Mark") -> float:
+        """Seconds from this one to another; both have come."""
+        if self._event is None:
+            return other._noted - self._noted
+        return float(self._event.elapsed_time(other._event)) / 1000
+
+
 @dataclass
 class Step:
     """One step as it was seen."""
@@ -43,7 +59,7 @@ class Step:
     begins: float
     """When the host began it, and when it was done with it (time.perf_counter)."""
     ends: float
-    marks: tuple[torch.cuda.Event, torch.cuda.Event]
+    marks: "tuple[Mark, Mark]"
 
 
 @dataclass
@@ -84,13 +100,14 @@ def look(engine: Engine, workload: Workload) -> dict[str, Any]:
     with watched() as record:
         seconds = do(2)
         started = time.perf_counter() - seconds
-    torch.cuda.synchronize()
+    _wait()
     steps = [step for step in record.steps if step.begins > started]  # Without those that warm up.
     with sampled() as lines:
         do(3)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU]) as profile:
         do(4)
-        torch.cuda.synchronize()
+        _wait()
     kernels, calls = Counter[str](), Counter[str]()
     for event in profile.profiler.kineto_results.events():  # `key_averages` takes minutes for so many.
         if event.device_type().name == "CUDA":
@@ -111,17 +128,20 @@ def look(engine: Engine, workload: Workload) -> dict[str, Any]:
     }
 
 
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 @contextmanager
 def watched() -> Iterator[Record]:
     """Note all steps: those that are run, and those that are launched and heard of later."""
     record, run, launch, land = Record(), Runner.run, Runner.launch, Flight.land
 
     def note(self: Runner, plan: StepPlan, work: Callable[..., T], *rest: object) -> T:
-        marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begins = time.perf_counter()
-        marks[0].record()
+        begins, first = time.perf_counter(), Mark()
         found = work(self, plan, *rest)
-        marks[1].record()
+        marks = first, Mark()
         kind = kind_of(plan) + (" launched" if work is launch else "")
         tokens = sum(row.tokens for row in plan.rows)
         record.steps.append(Step(kind, tokens, begins, time.perf_counter(), marks))
@@ -152,8 +172,8 @@ def by_kind(steps: list[Step]) -> list[dict[str, Any]]:
     and `between` from the end of the step before."""
     kinds: dict[str, list[tuple[float, float, float, int]]] = {}
     for i, step in enumerate(steps):
-        device = step.marks[0].elapsed_time(step.marks[1]) / 1000
-        between = steps[i - 1].marks[1].elapsed_time(step.marks[0]) / 1000 if i else 0.0
+        device = step.marks[0].until(step.marks[1])
+        between = steps[i - 1].marks[1].until(step.marks[0]) if i else 0.0
         kinds.setdefault(step.kind, []).append((step.ends - step.begins, device, between, step.tokens))
     return [
         {
@@ -169,7 +189,7 @@ def by_kind(steps: list[Step]) -> list[dict[str, Any]]:
 
 
 def told(step: Step, zero: float) -> str:
-    device = step.marks[0].elapsed_time(step.marks[1])
+    device = 1000 * step.marks[0].until(step.marks[1])
     return (
         f"{1000 * (step.begins - zero):.1f} ms: {step.kind}, {step.tokens} tokens, host "
         f"{1000 * (step.ends - step.begins):.2f} ms, device {device:.2f} ms"

@@ -1,0 +1,23 @@
+"""The timeline of a workload: on a CPU nothing overlaps, and there are no kernels to name."""
+
+from dataclasses import replace
+
+from benchmarks.timeline import look, show
+from memphi import load
+from memphi.bench.workloads import WORKLOADS
+
+
+def test_all_steps_of_a_workload_are_seen(capsys):
+    engine = load("demo", device="cpu")
+    figure = look(engine, replace(WORKLOADS["decode-1"], prompt_tokens=40, answer_tokens=6))
+    engine.close()
+    kinds = {kind["kind"]: kind for kind in figure["steps"]}
+    assert kinds["prompts"]["tokens"] == 40
+    assert kinds["answers"]["steps"] == 5
+    for kind in kinds.values():
+        assert 0 < kind["device_seconds"] <= kind["host_seconds"]
+    assert sum(kind["host_seconds"] for kind in kinds.values()) < figure["seconds"]
+    assert any("runner.py" in host["line"] for host in figure["host"])
+    assert figure["kernels"] == []
+    show(figure)
+    assert capsys.readouterr().out.startswith("== decode-1: ")
