@@ -15,6 +15,7 @@ from memphi.model.audio import make_window
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.preprocess import make_crops, make_frames
 from memphi.model.projector import slice_order
+from memphi.model.upload import upload
 from memphi.request import ClipInput, DecodedClip, DecodedImage, ImageInput, Prompt
 
 
@@ -51,7 +52,7 @@ class Encoders:
         separators = self.model.encode_separators()
         for piece, image, encoded in zip(slices, images, cells, strict=True):
             order = slice_order(image, piece.first, piece.units)
-            tokens, sources = (torch.from_numpy(part).to(self.model.device, non_blocking=True) for part in order)
+            tokens, sources = (upload(part, self.model.device) for part in order)
             rows = torch.cat((encoded.flatten(0, 1), separators))[sources]
             self._rows(piece).index_copy_(0, tokens, rows)
 
@@ -63,7 +64,7 @@ class Encoders:
             if isinstance(image, DecodedImage):
                 make_crops(image, part.start, own)
             else:
-                own.copy_(torch.from_numpy(image.crops[part]))
+                own.copy_(upload(image.crops[part], own.device))
         return crops
 
     def _frames(self, clip: ClipInput | DecodedClip, first: int, end: int) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from memphi.errors import RequestError
 from memphi.model.decode import Chosen
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
+from memphi.model.upload import upload
 from memphi.request import SamplingParams
 from memphi.sampling.grammar import allows
 from memphi.sampling.sampler import Choice, Draw, sample
@@ -165,7 +167,7 @@ class Runner:
             return graphs.decode(rows, ids).logits
         ends = _ends(plan)
         logits: Tensor = self.model(
-            torch.tensor(ids, device=self.model.device),
+            upload(np.array(ids, dtype=np.int64), self.model.device),
             rows,
             _media(plan, ends),
             self.pool,

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import AudioConfig
 from memphi.model.attention import Attention
+from memphi.model.upload import upload
 
 CONVOLVED_VALUES = 256 * 1024
 """Tokens times channels subsampled at once: 20 s of sound at full size, 0.1 GB for the first convolution's output."""
@@ -246,6 +248,6 @@ class AudioEncoder(nn.Module):
         distance = (steps[None, :] - steps[:longest, None]).clamp(-reach, reach - 1) + reach
         bias = cast(Tensor, self.relative_bias(distance)).permute(2, 0, 1)[None].contiguous()
         if min(lengths) < longest:
-            ends = torch.tensor(lengths).to(device, non_blocking=True)
+            ends = upload(np.array(lengths), device)
             bias = bias.masked_fill(steps >= ends[:, None, None, None], float("-inf"))
         return bias[..., :longest]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from memphi.model.quant.swap import quantise
 from memphi.model.quant.weights import QuantisedWeight
 from memphi.model.rooms import LayerStream, Room, groups_of, layers_of
 from memphi.model.rows import Row, pack
+from memphi.model.upload import upload
 from memphi.model.vision import VisionTower
 from memphi.request import ClipInput, ImageInput, Prompt
 
@@ -145,7 +147,7 @@ class Phi4MM(nn.Module):
         crops = torch.cat([torch.from_numpy(image.crops) for image in images]).split(CROP_BATCH)
         masks = torch.cat([torch.from_numpy(image.patch_mask) for image in images]).split(CROP_BATCH)
         cells = [self.encode_crops(*pair) for pair in zip(crops, masks, strict=True)]
-        order = torch.from_numpy(token_order(images)).to(self.device)
+        order = upload(token_order(images), self.device)
         embeddings = torch.cat((torch.cat(cells).flatten(0, 1), self.encode_separators()))[order]
         return list(embeddings.split([image.footprint.tokens for image in images]))
 
@@ -189,7 +191,7 @@ class Phi4MM(nn.Module):
         embeddings = cast(Tensor, self.language.embedding(ids))
         if not media:
             return embeddings
-        places = torch.cat([torch.arange(start, start + rows.shape[0]) for start, rows in media]).to(ids.device)
+        places = upload(np.concatenate([np.arange(start, start + len(rows)) for start, rows in media]), ids.device)
         return embeddings.index_copy(0, places, torch.cat([rows for _, rows in media]).to(embeddings.dtype))
 
     def forward(
@@ -212,9 +214,8 @@ class Phi4MM(nn.Module):
         by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
-        # Now, while the device has little to do: what comes later from the host waits for all before it.
         ends = packing.bounds[1:] - 1
-        places = ends if logits_at is None else torch.tensor(logits_at, dtype=torch.int64, device=ids.device)
+        places = ends if logits_at is None else upload(np.array(logits_at, dtype=np.int64), ids.device)
         if by_kernels and cache is not None:
             hidden = compute(self.language, self.embed(ids, media), packing, cache)
         else:

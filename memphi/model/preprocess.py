@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memphi.inputs.audio import FULL_SCALE, PRE_EMPHASIS, fft_size, hamming, mel_matrix, window_and_hop
 from memphi.inputs.image import WHITE, cubic_taps, normalised_values
+from memphi.model.upload import upload
 from memphi.request import DecodedClip, DecodedImage
 
 BAND_VALUES = 4 << 20
@@ -47,7 +48,7 @@ def make_crops(image: DecodedImage, first: int, out: Tensor) -> None:
     """
     size, columns = out.shape[-1], image.layout.crop_columns
     padded = resize_and_pad(image, size, out.device)
-    table = torch.from_numpy(normalised_values()).to(out.device, non_blocking=True)
+    table = upload(normalised_values(), out.device)
     for crop, place in zip(out, range(first - 1, first - 1 + len(out)), strict=True):
         if place < 0:
             crop.copy_(_bicubic(padded, table, size).permute(2, 0, 1))
@@ -69,7 +70,7 @@ def resize_and_pad(image: DecodedImage, size: int, device: torch.device) -> Tens
         band = down.of(first, end)
         top, bottom = int(band.places.min()), int(band.places.max()) + 1
         most = _lines(max(pixels.shape[1], layout.width))
-        narrow = torch.cat([_weigh(_upload(pixels[rows], device), across, 1) for rows in _slices(top, bottom, most)])
+        narrow = torch.cat([_weigh(upload(pixels[rows], device), across, 1) for rows in _slices(top, bottom, most)])
         padded[first:end, : layout.width] = _weigh(narrow, Taps(band.places - top, band.weights), 0)
     return padded
 
@@ -92,7 +93,7 @@ def linear_taps(length: int, size: int) -> Taps:
 
 def _weigh(pixels: Tensor, taps: Taps, dim: int) -> Tensor:
     """Sum taps along one dimension of uint8 [rows, columns, 3], rounded to uint8."""
-    places, weights = _upload(taps.places, pixels.device), _upload(taps.weights, pixels.device)
+    places, weights = upload(taps.places, pixels.device), upload(taps.weights, pixels.device)
     shape = [-1 if d == dim else 1 for d in range(3)]
     total: Tensor = pixels.index_select(dim, places[0]) * weights[0].view(shape)
     for place, weight in zip(places[1:], weights[1:], strict=True):
@@ -105,7 +106,7 @@ def _weigh(pixels: Tensor, taps: Taps, dim: int) -> Tensor:
 def _bicubic(pixels: Tensor, table: Tensor, size: int) -> Tensor:
     """`inputs.image.bicubic`, column by column of its sixteen samples: float32 [size, size, 3]."""
     (rows, row_weights), (columns, column_weights) = (
-        tuple(_upload(part, pixels.device) for part in cubic_taps(length, size)) for length in pixels.shape[:2]
+        tuple(upload(part, pixels.device) for part in cubic_taps(length, size)) for length in pixels.shape[:2]
     )
     row_weights = row_weights[:, :, None, None]
     parts = []
@@ -121,9 +122,9 @@ def _bicubic(pixels: Tensor, table: Tensor, size: int) -> Tensor:
 def make_frames(clip: DecodedClip, first: int, end: int, bins: int, device: torch.device) -> Tensor:
     """A clip's log-mel frames from `first` to before `end`: fp32 [frames, bins]."""
     window, hop = window_and_hop(clip.rate)
-    samples = _upload(clip.samples[first * hop : (end - 1) * hop + window], device)
+    samples = upload(clip.samples[first * hop : (end - 1) * hop + window], device)
     basis = _fourier(clip.rate, device)
-    mel = _upload(mel_matrix(bins)[:, : fft_size(clip.rate)[1]].T, device).double()
+    mel = upload(mel_matrix(bins)[:, : fft_size(clip.rate)[1]].T, device).double()
     framed = samples.unfold(0, window, hop)
     return torch.cat([_log_mel(frames, basis, mel) for frames in framed.split(BAND_FRAMES)])
 
@@ -142,15 +143,11 @@ def _fourier(rate: int, device: torch.device) -> Tensor:
     (window, _), (size, kept) = window_and_hop(rate), fft_size(rate)
     samples, bins = torch.arange(window, device=device), torch.arange(kept, device=device)
     angles = (samples[:, None] * bins % size).double() * (2 * math.pi / size)
-    return torch.cat([angles.cos(), -angles.sin()], dim=1) * _upload(hamming(window), device)[:, None]
+    return torch.cat([angles.cos(), -angles.sin()], dim=1) * upload(hamming(window), device)[:, None]
 
 
 def _look_up(table: Tensor, pixels: Tensor) -> Tensor:
     return table.index_select(0, pixels.flatten().int()).view(pixels.shape)
-
-
-def _upload(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
 def _lines(values: int) -> int:

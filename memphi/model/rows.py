@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kept import Kept
+from memphi.model.upload import upload
 
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of a pool at once; a longer row goes alone."""
@@ -152,9 +153,9 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
     adapters = np.repeat(np.array([row.adapter or "" for row in rows]), lengths)
     return Packing(
         rows=tuple(rows),
-        bounds=torch.from_numpy(bounds.astype(np.int32)).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        long=torch.from_numpy(np.repeat(np.array([row.long for row in rows]), lengths)).to(device),
+        bounds=upload(bounds.astype(np.int32), device),
+        positions=upload(positions, device),
+        long=upload(np.repeat(np.array([row.long for row in rows]), lengths), device),
         adapter_tokens=AdapterTokens(
             {
                 name: _tokens_of(adapters == name, device)
@@ -172,7 +173,7 @@ def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> slice | Tensor 
     places = uses.nonzero()[0]
     if places[-1] - places[0] + 1 == len(places):
         return slice(int(places[0]), int(places[-1]) + 1)
-    return torch.from_numpy(places).to(device)
+    return upload(places, device)
 
 
 def _page(
@@ -195,7 +196,7 @@ def _page(
     alone += [group[0] for group in groups if len(group) == 1]
 
     def place(numbers: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(numbers).to(device)
+        return upload(numbers, device)
 
     return Paging(
         table=place(table.astype(np.int32)),
@@ -243,8 +244,8 @@ def _continue(
         bounds=_as_bounds(own, device),
         key_lengths=tuple(keys.tolist()),
         key_bounds=_as_bounds(key_bounds, device),
-        pages=torch.from_numpy(table[np.repeat(np.array(group), keys), places // page_tokens]).to(device),
-        offsets=torch.from_numpy(places % page_tokens).to(device),
+        pages=upload(table[np.repeat(np.array(group), keys), places // page_tokens], device),
+        offsets=upload(places % page_tokens, device),
     )
 
 
@@ -267,7 +268,7 @@ def _line_up(
     ends = np.array([row.past + row.tokens for row in rows])[of_line] - after
 
     def place(numbers: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(numbers).to(device)
+        return upload(numbers, device)
 
     return Lines(
         new_tokens=new_tokens,
@@ -285,7 +286,7 @@ def lines_of(tokens: int) -> int:
 
 
 def _as_bounds(bounds: Integers, device: torch.device) -> Tensor:
-    return torch.from_numpy((bounds - bounds[0]).astype(np.int32)).to(device)
+    return upload((bounds - bounds[0]).astype(np.int32), device)
 
 
 def _page_table(rows: Sequence[Row], counts: Integers) -> Integers:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from memphi.config import VisionConfig
 from memphi.inputs.image import position_buckets
 from memphi.model.attention import Attention
+from memphi.model.upload import upload
 
 
 class VisionAttention(nn.Module):
@@ -92,14 +93,14 @@ class VisionTower(nn.Module):
         mask = patch_mask.numpy(force=True)
         # Sums keep the order of their first term in memory, and the norms of all layers would copy it.
         x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2).contiguous()
-        x = x + self.position_embedding(_upload(self._positions(mask), x.device))
+        x = x + self.position_embedding(upload(self._positions(mask), x.device))
         whole = mask.all(axis=(1, 2))
         if whole.all():
             return self._encode(x, None)
         order = np.argsort(~whole, kind="stable")
-        valid = _upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
-        x = self._encode(x[_upload(order, x.device)], valid)
-        return x[_upload(np.argsort(order), x.device)]
+        valid = upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
+        x = self._encode(x[upload(order, x.device)], valid)
+        return x[upload(np.argsort(order), x.device)]
 
     def _encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
         for layer in cast(Iterable[VisionLayer], self.layers):
@@ -119,8 +120,3 @@ def _bucket_table(side: int) -> NDArray[np.int64]:
     for count in range(1, side + 1):
         table[count, :count] = position_buckets(count, side)
     return table
-
-
-def _upload(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Bring numbers to the device without waiting for it."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
