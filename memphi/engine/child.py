@@ -36,7 +36,7 @@ def run(connection: Connection, loading: Loading) -> None:
 
 def _load(connection: Connection, loading: Loading, inbox: Inbox) -> tuple[Loop, Bounds]:
     parts = load_parts(loading, lambda done, total: connection.send(Progressed(done, total)))
-    loop = make_loop(parts.model, parts.tokenizer, parts.plan, loading.config, wake(inbox))
+    loop = make_loop(parts.model, parts.tokenizer, parts.plan, loading.config, wake(inbox), loading.engines)
     connection.send(parts.plan)
     return loop, bounds_of(parts.plan, loading.config, parts.model.config)
 
