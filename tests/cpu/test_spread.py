@@ -12,15 +12,18 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 import memphi
 from memphi.config import EngineConfig
 from memphi.demo.attachments import EXAMPLES, FOLDER
-from memphi.engine import engine, process, spread
-from memphi.engine.messages import Loading
+from memphi.engine import child, engine, process, spread
+from memphi.engine.messages import Event, Loading
+from memphi.engine.stats import Stats
 from memphi.errors import CheckpointError, DeviceError, DoesNotFitError, RequestError, WorkerError
 from memphi.inputs.media import open_media
 from memphi.memory.devices import DeviceFacts
@@ -261,6 +264,23 @@ def test_the_host_is_shared(both, local, monkeypatch):
     assert loops[0]._preparation._host_bytes == 2 * loops[1]._preparation._host_bytes
     for loop in loops:
         loop.close()
+
+
+def test_a_device_that_can_do_nothing_more_ends_its_process(monkeypatch):
+    """CUDA fails at everything once a kernel has gone wrong: who asks next shall not meet it, nor all who come."""
+    device, sent = torch.device("cuda"), []
+
+    def fail(asked):
+        assert asked == device
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for it.")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    loop = SimpleNamespace(stats=Stats(), runner=SimpleNamespace(model=SimpleNamespace(device=device)))
+    connection = SimpleNamespace(send=sent.append)
+    child._tell(connection, loop, [Event(1), Event(2, error=RequestError("its own"))])
+    with pytest.raises(RuntimeError, match=r"illegal memory access was encountered$"):
+        child._tell(connection, loop, [Event(3, error=ValueError("a kernel"))])
+    assert [[event.id for event in report.events] for report in sent] == [[1, 2], [3]]
 
 
 def test_gpus_are_counted_as_torch_sees_them(tmp_path, monkeypatch):
