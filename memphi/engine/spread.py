@@ -9,7 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -156,11 +156,6 @@ class _Errand:
     def prompt_tokens(self) -> int:
         return self.submission.part.footprint.prompt_tokens
 
-    @property
-    def tokens(self) -> int:
-        """The work that is left, in prompt tokens."""
-        return ANSWER_TOKENS + (0 if self.begun else self.prompt_tokens)
-
     @cached_property
     def beginning(self) -> int:
         return beginning_of(self.submission.part.request)
@@ -169,8 +164,7 @@ class _Errand:
 class Spread:
     """Hands each request to one of several workers; a Worker itself.
 
-    Called from any threads, and without a lock of its own: what is open is one dictionary, and every load is counted
-    from that.
+    Called from any threads, and without a lock of its own: every load is counted from what is open.
     """
 
     def __init__(self, workers: Sequence[StatefulWorker]) -> None:
@@ -178,6 +172,8 @@ class Spread:
         self._workers = workers
         self._open: dict[int, _Errand] = {}
         self._homes: OrderedDict[int, int] = OrderedDict()
+        self._waiting = [dict[int, int]() for _ in workers]
+        """The work that is left to each, in prompt tokens, by request."""
         self._taken = [0] * len(workers)
 
     @property
@@ -212,9 +208,11 @@ class Spread:
         self._open[number] = errand
         for place in ranked:
             errand.place = place
+            self._waiting[place][number] = errand.prompt_tokens + ANSWER_TOKENS
             try:
                 self._workers[place].submit(errand.submission, partial(self._hear, errand))
             except WorkerError as error:
+                del self._waiting[place][number]
                 refusal = refusal or error
                 continue
             self._taken[place] += 1
@@ -232,13 +230,11 @@ class Spread:
         unless the same beginning was there last. Among equals it is who has been given the fewest.
         """
         home = self._homes.get(errand.beginning)
-        waiting = Counter[int | None]()
-        for other in list(self._open.values()):
-            waiting[other.place] += other.tokens
 
         def cost(place: int) -> tuple[int, int, int]:
+            waiting = sum(list(self._waiting[place].values()))
             anew = 0 if place == home else errand.prompt_tokens
-            return PREFERENCE[self._workers[place].state], waiting[place] + anew, self._taken[place]
+            return PREFERENCE[self._workers[place].state], waiting + anew, self._taken[place]
 
         return sorted(places, key=cost)
 
@@ -255,12 +251,15 @@ class Spread:
 
     def _hear(self, errand: _Errand, event: Event) -> None:
         """Pass on what a worker tells; called from its thread."""
-        if event.delta is not None:
-            errand.begun = True
-        elif self._may_move(errand, event.error) and self._move(errand):
-            return
-        else:
+        assert errand.place is not None
+        if event.delta is None:
+            self._waiting[errand.place].pop(event.id, None)
+            if self._may_move(errand, event.error) and self._move(errand):
+                return
             self._open.pop(event.id, None)
+        elif not errand.begun:
+            errand.begun = True
+            self._waiting[errand.place][event.id] = ANSWER_TOKENS
         errand.mailbox(event)
 
     def _may_move(self, errand: _Errand, error: Exception | None) -> bool:

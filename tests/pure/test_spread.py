@@ -169,7 +169,7 @@ def test_one_that_takes_nothing_is_passed_over(scene):
     scene.workers[1].refuses = scene.workers[2].refuses = True
     with pytest.raises(WorkerError, match="left alone"):
         scene.ask()
-    assert len(scene.spread._open) == 4
+    assert len(scene.spread._open) == sum(map(len, scene.spread._waiting)) == 4
 
 
 def test_the_largest_requests_go_where_they_fit():
@@ -284,6 +284,7 @@ def test_whatever_happens_everybody_hears_one_end(moves):
     asked = {number for worker in scene.workers for number in worker.given}
     assert ends == dict.fromkeys(asked, 1)
     assert not scene.spread._open
+    assert scene.spread._waiting == [{}, {}]
 
 
 def test_a_device_that_is_there_twice_has_two_names():
