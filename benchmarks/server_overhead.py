@@ -1,9 +1,9 @@
 """What the HTTP layer costs: the same streams from the engine directly, and through the server, in turns.
 
-With a real engine, in its own process: tokens per second both ways, and the share lost; once while streams that are
-through ask again, answers being of different lengths, as on a busy server; once where all ask at one moment, and once.
-And with an engine that brings tokens as fast as they are taken, so that the serving process alone is the limit: its own
-time for each token. Clients are processes of their own.
+With a real engine, in its own process, or with one on each of several devices: tokens per second both ways, and the
+share lost; once while streams that are through ask again, answers being of different lengths, as on a busy server; once
+where all ask at one moment, and once. And with an engine that brings tokens as fast as they are taken, so that the
+serving process alone is the limit: its own time for each token. Clients are processes of their own.
 Usage: python -m benchmarks.server_overhead --model random --out FILE
 """
 
@@ -29,12 +29,13 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 
-from memphi.engine.messages import Event, Mailbox, Mailboxes, Report, Submission
+from memphi.config import EngineConfig
+from memphi.engine.facade import DeviceEngine
+from memphi.engine.messages import Event, Loading, Mailbox, Mailboxes, Report, Submission
 from memphi.engine.pressure import Bounds, Part
-from memphi.engine.process import start
+from memphi.engine.spread import start
 from memphi.engine.stats import Stats
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
-from memphi.memory.planner import MemoryPlan
 from memphi.request import Delta, FinishReason, Request, SamplingParams
 from memphi.server.app import make_app
 from memphi.server.service import ServedEngine
@@ -57,7 +58,7 @@ SHARED_CORES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, random, a folder or a hub name")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="one, or several with commas between: an engine on each")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--streams", type=int, default=64, help="how many are open at once")
     parser.add_argument("--tokens", type=int, default=256, help="how long an answer is; in rounds, on average")
@@ -74,10 +75,11 @@ def main() -> int:
     sizes = Sizes(arguments.streams, arguments.tokens, arguments.rounds, arguments.repeats)
     burst = replace(sizes, rounds=1)
     figures: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "cores": os.cpu_count()}
-    figures |= asdict(sizes)
+    figures |= {"engines": arguments.device.count(",") + 1, **asdict(sizes)}
+    one = Loading(arguments.model, "", arguments.dtype, "auto", EngineConfig(), "default")
     figures["fast_engine"] = compare(fast_engine(sizes.streams), burst)
     print(f"an engine that is never waited for: {figures['fast_engine']}", file=sys.stderr)
-    with closing(start(arguments.model, arguments.device, arguments.dtype)) as engine:
+    with closing(start([replace(one, device=device) for device in arguments.device.split(",")])) as engine:
         figures["engine"] = compare(engine, sizes)
         print(f"{arguments.model}: {figures['engine']}", file=sys.stderr)
         figures["burst"] = compare(engine, burst)
@@ -165,12 +167,8 @@ class Endless:
         self.close = engine.close
 
     @property
-    def plan(self) -> MemoryPlan:
-        return self._engine.plan
-
-    @property
-    def stats(self) -> Stats:
-        return self._engine.stats
+    def engines(self) -> Sequence[DeviceEngine]:
+        return self._engine.engines
 
     @property
     def bounds(self) -> Bounds:

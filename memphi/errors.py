@@ -44,3 +44,7 @@ class BusyError(DoesNotFitError):
 
 class WorkerError(MemphiError):
     """The engine has stopped, or an answer was lost in it."""
+
+
+class LostError(WorkerError):
+    """The engine's process has ended, and what was asked of it with it: the same may be asked again."""

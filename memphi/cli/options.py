@@ -31,6 +31,22 @@ def parse_bytes(text: str) -> int:
     return n_bytes
 
 
+def parse_devices(text: str) -> tuple[str, ...]:
+    """One device as it is written, or GPUs with commas between; raises typer.BadParameter."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) == 1:
+        return (text,)
+    indices = [re.fullmatch(r"cuda(?::(\d+))?", name) for name in names]
+    wrong = next((name for name, match in zip(names, indices, strict=True) if match is None), None)
+    if wrong is not None:
+        raise typer.BadParameter(f"{wrong!r} stands in a list; several devices are GPUs, as in cuda:0,cuda:1")
+    devices = [f"cuda:{int(match[1] or 0)}" for match in indices if match is not None]
+    twice = next((device for place, device in enumerate(devices) if device in devices[:place]), None)
+    if twice is not None:
+        raise typer.BadParameter(f"{twice} is there twice; every GPU runs one engine")
+    return tuple(devices)
+
+
 def parse_detail(text: str) -> "DetailValue":
     """low, auto, high, or a number of crops; raises typer.BadParameter."""
     if text in ("low", "auto", "high"):
@@ -100,6 +116,16 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A folder, a hub name, `demo` (a shipped toy) or `random` (full size).")
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N, cpu, or mps (untested).")]
+Devices = Annotated[
+    Any,  # a tuple of names: typer takes no parser for one
+    typer.Option(
+        "--device",
+        parser=parse_devices,
+        metavar="DEVICE",
+        help="auto (one GPU, else the CPU), cuda:N, cpu, or mps (untested); or an engine on each of several GPUs: "
+        "cuda:0,cuda:1 or all.",
+    ),
+]
 Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Number format of the weights.")]
 AttentionBackend = Annotated[
     Literal["auto", "eager", "sdpa"], typer.Option("--attention", help="Attention backend; auto picks the fastest.")
@@ -124,7 +150,7 @@ Attachments = Annotated[
 Memory = Annotated[
     int | None,
     typer.Option(
-        parser=parse_bytes, metavar="SIZE", help="Memory for everything, as in 8GiB; all sizes follow from it."
+        parser=parse_bytes, metavar="SIZE", help="A device's memory for everything, as in 8GiB; all sizes follow."
     ),
 ]
 KvCache = Annotated[
@@ -200,3 +226,5 @@ Regex = Annotated[
     str | None, typer.Option(metavar="TEXT", help="The answer matches this regular expression as a whole.")
 ]
 DEFAULT_MAX_TOKENS = 1024
+ALL_GPUS = "all"
+"""What stands for every GPU that can be seen."""

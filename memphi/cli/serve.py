@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from memphi.errors import MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.messages import Loading
-    from memphi.engine.process import EngineProcess
+    from memphi.engine.spread import SpreadEngine
     from memphi.server.service import Load, Progress
     from memphi.server.settings import ServerSettings
 
@@ -60,7 +61,7 @@ def serve(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     model: options.Model = DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Devices = "auto",
     dtype: options.Dtype = "bf16",
     attention: options.AttentionBackend = "auto",
     memory: options.Memory = None,
@@ -98,11 +99,11 @@ def serve(
         max_tokens=max_tokens,
         log_requests=log_requests,
     )
-    warn_of_device(device)
+    warn_of_device(device[0])
     config = options.engine_config(
         memory, kv_cache, pin, merge, kernels=kernels, scheme=scheme, cache_format=cache_format
     )
-    load = _loading(Loading(model, device, dtype, attention, config, allocator))
+    load = _loading(Loading(model, device[0], dtype, attention, config, allocator), device)
     _run(load, settings, host, port, tls_cert, tls_key, drain_seconds)
 
 
@@ -118,19 +119,20 @@ def _shown_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _loading(loading: "Loading") -> "Load":
-    """What loads the model in a process of its own, telling on stderr how far it is."""
-    from memphi.engine.process import start
+def _loading(loading: "Loading", devices: tuple[str, ...]) -> "Load":
+    """What loads the model on each device in a process of its own, telling on stderr how far it is."""
+    from memphi.engine.spread import find_gpus, start
 
-    def load(progress: "Progress") -> "EngineProcess":
+    def load(progress: "Progress") -> "SpreadEngine":
         with byte_progress(f"loading {loading.model}") as show:
 
             def note(done_bytes: int, total_bytes: int) -> None:
                 progress(done_bytes, total_bytes)
                 show(done_bytes, total_bytes)
 
-            engine = start(**vars(loading), progress=note)
-        tell(f"{loading.model} is ready")
+            named = find_gpus() if devices == (options.ALL_GPUS,) else devices
+            engine = start([replace(loading, device=device) for device in named], note)
+        tell(f"{loading.model} is ready" + (f" on {', '.join(named)}" if len(named) > 1 else ""))
         return engine
 
     return load

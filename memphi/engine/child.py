@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+import torch
+
 from memphi.engine.engine import load_parts, make_loop
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Close, Event, Loading, Progressed, Report
@@ -30,14 +32,14 @@ def run(connection: Connection, loading: Loading) -> None:
         _send_failure(connection, error if isinstance(error, MemphiError) else _unforeseen("loading the model", error))
         return
     try:
-        work(loop, inbox, bounds, lambda events: connection.send(_report(loop, events)))
+        work(loop, inbox, bounds, lambda events: _tell(connection, loop, events))
     except Exception as error:
         _send_failure(connection, stopped(error))
 
 
 def _load(connection: Connection, loading: Loading, inbox: Inbox) -> tuple[Loop, Bounds]:
     parts = load_parts(loading, lambda done, total: connection.send(Progressed(done, total)))
-    loop = make_loop(parts.model, parts.tokenizer, parts.plan, loading.config, wake(inbox))
+    loop = make_loop(parts.model, parts.tokenizer, parts.plan, loading.config, wake(inbox), loading.engines)
     gc.freeze()  # A collection need not look at what was loaded, which takes it a tenth of a second.
     connection.send(parts.plan)
     return loop, bounds_of(parts.plan, loading.config, parts.model.config)
@@ -56,8 +58,15 @@ def _read(connection: Connection, inbox: Inbox) -> None:
         os._exit(1)
 
 
-def _report(loop: Loop, events: Sequence[Event]) -> Report:
-    return Report([_portable(event) for event in events], loop.stats)
+def _tell(connection: Connection, loop: Loop, events: Sequence[Event]) -> None:
+    """Send what a round brought; raises where the device fails at everything from now on: a new process helps."""
+    connection.send(Report([_portable(event) for event in events], loop.stats))
+    device = loop.runner.model.device
+    if device.type == "cuda" and any(event.error and not isinstance(event.error, MemphiError) for event in events):
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as fault:
+            raise RuntimeError(str(fault).partition("\n")[0]) from None  # Below stands how to look for the cause.
 
 
 def _portable(event: Event) -> Event:

@@ -1,5 +1,6 @@
 """Devices and number formats by the names that people give them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +22,10 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "," in name:
+        raise DeviceError(
+            f"{name!r} is several devices, and one is needed here; memphi serve and a list in memphi.load take several"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,6 +36,11 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"there is no {name}; this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the current one, on which Triton launches and whatever names no device is made."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def find_dtype(name: str) -> torch.dtype:

@@ -4,6 +4,7 @@ import logging
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from memphi.checkpoint.locate import locate
 from memphi.checkpoint.random import random_model
 from memphi.checkpoint.reader import Progress
 from memphi.config import DEFAULT_MODEL, EngineConfig
-from memphi.engine.device import DtypeName, cap_allocator, device_facts, find_device, find_dtype
+from memphi.engine.device import DtypeName, cap_allocator, current, device_facts, find_device, find_dtype
 from memphi.engine.elastic import Elastic
-from memphi.engine.facade import Facade
+from memphi.engine.facade import DeviceEngine, EngineState, Facade
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
 from memphi.engine.loop import Loop
@@ -32,6 +33,7 @@ from memphi.engine.reservations import Reservations
 from memphi.engine.runner import Runner
 from memphi.engine.scheduler import Naming, Scheduler, StepLimits
 from memphi.engine.settings import AllocatorName, use_allocator
+from memphi.engine.spread import SpreadEngine, start
 from memphi.engine.stats import Stats
 from memphi.engine.worker import ThreadWorker, wake
 from memphi.inputs.prompt import PREPROCESSING_VERSION
@@ -48,7 +50,7 @@ from memphi.model.quant.host import use_host_products
 from memphi.sampling.grammar import Grammars
 
 HOST_MEDIA_SHARE = 4
-"""Decoded attachments may take one part in so many of the host's free memory."""
+"""Decoded attachments of all engines may take one part in so many of the host's free memory."""
 
 
 class Engine(Facade):
@@ -76,11 +78,32 @@ class Engine(Facade):
         """What the engine has done so far."""
         return self.loop.stats
 
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    @property
+    def state(self) -> EngineState:
+        return "ready"
+
+    @property
+    def engines(self) -> tuple[DeviceEngine]:
+        """The one there is, for who watches it."""
+        return (self,)
+
 
 def make_loop(
-    model: Phi4MM, tokenizer: Tokenizer, plan: MemoryPlan, config: EngineConfig, on_ready: Callable[[], None]
+    model: Phi4MM,
+    tokenizer: Tokenizer,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    on_ready: Callable[[], None],
+    engines: int = 1,
 ) -> Loop:
-    """The loop of a model under a plan; on_ready is called from other threads when `step` has something new to do."""
+    """The loop of a model under a plan; on_ready is called from other threads when `step` has something new to do.
+
+    engines is how many share the host's memory, this one among them.
+    """
     language = model.config.language
     # Reserved at its largest: page numbers never go beyond. Only what is in use takes memory.
     pool = (
@@ -109,7 +132,7 @@ def make_loop(
     preparation = Preparation(
         lambda sequence: prepare_sequence(sequence, model.config, tokenizer, grammars, plan.preprocessing),
         lambda sequence: host_media(sequence.footprint, model.config, plan.preprocessing).bytes,
-        this_machine().free_bytes // HOST_MEDIA_SHARE,
+        this_machine().free_bytes // HOST_MEDIA_SHARE // engines,
         on_ready,
     )
     learned = device_facts(model.device).learned
@@ -171,23 +194,49 @@ def _reservations(plan: MemoryPlan) -> Reservations:
     return Reservations(Pages(plan.pages, plan.page_tokens), budget, plan.page_bytes)
 
 
+@overload
+def load(
+    model: str = ...,
+    device: str = ...,
+    dtype: DtypeName = ...,
+    attention: AttentionName = ...,
+    config: EngineConfig | None = ...,
+    allocator: AllocatorName = ...,
+    progress: Progress | None = ...,
+) -> Engine: ...
+@overload
+def load(
+    model: str = ...,
+    *,
+    device: list[str] | tuple[str, ...],
+    dtype: DtypeName = ...,
+    attention: AttentionName = ...,
+    config: EngineConfig | None = ...,
+    allocator: AllocatorName = ...,
+    progress: Progress | None = ...,
+) -> SpreadEngine: ...
 def load(
     model: str = DEFAULT_MODEL,
-    device: str = "auto",
+    device: str | list[str] | tuple[str, ...] = "auto",
     dtype: DtypeName = "bf16",
     attention: AttentionName = "auto",
     config: EngineConfig | None = None,
     allocator: AllocatorName = "default",
     progress: Progress | None = None,
-) -> Engine:
+) -> Engine | SpreadEngine:
     """Load a model and return the engine that runs it.
 
     model is a folder, a hub name, `demo` or `random`; device `auto` is the GPU where there is one, else the CPU;
     config holds the dial (memory_bytes), pins and an adapter to merge; allocator sets torch's for CUDA, before CUDA
     starts; progress is called with the bytes of weights done and in total.
+    A list of devices gives an engine on each, in a process of its own, and requests are spread over them
+    (`engine.spread.start`); the dial is each one's.
     Raises CheckpointError, DeviceError, or DoesNotFitError where the dial or the device is too small.
     """
-    parts = load_parts(Loading(model, device, dtype, attention, config or EngineConfig(), allocator), progress)
+    loading = Loading(model, "", dtype, attention, config or EngineConfig(), allocator)
+    if not isinstance(device, str):
+        return start([replace(loading, device=each) for each in device], progress)
+    parts = load_parts(replace(loading, device=device), progress)
     return Engine(parts.model, parts.tokenizer, config, parts.plan)
 
 
@@ -210,7 +259,7 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     plan = make_plan(read_config(location.folder), device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
     packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
-    with told_plainly("the model", where, LOADING_ADVICE):
+    with current(where), told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             config = read_config(location.folder)
             network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)

@@ -11,16 +11,18 @@ from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from functools import partial
 from itertools import count
-from typing import Protocol, overload
+from typing import Literal, Protocol, overload
 
 from memphi.config import ModelConfig
 from memphi.engine.messages import Event, Mailbox, Submission
 from memphi.engine.posts import Letterbox, Posts
 from memphi.engine.pressure import Bounds, Listing, Measured, Part, endless, relieve
+from memphi.engine.stats import Stats
 from memphi.inputs.chat import lay_out
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.prompt import encode, measure, measure_encoded
 from memphi.inputs.tokenizer import Tokenizer
+from memphi.memory.planner import MemoryPlan
 from memphi.request import Delta, Footprint, Request, Result
 from memphi.sampling.grammar import Grammars
 
@@ -44,6 +46,23 @@ class Worker(Protocol):
     def close(self) -> None:
         """End all requests and the worker."""
         ...
+
+
+EngineState = Literal["ready", "loading", "failed"]
+"""Whether an engine answers now; once it is loaded, be it again; or not, for it has ended too often of late."""
+
+
+class DeviceEngine(Protocol):
+    """What runs on one device, as whoever watches it sees it."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def plan(self) -> MemoryPlan: ...
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def state(self) -> EngineState: ...
 
 
 class Facade:

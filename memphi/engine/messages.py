@@ -31,6 +31,8 @@ class Loading:
     attention: "AttentionName"
     config: EngineConfig
     allocator: AllocatorName
+    engines: int = 1
+    """How many are loaded side by side, this one among them: they share the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,6 @@ class Mailboxes:
 
 def _again(error: WorkerError) -> WorkerError:
     """The same error for another thread to raise: a raised one grows a traceback."""
-    copy = WorkerError(str(error))
+    copy = type(error)(str(error))
     copy.__cause__ = error.__cause__
     return copy

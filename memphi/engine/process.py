@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.locate import locate
 from memphi.config import DEFAULT_MODEL, EngineConfig, ModelConfig
-from memphi.engine.facade import Facade
+from memphi.engine.facade import DeviceEngine, EngineState, Facade
 from memphi.engine.messages import (
     Cancellation,
     Close,
@@ -32,7 +32,7 @@ from memphi.engine.messages import (
 from memphi.engine.pressure import Bounds, bounds_of
 from memphi.engine.settings import AllocatorName
 from memphi.engine.stats import Stats
-from memphi.errors import MemphiError, WorkerError
+from memphi.errors import LostError, MemphiError, WorkerError
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.memory.planner import MemoryPlan
 
@@ -74,6 +74,11 @@ class EngineProcess(Facade):
         """The process that runs now; None while there is none."""
         return self._process.pid
 
+    @property
+    def engines(self) -> tuple[DeviceEngine]:
+        """The one there is, for who watches it."""
+        return (self._process,)
+
 
 def start(
     model: str = DEFAULT_MODEL,
@@ -107,8 +112,10 @@ class ProcessWorker:
 
     plan: MemoryPlan
 
-    def __init__(self, loading: Loading, model_config: ModelConfig) -> None:
+    def __init__(self, loading: Loading, model_config: ModelConfig, device: str | None = None) -> None:
+        """device is what the device is called where not as in loading."""
         self.loading = loading
+        self.device = device or loading.device
         self._model_config = model_config
         self._gate = threading.RLock()  # A collected engine may close its worker from any thread, at any moment.
         self._ends: deque[float] = deque(maxlen=RESTARTS + 1)
@@ -133,18 +140,31 @@ class ProcessWorker:
         child = self._child
         return child.pid if child else None
 
+    @property
+    def state(self) -> EngineState:
+        with self._gate:
+            child = self._child
+            if child is None:
+                return "loading" if self._may_start() else "failed"  # Whoever asks next starts it.
+            return "ready" if child.loaded else "loading"
+
     def load(self, progress: "Progress | None") -> None:
         """Wait until the first child has loaded the model; called once. Raises what went wrong there."""
         assert self._child is not None
         self.plan = self._child.load(progress)
         self._supervise(self._child)
 
-    def submit(self, submission: Submission, mailbox: Mailbox) -> None:
-        """Send a request, after the model is loaded again where need be. Raises WorkerError where it will not be."""
+    def revive(self) -> None:
+        """Start the process again where there is none, and it has not ended too often of late."""
         with self._gate:
             if self._child is None and (successor := self._start_again()):
                 self._child = successor
                 self._supervise(successor)
+
+    def submit(self, submission: Submission, mailbox: Mailbox) -> None:
+        """Send a request, after the model is loaded again where need be. Raises WorkerError where it will not be."""
+        with self._gate:
+            self.revive()
             child, trouble = None if self._closed else self._child, self._trouble
         if child is None:
             raise WorkerError(str(trouble or CLOSED))
@@ -156,15 +176,22 @@ class ProcessWorker:
         if child is not None:
             child.send(Cancellation(number))
 
-    def close(self) -> None:
-        """End all requests and the process."""
+    def end(self) -> None:
+        """Tell the process to end, and do not wait for it; nothing is started any more."""
         with self._gate:
             self._closed, self._trouble = True, None
-            child, thread = self._child, self._thread
+            child = self._child
+        if child is not None:
+            child.close()
+
+    def close(self) -> None:
+        """End all requests and the process."""
+        self.end()
         atexit.unregister(self.close)
+        with self._gate:
+            child, thread = self._child, self._thread
         if child is None:
             return
-        child.close()
         if thread is None:
             child.wait()
         elif thread is not threading.current_thread():
@@ -212,13 +239,13 @@ class ProcessWorker:
     def _recent_ends(self) -> int:
         return sum(time.monotonic() - end < RESTART_SECONDS for end in self._ends)
 
-    def _tell(self, child: "_Child", cause: Exception) -> WorkerError:
+    def _tell(self, child: "_Child", cause: Exception) -> LostError:
         """Why requests get no answer, in one sentence, and what would work."""
         what = str(cause) if child.loaded else f"the engine could not be started again: {cause}"
         if self._child is not None:
-            return WorkerError(f"{what}; it is being started again: send the request once more")
+            return LostError(f"{what}; it is being started again: send the request once more")
         again = f"it has now ended {self._recent_ends} times within {RESTART_SECONDS:.0f} seconds and is left alone"
-        return WorkerError(f"{what}; {again}: a request after as long starts it again")
+        return LostError(f"{what}; {again}: a request after as long starts it again")
 
 
 class _Child:
@@ -228,6 +255,7 @@ class _Child:
         """Start it. Raises OSError."""
         self.loaded = False
         self.stats = Stats()
+        self._name = "the engine's process" + ("" if loading.device == "auto" else f" on {loading.device}")
         self._mailboxes = Mailboxes()
         self._outbox: queue.SimpleQueue[Submission | Cancellation | Close | None] = queue.SimpleQueue()
         context = get_context("spawn")
@@ -290,7 +318,7 @@ class _Child:
             message = self._connection.recv()
         except (EOFError, OSError):
             self.wait()
-            raise WorkerError(f"the engine's process {_end(self._process.exitcode)}") from None
+            raise WorkerError(f"{self._name} {_end(self._process.exitcode)}") from None
         if isinstance(message, MemphiError):
             raise message
         return message

@@ -4,7 +4,6 @@ What a step does the scheduler has decided; doing the same step again changes no
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice, takewhile
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
+from memphi.engine.device import current
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
@@ -72,7 +72,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step; raises whatever the device raises."""
-        with _current(self.model.device):
+        with current(self.model.device):
             self._encode(plan)
             if not plan.rows:
                 return StepResult({})
@@ -98,7 +98,7 @@ class Runner:
         assert self.graphs is not None
         plan = _by_adapter(plan)
         ids = [number for row in plan.rows for number in row.ids] if before is None else before.chosen_for(plan)
-        with _current(self.model.device):
+        with current(self.model.device):
             self._map_pages(plan)
             with self.gauge.watching(*price_choice()):
                 chosen = self.graphs.decode(_rows(plan), ids).chosen
@@ -174,11 +174,6 @@ class Runner:
             [place for row, end in zip(plan.rows, ends, strict=True) for place in range(end - row.scored, end)],
         )
         return logits
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a device the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _goes_on(row: PlannedRow) -> bool:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from memphi.config import LanguageConfig
+from memphi.engine.device import current
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Cancellation, Close, Event, Mailbox, Mailboxes, Submission, Wake
 from memphi.engine.pressure import Bounds, too_large
@@ -63,12 +64,13 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
     deliver gets what each round brought, also where that is nothing: the counters may have changed.
     """
     closed = False
-    while not closed:
-        messages = _take(inbox, waits=loop.stalled)
-        closed = any(isinstance(message, Close) for message in messages)
-        events = [event for message in messages for event in _obey(message, loop, bounds)]
-        events += loop.close() if closed else loop.step()
-        deliver(events)
+    with current(loop.runner.model.device):
+        while not closed:
+            messages = _take(inbox, waits=loop.stalled)
+            closed = any(isinstance(message, Close) for message in messages)
+            events = [event for message in messages for event in _obey(message, loop, bounds)]
+            events += loop.close() if closed else loop.step()
+            deliver(events)
 
 
 def _take(inbox: Inbox, waits: bool) -> list[object]:

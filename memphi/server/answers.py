@@ -59,7 +59,7 @@ class Work:
     @property
     def price(self) -> dict[str, int]:
         """What the prompts take."""
-        page_tokens = self._service.engine.plan.page_tokens
+        page_tokens = self._service.page_tokens
         return {
             "prompt_tokens": sum(footprint.prompt_tokens for footprint in self.footprints),
             "image_tokens": sum(footprint.image_tokens for footprint in self.footprints),

@@ -1,26 +1,51 @@
-"""What Prometheus reads: the engine's counters and what the server itself sees, in a registry of its own."""
+"""What Prometheus reads: the engines' counters and what the server itself sees, in a registry of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily as Count
+from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from memphi.engine.facade import DeviceEngine
 from memphi.engine.stats import Stats
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 ANSWER_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
+Family = type[Gauge] | type[Count]
+NUMBERS: tuple[tuple[Family, str, str, Callable[[Stats], int]], ...] = (
+    (Gauge, "memphi_queue", "Requests that the engine has not let in yet, or has paused.", lambda s: s.waiting),
+    (Gauge, "memphi_running", "Requests that the engine has let in.", lambda s: max(s.open - s.waiting, 0)),
+    (Gauge, "memphi_pool_mapped_bytes", "Memory behind the pages of keys and values.", lambda s: s.mapped_bytes),
+    (Count, "memphi_steps", "Steps of the engine.", lambda s: s.steps),
+    (Count, "memphi_prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (Count, "memphi_shared_tokens", "Prompt tokens found in the cache of pages.", lambda s: s.shared_tokens),
+    (Count, "memphi_shared_media", "Attachments found in the cache of embeddings.", lambda s: s.shared_media),
+    (Count, "memphi_answer_tokens", "Tokens of answers.", lambda s: s.answer_tokens),
+    (Count, "memphi_drafted_tokens", "Guesses of answers' next tokens.", lambda s: s.drafted_tokens),
+    (Count, "memphi_accepted_tokens", "Guesses that were right.", lambda s: s.accepted_tokens),
+    (Count, "memphi_encoded_units", "Crops and windows of sound encoded.", lambda s: s.encoded_units),
+    (Count, "memphi_pauses", "Requests paused for want of memory.", lambda s: s.pauses),
+)
+"""What is one number of an engine."""
+TABLES: tuple[tuple[Family, str, str, str, Callable[[Stats], Mapping[str, int]]], ...] = (
+    (Gauge, "memphi_memory_bytes", "Memory held, by account.", "account", lambda s: s.accounts),
+    (Count, "memphi_rungs", "Moves under memory pressure.", "rung", lambda s: s.rungs),
+    (Count, "memphi_ended", "Requests by how the engine ended them.", "reason", lambda s: s.ended),
+)
+"""What is several, by a label."""
+
 
 class Metrics:
     """Everything that is counted about one server."""
 
-    def __init__(self, stats: Callable[[], Stats], open_answers: Callable[[], int]) -> None:
+    def __init__(self, engines: Callable[[], Sequence[DeviceEngine]], open_answers: Callable[[], int]) -> None:
         """Both are asked whenever somebody reads."""
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(stats, open_answers))
+        self._registry.register(EngineCollector(engines, open_answers))
         self._responses = Counter(
             "memphi_http_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
         )
@@ -54,49 +79,25 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's own counters, read when they are asked for."""
+    """The engines' own counters, read when they are asked for; of several, each under its device's name."""
 
-    def __init__(self, stats: Callable[[], Stats], open_answers: Callable[[], int]) -> None:
-        self._stats = stats
+    def __init__(self, engines: Callable[[], Sequence[DeviceEngine]], open_answers: Callable[[], int]) -> None:
+        self._engines = engines
         self._open_answers = open_answers
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield _gauge("memphi_answers_open", "Answers that the server waits for.", self._open_answers())
-        yield _gauge("memphi_queue", "Requests that the engine has not let in yet, or has paused.", stats.waiting)
-        yield _gauge("memphi_running", "Requests that the engine has let in.", max(stats.open - stats.waiting, 0))
-        yield _gauge("memphi_pool_mapped_bytes", "Memory behind the pages of keys and values.", stats.mapped_bytes)
-        yield _gauges("memphi_memory_bytes", "Memory held, by account.", "account", stats.accounts)
-        yield _counter("memphi_steps", "Steps of the engine.", stats.steps)
-        yield _counter("memphi_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
-        yield _counter("memphi_shared_tokens", "Prompt tokens found in the cache of pages.", stats.shared_tokens)
-        yield _counter("memphi_shared_media", "Attachments found in the cache of embeddings.", stats.shared_media)
-        yield _counter("memphi_answer_tokens", "Tokens of answers.", stats.answer_tokens)
-        yield _counter("memphi_drafted_tokens", "Guesses of answers' next tokens.", stats.drafted_tokens)
-        yield _counter("memphi_accepted_tokens", "Guesses that were right.", stats.accepted_tokens)
-        yield _counter("memphi_encoded_units", "Crops and windows of sound encoded.", stats.encoded_units)
-        yield _counter("memphi_pauses", "Requests paused for want of memory.", stats.pauses)
-        yield _counters("memphi_rungs", "Moves under memory pressure.", "rung", stats.rungs)
-        yield _counters("memphi_ended", "Requests by how the engine ended them.", "reason", stats.ended)
-
-
-def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, meaning, value)
-
-
-def _gauges(name: str, meaning: str, label: str, values: dict[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, meaning, labels=[label])
-    for key, value in dict(values).items():
-        family.add_metric([key], value)
-    return family
-
-
-def _counter(name: str, meaning: str, value: float) -> Metric:
-    return CounterMetricFamily(name, meaning, value)
-
-
-def _counters(name: str, meaning: str, label: str, values: dict[str, int]) -> Metric:
-    family = CounterMetricFamily(name, meaning, labels=[label])
-    for key, value in dict(values).items():
-        family.add_metric([key], value)
-    return family
+        yield Gauge("memphi_answers_open", "Answers that the server waits for.", self._open_answers())
+        engines = self._engines()
+        labels = ["device"] if len(engines) > 1 else []
+        counted = [([engine.device][: len(labels)], engine.stats) for engine in engines] or [([], Stats())]
+        for family, name, meaning, read in NUMBERS:
+            metric = family(name, meaning, labels=labels)
+            for device, stats in counted:
+                metric.add_metric(device, read(stats))
+            yield metric
+        for family, name, meaning, label, read_all in TABLES:
+            metric = family(name, meaning, labels=[*labels, label])
+            for device, stats in counted:
+                for key, value in dict(read_all(stats)).items():
+                    metric.add_metric([*device, key], value)
+            yield metric

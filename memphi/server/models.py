@@ -42,6 +42,6 @@ def describe(service: Service) -> dict[str, Any]:
         "memphi": {
             "input_modes": [name for mode, name in MODES.items() if engine.bounds.merged in (None, mode.adapter)],
             "context_tokens": engine.bounds.tokens,
-            "answers_at_once": engine.plan.rows,
+            "answers_at_once": service.rows,
         },
     }

@@ -61,14 +61,14 @@ class Recording:
         self._media = media
         self._ask = ask
         self._arrived = arrived
-        rows = max(1, service.engine.plan.rows // ROW_SHARE)
+        rows = max(1, service.rows // ROW_SHARE)
         self._places = min(rows, math.ceil(2 * seconds / LONGEST_SECONDS))
 
     @property
     def price(self) -> dict[str, int]:
         """What the prompts of all segments take."""
         footprints = [passage.footprint for passage in self.transcript.passages]
-        page_tokens = self._service.engine.plan.page_tokens
+        page_tokens = self._service.page_tokens
         return {
             "prompt_tokens": sum(footprint.prompt_tokens for footprint in footprints),
             "audio_tokens": sum(footprint.audio_tokens for footprint in footprints),

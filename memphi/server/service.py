@@ -9,12 +9,11 @@ from typing import Literal, Protocol
 
 from starlette.requests import Request as HttpRequest
 
+from memphi.engine.facade import DeviceEngine
 from memphi.engine.pressure import Bounds, Part
-from memphi.engine.stats import Stats
 from memphi.errors import MediaError
 from memphi.inputs.media import MediaLimits
 from memphi.inputs.tokenizer import Tokenizer
-from memphi.memory.planner import MemoryPlan
 from memphi.request import Delta, Request
 from memphi.server.errors import ApiError
 from memphi.server.fetch import Fetcher, HostRule
@@ -23,14 +22,12 @@ from memphi.server.settings import ServerSettings
 
 
 class ServedEngine(Protocol):
-    """What the server needs of an engine, in this process or in another."""
+    """What the server needs of an engine, in this process or in others."""
 
     tokenizer: Tokenizer
 
     @property
-    def plan(self) -> MemoryPlan: ...
-    @property
-    def stats(self) -> Stats: ...
+    def engines(self) -> Sequence[DeviceEngine]: ...
     @property
     def bounds(self) -> Bounds: ...
     def accept(self, request: Request, limits: MediaLimits) -> tuple[Part, ...]: ...
@@ -61,7 +58,7 @@ class Service:
         self._engine = None if callable(engine) else engine
         rules = tuple(map(HostRule.parse, settings.allow_urls))
         self._fetcher = Fetcher(rules, settings.limits.body_bytes) if rules else None
-        self.metrics = Metrics(self.stats, lambda: self.open_answers)
+        self.metrics = Metrics(lambda: self.engines, lambda: self.open_answers)
 
     @property
     def state(self) -> State:
@@ -89,9 +86,20 @@ class Service:
         if name not in (None, own):
             raise ApiError(404, f"there is no model {name!r} here; ask for {own!r}", "model", "model_not_found")
 
-    def stats(self) -> Stats:
-        """What the engine has done; nothing before it is loaded."""
-        return self._engine.stats if self._engine else Stats()
+    @property
+    def rows(self) -> int:
+        """How many answers run at once, on all devices."""
+        return sum(engine.plan.rows for engine in self.engine.engines)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page, by which prices are told; of the first device, should cards differ."""
+        return self.engine.engines[0].plan.page_tokens
+
+    @property
+    def engines(self) -> Sequence[DeviceEngine]:
+        """What runs on each device; nothing before it is loaded."""
+        return self._engine.engines if self._engine else ()
 
     async def fetch(self, urls: Sequence[str]) -> Mapping[str, bytes | MediaError]:
         """What URLs hold, or why it is not here; nothing where this server fetches none."""
@@ -113,7 +121,7 @@ class Service:
         self._check_queue(answers)
 
     def _check_queue(self, answers: int) -> None:
-        most = self.engine.plan.rows + self.settings.limits.queue
+        most = self.rows + self.settings.limits.queue
         if self.open_answers + answers > most:
             waits = f"{self.open_answers} answers run or wait, of at most {most}"
             raise ApiError.later(429, f"the queue is full: {waits}; send the request again later", "queue_full")

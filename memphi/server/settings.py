@@ -20,7 +20,7 @@ class Limits:
     prompt_tokens: int | None = None
     """None: as many as the engine has room for."""
     queue: int = 256
-    """Answers that wait while as many run as the engine's plan has rows."""
+    """Answers that wait while as many run as the engines' plans have rows."""
     key_requests: int = 128
     """Open requests of one key, or of all where there are no keys."""
 

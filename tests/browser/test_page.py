@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -388,6 +389,19 @@ def test_the_memory_is_drawn_to_scale(visit, server):
     assert page.get_attribute("#memory-legend li >> nth=0", "title") == script.engine.plan.reasons["weights_bytes"]
     script.engine.stats.accounts["pages"] //= 2
     page.wait_for_function(f"() => Math.abs(({share})('pages') - 0.1) < 0.02")
+
+
+def test_the_memory_of_several_devices_is_one_bar(visit, server):
+    address, script = server
+    plan, stats = script.engine.plan, script.engine.stats
+    page = visit(address)
+    page.wait_for_selector("#memory-legend >> text=Keys and values")
+    sizes = "[...document.querySelectorAll('#memory-bar i')].map((part) => Number(part.style.flexGrow))"
+    one, total = page.evaluate(sizes), page.text_content("#memory-total")
+    script.engine.others = (SimpleNamespace(device="cuda:1", plan=plan, stats=stats, state="ready"),)
+    page.wait_for_function(f"() => document.querySelector('#memory-total').textContent !== {json.dumps(total)}")
+    assert page.evaluate(sizes) == pytest.approx([2 * size for size in one])
+    assert page.get_attribute("#memory-legend li >> nth=0", "title") == plan.reasons["weights_bytes"]
 
 
 def test_the_page_by_keyboard_alone(visit, server):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.locate import locate
 from memphi.config import EngineConfig
-from memphi.engine.facade import Facade
+from memphi.engine.facade import DeviceEngine, EngineState, Facade
 from memphi.engine.messages import Event, Mailbox, Submission
 from memphi.engine.pressure import Bounds
 from memphi.engine.stats import Stats
@@ -76,7 +76,15 @@ class FakeEngine(Facade):
         self.plan = make_plan(config, DeviceFacts("cpu", "no machine", 16 * GIB, 16 * GIB), EngineConfig(), 4)
         self.stats = Stats()
         self.worker = FakeWorker(say, Bounds(self.plan.context_tokens, config.language.max_tokens))
+        self.device = "cpu"
+        self.state: EngineState = "ready"
+        self.others: tuple[DeviceEngine, ...] = ()
+        """Engines on further devices, for who watches them."""
         super().__init__(self.worker, config, Tokenizer.from_folder(folder))
+
+    @property
+    def engines(self) -> tuple[DeviceEngine, ...]:
+        return (self, *self.others)
 
     @property
     def requests(self) -> list[Request]:

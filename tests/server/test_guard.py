@@ -16,7 +16,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
-from memphi.engine.stats import Stats
 from memphi.server import guard as guards
 from memphi.server.guard import guard
 from memphi.server.service import Service
@@ -32,7 +31,7 @@ def make_app(key_requests=128, **settings):
     """A guarded app with a few routes; `app.state.gate` lets /wait go on."""
     app = FastAPI()
     service = Service(
-        SimpleNamespace(stats=Stats()),
+        SimpleNamespace(engines=()),
         ServerSettings("demo", limits=Limits(body_bytes=BODY, key_requests=key_requests), **settings),
     )
     app.state.service, app.state.gate, app.state.entered = service, threading.Event(), threading.Semaphore(0)

@@ -52,7 +52,7 @@ def test_the_price_of_a_plain_prompt(client):
 
 def test_a_price_may_be_asked_while_the_queue_is_full(client):
     service = client.app.state.service
-    with service.places(service.engine.plan.rows + service.settings.limits.queue):
+    with service.places(service.rows + service.settings.limits.queue):
         assert tokenize(client, prompt="ab").status_code == 200
         assert refused(ask(client), 429)
 

@@ -1,5 +1,6 @@
 """`memphi serve`: the port that opens at once, the drain, and what is refused before anything is loaded."""
 
+import importlib
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 import httpx2
 import pytest
 
+from memphi.cli import app
+from memphi.engine import spread
 from memphi.errors import MemphiError
 from memphi.request import Delta
 from memphi.server.app import make_app
@@ -23,6 +26,7 @@ from tests.server.fakes import said
 
 COMMAND = [sys.executable, "-c", "from memphi.cli import main; main()", "serve", "--port", "0"]
 DEMO = ["--model", "demo", "--device", "cpu", "--dtype", "fp32"]
+serve = importlib.import_module("memphi.cli.serve")  # memphi.cli.serve is the command.
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -44,12 +48,55 @@ def failed(*options, environment=None):
         (["--tls-cert", "x.pem"], 4, "go together"),
         (["--host", "192.0.2.1", "--insecure"], 1, "cannot listen on 192.0.2.1"),
         (["--model", "/no/such/folder"], 4, "/no/such/folder"),
+        (["--model", "demo", "--device", "toaster"], 4, "'toaster' is no device"),
+        (["--model", "demo", "--device", "cuda:98,cuda:99"], 4, "cuda"),
     ],
 )
 def test_what_is_refused_in_one_sentence(options, code, words):
     got, line = failed(*options)
     assert (got, line.startswith("memphi: ")) == (code, True), line
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        ("cuda:0,cuda:1,cuda", "cuda:0 is there twice"),
+        ("cpu,cpu", "'cpu' stands in a list"),
+        ("cuda:0,toaster", "'toaster' stands in a list"),
+        ("all,cuda:0", "'all' stands in a list"),
+        ("cuda:0,", "'' stands in a list"),
+    ],
+)
+def test_what_is_no_list_of_gpus(devices, words):
+    ended = subprocess.run([*COMMAND, "--device", devices], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert words in " ".join(ended.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("option", "devices", "told"),
+    [
+        ([], ["auto"], "demo is ready\n"),
+        (["--device", "cuda:1"], ["cuda:1"], "demo is ready\n"),
+        (["--device", "cuda:1,cuda:0"], ["cuda:1", "cuda:0"], "demo is ready on cuda:1, cuda:0\n"),
+        (["--device", "all"], ["cuda:0", "cuda:1", "cuda:2"], "demo is ready on cuda:0, cuda:1, cuda:2\n"),
+    ],
+)
+def test_an_engine_is_loaded_on_each_device(option, devices, told, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(spread, "find_gpus", lambda: ("cuda:0", "cuda:1", "cuda:2"))
+    monkeypatch.setattr(spread, "start", lambda loadings, progress: loaded.extend(loadings))
+    monkeypatch.setattr(serve, "_run", lambda load, *_: load(lambda done, total: None))
+    app(["serve", "--model", "demo", "--memory", "8GiB", *option], standalone_mode=False)
+    assert [loading.device for loading in loaded] == devices
+    assert {loading.config.memory_bytes for loading in loaded} == {8 << 30}
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_all_gpus_of_a_machine_without_any():
+    code, line = failed("--model", "demo", "--device", "all", environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert (code, "no cuda device" in line) == (4, True), line
 
 
 def test_the_extra_that_is_missing_is_named(tmp_path):

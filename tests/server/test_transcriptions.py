@@ -322,7 +322,7 @@ def test_another_model_is_not_there(client):
 
 def test_a_full_queue_is_told_before_a_stream_begins(client):
     service = client.app.state.service
-    with service.places(service.engine.plan.rows + service.settings.limits.queue):
+    with service.places(service.rows + service.settings.limits.queue):
         for fields in ({}, {"stream": "true"}):
             answer = post(client, **fields)
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")

@@ -71,16 +71,21 @@ export class Memory {
     return ["loading", `The model is being loaded…${share}`];
   }
 
-  #show({ plan, accounts }) {
+  #show(told) {
+    // Several devices are one bar.
+    const engines = told.engines ?? [told];
+    const all = (bytesOf) => engines.reduce((sum, engine) => sum + (bytesOf(engine) ?? 0), 0);
     // Before the first step the ledger is empty, but what is planned for more than pages is held from the beginning.
     const held = ACCOUNTS.map(([account, name, planned]) => {
-      return { account, name, bytes: accounts[account] ?? plan[planned] ?? 0, reason: plan.reasons?.[planned] };
+      const bytes = all(({ plan, accounts }) => accounts[account] ?? plan[planned]);
+      return { account, name, bytes, reason: engines[0].plan.reasons?.[planned] };
     });
     const heldBytes = held.reduce((sum, { bytes }) => sum + bytes, 0);
-    const parts = [...held, { account: "free", name: "Free", bytes: Math.max(0, plan.budget_bytes - heldBytes) }];
-    byId("memory-total").textContent = `${sized(heldBytes)} of ${sized(plan.budget_bytes)}`;
+    const budgetBytes = all(({ plan }) => plan.budget_bytes);
+    const parts = [...held, { account: "free", name: "Free", bytes: Math.max(0, budgetBytes - heldBytes) }];
+    byId("memory-total").textContent = `${sized(heldBytes)} of ${sized(budgetBytes)}`;
     for (const bar of document.querySelectorAll(".memory-bar")) draw(bar, parts);
-    const label = `${sized(heldBytes)} of ${sized(plan.budget_bytes)} are held`;
+    const label = `${sized(heldBytes)} of ${sized(budgetBytes)} are held`;
     byId("memory-bar").setAttribute("aria-label", label);
     const legend = byId("memory-legend");
     if (!legend.children.length) legend.append(...parts.map(entry));
