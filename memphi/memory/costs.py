@@ -450,9 +450,9 @@ def quantising(config: ModelConfig, dtype_bytes: int) -> Cost:
 
 
 def calibrating(config: ModelConfig, dtype_bytes: int, tokens: int) -> Cost:
-    """`memphi quantize` with calibration, on its device: a layer, the Hessians of its linears' inputs, and the examples.
+    """`memphi quantize` with calibration, on its device: a layer, its linears' Hessians, and the example texts' states.
 
-    Beside them the most of three: a batch of examples in the layer; a Hessian's factor; a linear that is being rounded.
+    Beside them the most of three: a batch of examples in the layer, a Hessian's factor, a linear as it is rounded.
     """
     language, linears = config.language, _linears(config.language)
     layer = sum(n_in * n_out for n_in, n_out in linears) * dtype_bytes
@@ -464,8 +464,8 @@ def calibrating(config: ModelConfig, dtype_bytes: int, tokens: int) -> Cost:
     return Cost(
         "calibrating",
         layer + hessians + states + max(batch, factor, rounding),
-        f"while quantising: a layer, {size_text(layer)}; its linears' Hessians, {size_text(hessians)}; {tokens} tokens "
-        f"of examples, {size_text(states)}; and the largest Hessian's factor, {size_text(factor)}, or a linear in fp32, "
+        f"while quantising: a layer, {size_text(layer)}; its linears' Hessians, {size_text(hessians)}; {tokens} "
+        f"tokens of examples, {size_text(states)}; and the largest Hessian's factor, {size_text(factor)}, or a linear in fp32, "
         f"{size_text(rounding)}, or a batch of examples, {size_text(batch)}",
     )
 
