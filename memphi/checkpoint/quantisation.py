@@ -73,8 +73,8 @@ def quantise_folder(
     the device. All of it is written under another name (`.<folder>.partial`) and renamed in the end, so that a kill, a
     full disk or a bad tensor never leaves a folder that looks finished; the same call again goes on after the last
     whole shard, unless the source has changed. Returns the errors made, which the folder's quantisation.json has too.
-    Raises CheckpointError for a source that cannot be used, is quantised already, or holds
-    a number that is infinite or none at all, for a folder that exists and is not empty, and if writing fails.
+    Raises CheckpointError for a source that cannot be used, is quantised already, holds a number that is infinite or
+    none at all or makes one of the texts, for a folder that exists and is not empty, and if writing fails.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -465,8 +465,8 @@ def calibrating(config: ModelConfig, dtype_bytes: int, tokens: int) -> Cost:
         "calibrating",
         layer + hessians + states + max(batch, factor, rounding),
         f"while quantising: a layer, {size_text(layer)}; its linears' Hessians, {size_text(hessians)}; {tokens} "
-        f"tokens of examples, {size_text(states)}; and the largest Hessian's factor, {size_text(factor)}, or a linear in fp32, "
-        f"{size_text(rounding)}, or a batch of examples, {size_text(batch)}",
+        f"tokens of examples, {size_text(states)}; and the largest Hessian's factor, {size_text(factor)}, or a linear "
+        f"in fp32, {size_text(rounding)}, or a batch of examples, {size_text(batch)}",
     )
 
 

@@ -160,7 +160,7 @@ def test_it_is_elimination_by_the_inverse_hessian():
 
 
 def test_numbers_that_are_none_are_told():
-    with pytest.raises(CheckpointError, match="example texts come to numbers that are infinite or none at all"):
+    with pytest.raises(CheckpointError, match="infinite or none at all of the example texts, so no codes"):
         made("int4", normal(8, 64), torch.full((64, 64), torch.nan))
 
 

@@ -28,7 +28,10 @@ def gptq(weight: Tensor, hessian: Tensor, rounded: RoundColumn) -> Tensor:
     Raises CheckpointError for a Hessian with numbers that are infinite or none at all.
     """
     if not torch.isfinite(hessian).all():
-        raise CheckpointError("example texts come to numbers that are infinite or none at all")
+        raise CheckpointError(
+            "the model makes numbers that are infinite or none at all of the example texts, so no codes can be fitted "
+            "to them; int8 needs no texts"
+        )
     order = hessian.diagonal().argsort(descending=True, stable=True)
     feed = _feed(hessian[order][:, order])
     columns = weight.t()[order].float().contiguous()  # [in, out]
