@@ -3,8 +3,8 @@
 The model is SmolLM2-135M-Instruct (`benchmarks.smollm` says how to get it), the text chapters of a novel. What counts
 is the perplexity in the same windows relative to that with nothing rounded; that baseline's own weights come from a
 file in 4 bits. All else is computed in fp32, so that nothing else is lost. The part `scales` tries other ways to scale
-keys and values than the one in use, `schemes` has the weights under every scheme, `codes` four bits
-chosen otherwise.
+keys and values than the one in use, `schemes` has the weights under every scheme, `codes` codes chosen otherwise.
+Calibration reads the texts that `memphi quantize` reads.
 Usage: python -m benchmarks.quality --out FILE
 """
 
@@ -28,20 +28,30 @@ from torch import Tensor
 from benchmarks.document import write_document
 from benchmarks.smollm import SmolLM, find_file
 from memphi.cache.pool import TensorPool
-from memphi.config import CacheFormat
+from memphi.checkpoint.calibration import ROW_TOKENS, chosen_rows, conversations, prose
+from memphi.checkpoint.quantisation import CALIBRATED
+from memphi.config import CacheFormat, Scheme
 from memphi.memory import costs
 from memphi.model.attention import SdpaAttention
 from memphi.model.kept import CODE_LIMITS, dequantise, quantise
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant import calibration, weights
 from memphi.model.quant.calibration import Affine, choose_codes, half_quadratic, nearest
+from memphi.model.quant.examples import Examples, adapted_linears
+from memphi.model.quant.swap import quantised_weights
 from memphi.model.quant.weights import WEIGHTS
 from memphi.model.rows import Packing, Row
 
 TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 CPU = torch.device("cpu")
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
-TARGETS = {"cache int8": 0.005, "cache fp8": 0.005, "weights int8": 0.005, "weights fp8": 0.005, "weights int4": 0.06}
+TARGETS = {
+    "cache int8": 0.005,
+    "cache fp8": 0.005,
+    "weights int8": 0.005,
+    "weights fp8, calibrated": 0.005,
+    "weights int4, calibrated": 0.06,
+}
 """How much larger the perplexity may be."""
 
 Round = Callable[[Tensor], Tensor]
@@ -139,8 +149,11 @@ def read_schemes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple
         model = source.model(torch.float32)
         model.quantise(scheme)
         yield f"weights {scheme}", read(model, windows, "plain")
+    for scheme in CALIBRATED:
+        model = calibrated(source, scheme)
+        yield f"weights {scheme}, calibrated", read(model, windows, "plain")
         if scheme == "int4":
-            yield "weights int4, cache int8", read(model, windows, "int8")
+            yield "weights int4, calibrated, cache int8", read(model, windows, "int8")
     with choosing(nearest):
         model = source.model(torch.float32)
         model.quantise("int4")
@@ -148,12 +161,40 @@ def read_schemes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple
 
 
 def read_codes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[str, Reading]]:
-    """Other ways to choose four bits."""
+    """Other ways to choose codes, and what of fp8's loss is that of its inputs."""
+    with patch.object(weights, "gptq", lambda matrix, hessian, rounded: matrix):
+        model = calibrated(source, "int4")
+    yield "weights int4, calibrated, errors not fed forward", read(model, windows, "plain")
+    model = source.model(torch.float32)
+    for linear in adapted_linears(model.language).values():
+        linear.register_forward_pre_hook(lambda _, inputs: (_round(inputs[0], FP8), *inputs[1:]))
+    yield "inputs alone in fp8", read(model, windows, "plain")
     for name, (choose, group) in code_rules().items():
         with choosing(choose, group):
             model = source.model(torch.float32)
             model.quantise("int4")
         yield f"weights int4, {name}", read(model, windows, "plain")
+
+
+@torch.no_grad()
+def calibrated(source: SmolLM, scheme: Scheme) -> Phi4MM:
+    """The model as `memphi quantize` makes it, on the same texts in its own tokens."""
+    model = source.model(torch.float32)
+    encode = source.tokenizer.encode
+    talks = [encode("\n".join(turns)).ids for turns in conversations()]
+    rows = chosen_rows(talks, encode(prose()).ids, ROW_TOKENS)
+    embeddings = model.language.embedding(torch.tensor(list(chain(*rows))))
+    examples = Examples(model.config.language, [len(row) for row in rows], embeddings)
+    made = {
+        f"language.layers.{number}.{linear.name}.weight": linear.weight
+        for number, layer in enumerate(model.language.layers)
+        for linear in examples.quantise(layer, WEIGHTS[scheme])
+    }
+    model.quantise(scheme)
+    for name, weight in quantised_weights(model).items():
+        if name in made:
+            weight.load_state_dict(made[name].state_dict())
+    return model
 
 
 @contextmanager

@@ -32,7 +32,7 @@ BLOCK = re.compile(
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
-MEASURED = re.compile(r'\b\d\.\d\de-\d\d\b|(?<=seconds": )[\d.]+|(?<=_bytes": )\d+')
+MEASURED = re.compile(r'\b\d\.\d\de-\d\d\b|\b\d\d\.\d\d%|(?<=seconds": )[\d.]+|(?<=_bytes": )\d+')
 INSTALLS = "python3 -m venv "
 """How a line begins that makes a virtual environment; only what follows the installation is run here."""
 

@@ -1,12 +1,14 @@
 """A model folder into another whose weights are quantised, tensor by tensor; `memphi quantize` and the tests call it.
 
 Knows the order of things and what makes a run resumable: a shard for each layer, each written under another name until
-it is whole, all in a folder that takes its name in the end. What schemes do is `model.quant`'s.
+it is whole, all in a folder that takes its name in the end. What schemes do is `model.quant`'s, what layers make of
+example texts `calibration`'s.
 """
 
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from memphi.checkpoint.calibration import Calibration, example_rows
 from memphi.checkpoint.headers import INDEX_NAME, StoredTensor, read_header
 from memphi.checkpoint.layout import find_tensors, read_config
 from memphi.checkpoint.loader import check_tensors, empty_model
@@ -25,13 +28,17 @@ from memphi.checkpoint.reader import DTYPES, Progress, fill_tensors, make_buffer
 from memphi.checkpoint.writer import copy_tokenizer, header_bytes, synced, write_configs, write_json
 from memphi.config import ModelConfig, Scheme
 from memphi.errors import CheckpointError
+from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.quant.swap import checked, pieces, quantised_weights
 from memphi.model.quant.weights import QuantisedWeight
 
 REPORT_NAME = "quantisation.json"
 BUFFER_BYTES = 128 * 2**20
 """Host memory that a run takes at most beyond torch, whatever the size of a layer: what files are read through, and a
-piece of a weight as it is quantised."""
+piece of a weight as it is quantised. What calibration takes beside it lies on the device (`costs.calibrating`)."""
+CALIBRATED = ("int4", "fp8")
+"""Schemes under which the decoder's codes are fitted to example texts; int8 loses too little to need it."""
+LAYERS = "language.layers"
 _PROGRESS_NAME = "progress.json"
 _COPIED_BYTES = 4 * 2**20
 
@@ -61,11 +68,13 @@ def quantise_folder(
 ) -> list[WeightError]:
     """Write a folder in the official layout with the weights of another, of either layout, under a scheme.
 
-    Host memory: BUFFER_BYTES. All of it is written under another name (`.<folder>.partial`) and renamed in the end, so
-    that a kill, a full disk or a bad tensor never leaves a folder that looks finished; the same call again goes on
-    after the last whole shard, unless the source has changed. Returns the errors made, which the folder's
-    quantisation.json has too. Raises CheckpointError for a source that cannot be used, is quantised already, or holds
-    a number that is infinite or none at all, for a folder that exists and is not empty, and if writing fails.
+    In int4 and fp8 the decoder's linears are calibrated on memphi's example texts, layer by layer, on the device; all
+    else is rounded by itself. Memory: BUFFER_BYTES of the host, and where layers are calibrated `costs.calibrating` of
+    the device. All of it is written under another name (`.<folder>.partial`) and renamed in the end, so that a kill, a
+    full disk or a bad tensor never leaves a folder that looks finished; the same call again goes on after the last
+    whole shard, unless the source has changed. Returns the errors made, which the folder's quantisation.json has too.
+    Raises CheckpointError for a source that cannot be used, is quantised already, holds a number that is infinite or
+    none at all or makes one of the texts, for a folder that exists and is not empty, and if writing fails.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -118,6 +127,8 @@ class _Run:
         self._made: ModelConfig = model.config
         self._shards = [list(names) for _, names in groupby(sorted(self._stored, key=_unit), key=_unit)]
         self._buffer = make_buffer(device)
+        self._rows = example_rows(Tokenizer.from_folder(source), self._config) if scheme in CALIBRATED else []
+        self._calibration: Calibration | None = None
         self._done, self._total = 0, sum(tensor.end - tensor.start for tensor in self._stored.values())
 
     @property
@@ -129,6 +140,7 @@ class _Run:
             "scheme": self._scheme,
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
             "shards": len(self._shards),
+            "examples": zlib.crc32(json.dumps(self._rows).encode()),
         }
 
     def check_room(self, partial: Path) -> None:
@@ -141,6 +153,10 @@ class _Run:
 
     def write(self, partial: Path) -> list[WeightError]:
         """Write all shards that are not there yet, then what makes a folder of them."""
+        if self._rows:
+            self._calibration = Calibration(
+                self._config, self._scheme, self._stored, self._rows, self._device, self._buffer
+            )
         errors: list[WeightError] = []
         owners: dict[str, str] = {}
         total_bytes = 0
@@ -173,7 +189,10 @@ class _Run:
     def _write_shard(self, file: Path, names: Sequence[str], planned: Mapping[str, Tensor]) -> list[WeightError]:
         """Write a shard, and beside it the errors made, unless both are there."""
         errors_file = file.with_suffix(".errors")
+        calibration = self._calibration if _unit(names[0])[0] == LAYERS else None
         if (known := _read_errors(file, errors_file)) is not None:
+            if calibration:
+                calibration.skip(file)
             self._advance(sum(self._stored[name].end - self._stored[name].start for name in names))
             return known
         unfinished = file.with_suffix(".unfinished")
@@ -183,7 +202,9 @@ class _Run:
             places[name], at = at, at + tensor.nbytes
         with synced(unfinished) as stream:
             stream.write(head)
-            errors = [error for name in names if (error := self._write_tensor(stream, name, places))]
+            errors = self._write_calibrated(stream, calibration, names, places) if calibration else []
+            rest = [name for name in names if not (calibration and name in self._weights)]
+            errors += [error for name in rest if (error := self._write_tensor(stream, name, places))]
             stream.truncate(at)
         write_json(errors_file, {"errors": [asdict(error) for error in errors]})
         unfinished.replace(file)
@@ -218,25 +239,49 @@ class _Run:
                 piece = type(weight)(last - first, weight.in_features)
             piece.store(0, checked(rows, f"{stored.file}: tensor {stored.name!r}"))
             for kind, buffer in piece.named_buffers():
-                whole = dict(weight.named_buffers())[kind]
-                stream.seek(places[official_name(f"{name}.{kind}")] + first * (whole.nbytes // len(whole)))
-                stream.write(memoryview(buffer.cpu().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                _write_rows(stream, buffer, places[official_name(f"{name}.{kind}")], first)
             squared_error += float((piece.dequantise(0, last - first, torch.float32) - rows).square_().sum())
             squared_norm += float(rows.float().square_().sum())
             self._advance(part.end - part.start)
-        scheme = self._made.scheme if name.startswith("language.layers.") else self._made.other_scheme
+        scheme = self._made.scheme if name.startswith(LAYERS) else self._made.other_scheme
         return WeightError(name, scheme, squared_error, squared_norm)
+
+    @torch.no_grad()
+    def _write_calibrated(
+        self, stream: BinaryIO, calibration: Calibration, names: Sequence[str], places: Mapping[str, int]
+    ) -> list[WeightError]:
+        """Quantise a layer's linears on what they see of the example texts, and put each where it belongs."""
+        _, number = _unit(names[0])
+        errors = []
+        for linear in calibration.quantise(number):
+            name, original, weight = f"{LAYERS}.{number}.{linear.name}.weight", linear.original, linear.weight
+            squared_error = squared_norm = 0.0
+            for first, last in pieces(*original.shape):
+                rows = original[first:last].float()
+                for kind, buffer in weight.named_buffers():
+                    _write_rows(stream, buffer[first:last], places[official_name(f"{name}.{kind}")], first)
+                squared_error += float((weight.dequantise(first, last, torch.float32) - rows).square_().sum())
+                squared_norm += float(rows.square_().sum())
+            self._advance(self._stored[name].end - self._stored[name].start)
+            errors.append(WeightError(name, self._made.scheme, squared_error, squared_norm))
+        return errors
 
     def _advance(self, n_bytes: int) -> None:
         self._done += n_bytes
         self._tell(self._done, self._total)
 
 
+def _write_rows(stream: BinaryIO, rows: Tensor, place: int, first: int) -> None:
+    """Write rows from `first` on of a tensor that begins at a place."""
+    stream.seek(place + first * (rows.nbytes // len(rows)))
+    stream.write(memoryview(rows.cpu().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
 def _unit(name: str) -> tuple[str, int]:
     """What stands in one shard: a layer of the decoder, or one of the parts beside it."""
     parts = name.split(".")
-    if parts[:2] == ["language", "layers"]:
-        return ("language.layers", int(parts[2]))
+    if name.startswith(f"{LAYERS}."):
+        return (LAYERS, int(parts[2]))
     return (".".join(parts[:2]) if parts[0] == "language" else parts[0], 0)
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from memphi import official
 from memphi.cache.pool import CODE_DTYPES, SCALE_DTYPE
 from memphi.checkpoint.layout import read_config
+from memphi.checkpoint.quantisation import CALIBRATED
 from memphi.demo.shape import demo_config
 from memphi.inputs.audio import RATE, decode_clip, fft_size, window_and_hop
 from memphi.inputs.image import decode_image
@@ -27,10 +28,12 @@ from memphi.model.attention import SdpaAttention, sdpa
 from memphi.model.audio import cut_window, make_window
 from memphi.model.kernels import division
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.quant import swap, weights
+from memphi.model.quant import examples, swap, weights
+from memphi.model.quant.examples import adapted_linears
 from memphi.model.rows import Row
 from memphi.request import SamplingParams
 from memphi.sampling.sampler import Draw, sample
+from tests.checkpoints import tiny_config, tiny_model
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 CONFIGS = pytest.mark.parametrize("config", [OFFICIAL, DEMO], ids=["official", "demo"])
@@ -152,6 +155,7 @@ def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert fft_size(RATE)[1] == costs.SPECTRUM
     assert costs.MERGED_NUMBERS == adapters.MERGED_NUMBERS
     assert costs.QUANTISED_NUMBERS == swap.PIECE_NUMBERS
+    assert costs.EXAMPLE_BATCH_TOKENS == examples.BATCH_TOKENS
     assert costs.DEQUANTISED_NUMBERS == weights.BLOCK_NUMBERS
 
 
@@ -355,6 +359,24 @@ def test_quantising(scheme, stored, shape):
     assert peak.bytes <= cost.bytes
     if shape != (200, 72):
         close(cost, peak.bytes, 0.3)
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+@pytest.mark.parametrize("sizes", [(512, 1024), (256, 1536), (128, 2048)], ids=["batch", "linear", "factor"])
+def test_calibrating(scheme, sizes):
+    """A layer by itself, in fp32, with what is made of it."""
+    config = tiny_config(hidden_size=sizes[0], intermediate_size=sizes[1], heads=8)
+    layer = tiny_model(config).language.layers[0]
+    adapters.remove_adapters(layer)
+    tokens = 3 * examples.BATCH_TOKENS
+    with torch.inference_mode(), Peak([]) as peak:
+        hidden = torch.randn(tokens, sizes[0])
+        for linear in adapted_linears(layer).values():
+            linear.weight = torch.nn.Parameter(linear.weight.clone())
+        rows = examples.Examples(config.language, [256] * 12, hidden)
+        for linear in rows.quantise(layer, swap.WEIGHTS[scheme]):
+            linear.weight.dequantise(0, 1, torch.float32)
+    close(costs.calibrating(config, 4, tokens), peak.bytes, 0.4)
 
 
 @QUANTISED

@@ -5,13 +5,18 @@ import torch
 
 from memphi import official
 from memphi.checkpoint.layout import read_config
+from memphi.checkpoint.quantisation import CALIBRATED, quantise_folder
 from memphi.checkpoint.random import random_model
 from memphi.memory import costs
+from memphi.model.adapters import remove_adapters
+from memphi.model.attention import select_attention
 from memphi.model.kernels.coded import Columns
+from memphi.model.language import DecoderLayer
 from memphi.model.quant import swap
+from memphi.model.quant.examples import Examples, adapted_linears
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, has_fp8_products
 from memphi.model.rows import Row
-from tests.checkpoints import tiny_config
+from tests.checkpoints import tiny_checkpoint, tiny_config
 from tests.scenes import Stage, alone, lively_model, mixed_requests, tiny_tokenizer
 
 DEVICE = torch.device("cuda")
@@ -42,6 +47,51 @@ def test_what_is_stored_is_what_the_cpu_stores(scheme):
     here.store(0, rows)
     there.store(0, rows.to(DEVICE))
     assert relative(there.dequantise(0, 64, torch.float32).cpu(), here.dequantise(0, 64, torch.float32)) < 0.01
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_codes_fitted_to_examples_lose_as_little_as_on_the_cpu(scheme):
+    rows, x = torch.randn(64, 512), torch.randn(2000, 64) @ torch.randn(64, 512) + torch.randn(2000, 512)
+    exact, losses = x @ rows.t(), []
+    for device in ("cpu", DEVICE):
+        weight = WEIGHTS[scheme](64, 512).to(device)
+        weight.store_calibrated(rows.to(device), (x.t() @ x).to(device))
+        losses.append(relative(x @ weight.dequantise(0, 64, torch.float32).cpu().t(), exact))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_an_interrupted_calibration_goes_on_where_it_ended(scheme, tmp_path):
+    source = tiny_checkpoint(tmp_path / "source")
+
+    def interrupt(done, total):
+        if done >= 0.6 * total:
+            raise KeyboardInterrupt
+
+    quantise_folder(source, tmp_path / "whole", scheme, DEVICE)
+    with pytest.raises(KeyboardInterrupt):
+        quantise_folder(source, tmp_path / "small", scheme, DEVICE, interrupt)
+    quantise_folder(source, tmp_path / "small", scheme, DEVICE)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_calibrating_a_layer_of_official_size_takes_what_it_is_priced_at(scheme):
+    config = read_config(official.folder())
+    tokens, before = 4096, torch.cuda.memory_allocated(DEVICE)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    with DEVICE, torch.no_grad():
+        layer = DecoderLayer(config, 0, select_attention("auto")).to(torch.bfloat16)
+        remove_adapters(layer)
+        for linear in adapted_linears(layer).values():
+            linear.weight.normal_(0, 0.02)
+        hidden = torch.randn(tokens, config.language.hidden_size).bfloat16()
+        rows = Examples(config.language, [1024] * 4, hidden)
+    for linear in rows.quantise(layer, WEIGHTS[scheme]):
+        assert linear.weight.out_features
+    peak = torch.cuda.max_memory_allocated(DEVICE) - before
+    assert peak <= costs.calibrating(config, 2, tokens).bytes + 64 * 2**20  # libraries' work space
 
 
 @SCHEMES

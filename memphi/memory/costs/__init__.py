@@ -30,9 +30,11 @@ from memphi.memory.costs.encoders import (
     vision_pass,
 )
 from memphi.memory.costs.groups import (
+    EXAMPLE_BATCH_TOKENS,
     MERGED_NUMBERS,
     QUANTISED_NUMBERS,
     ROOM_STEP,
+    calibrating,
     layer_room_bytes,
     merging,
     packed_bytes,
@@ -65,6 +67,7 @@ __all__ = [
     "BIAS_STEP",
     "CONVOLVED_VALUES",
     "DEQUANTISED_NUMBERS",
+    "EXAMPLE_BATCH_TOKENS",
     "FIRST_ANSWER_TOKENS",
     "GATHER_TOKENS",
     "GIB",
@@ -88,6 +91,7 @@ __all__ = [
     "WindowSize",
     "allocator_rounding",
     "audio_pass",
+    "calibrating",
     "context",
     "cropping",
     "decode_step",

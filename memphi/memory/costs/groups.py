@@ -14,7 +14,7 @@ from memphi.config import (
     VisionConfig,
     group_size,
 )
-from memphi.memory.costs.cost import MIB, Cost
+from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.sizes import all_ranks, decoder_linears
 
 MERGED_NUMBERS = 4 * MIB
@@ -23,6 +23,8 @@ ROOM_STEP = 256
 """Bytes at whose multiples tensors begin in a room."""
 QUANTISED_NUMBERS = 2 * MIB
 """Numbers of a weight that are quantised at once."""
+EXAMPLE_BATCH_TOKENS = 1024
+"""Of example texts that go through a layer at once, where it is calibrated."""
 Tensors = tuple[tuple[int, int], ...]
 """Sizes of tensors: (numbers or bytes in one, how many there are)."""
 Matrices = tuple[tuple[int, int, int], ...]
@@ -288,6 +290,27 @@ def quantising(config: ModelConfig, dtype_bytes: int) -> Cost:
     each = dtype_bytes + {"bf16": 0, "int8": 5, "int4": 17, "fp8": 6}[config.scheme]
     numbers = min(QUANTISED_NUMBERS, largest_matrix(config))
     return Cost("quantising", numbers * each, f"while loading: {numbers} numbers of a weight x {each} bytes")
+
+
+def calibrating(config: ModelConfig, dtype_bytes: int, tokens: int) -> Cost:
+    """`memphi quantize` with calibration, on its device: a layer, its linears' Hessians, and the example texts' states.
+
+    Beside them the most of three: a batch of examples in the layer, a Hessian's factor, a linear as it is rounded.
+    """
+    language, linears = config.language, decoder_linears(config.language)
+    layer = sum(n_in * n_out for n_in, n_out in linears) * dtype_bytes
+    hessians = 4 * sum(n_in**2 for n_in, _ in linears)
+    states = tokens * (language.hidden_size + 2 * language.rotary_dim) * dtype_bytes
+    batch = EXAMPLE_BATCH_TOKENS * (4 * language.hidden_size + 4 * language.intermediate_size) * max(dtype_bytes, 4)
+    factor = max(21 * n_in**2 for n_in, _ in linears)
+    rounding = max(4 * n_in**2 + n_in * n_out * 14 for n_in, n_out in linears)
+    return Cost(
+        "calibrating",
+        layer + hessians + states + max(batch, factor, rounding),
+        f"while quantising: a layer, {size_text(layer)}; its linears' Hessians, {size_text(hessians)}; {tokens} "
+        f"tokens of examples, {size_text(states)}; and the largest Hessian's factor, {size_text(factor)}, or a linear "
+        f"in fp32, {size_text(rounding)}, or a batch of examples, {size_text(batch)}",
+    )
 
 
 def largest_matrix(config: ModelConfig) -> int:

@@ -1,7 +1,8 @@
-"""How four bits stand for a group of numbers: w = scale * code + shift, with codes from -8 to 7; by the weights alone.
+"""How four bits stand for a group of numbers: w = scale * code + shift, with codes from -8 to 7.
 
-Rounding to nearest takes the group's least and largest number for ends. `half_quadratic` is what is used: it moves the
-ends until the error is least, as Badri and Shaji do for the zero point (HQQ, 2023); scale and shift both, here.
+Rounding to nearest takes the group's least and largest number for ends. `half_quadratic` is what is used where weights
+are all that is known: it moves the ends until the error is least, as Badri and Shaji do for the zero point (HQQ, 2023);
+scale and shift both, here. `weighted_line` is for whoever knows how much each number's error counts (`gptq`).
 """
 
 import torch
@@ -12,9 +13,13 @@ ROUNDS = 10
 """Of choosing codes and then scale and shift; fifty more make the error a thousandth smaller."""
 FIRST_SHARE = 0.9
 """The part of a group's range that the codes span at first: its ends are rare."""
+FIRST_SHARES, FEW_ROUNDS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 6
+"""The same, where each is tried, and rounds of each."""
 POWER, STRENGTH = 0.7, 10.0
 """Of the norm that a robust fit makes small, and how little of an error it takes for an outlier."""
 LEAST_SCALE = 1e-30
+LEAST_SPREAD = 1e-9
+"""Of codes weighted by importance: below it, all that count are one."""
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift, each [..., 1]."""
@@ -41,6 +46,38 @@ def half_quadratic(groups: Tensor, robust: bool = False) -> Affine:
         wanted = groups - _outliers(groups, codes, scale, shift) if robust else groups
         scale, shift = _fit(codes, wanted, scale)
     return _stored(scale, shift)
+
+
+def weighted_line(groups: Tensor, importance: Tensor) -> Affine:
+    """Scale and shift of the least squared error, in which a number's error counts by its importance [numbers] > 0.
+
+    The best of what turns of choosing codes and fitting them come to from several ranges.
+    """
+    share = importance / importance.sum()
+    fits = [_weighted_fit(groups, share, first) for first in FIRST_SHARES]
+    errors = torch.cat([_weighted_error(groups, share, *fit) for fit in fits], -1)
+    best = errors.argmin(-1, keepdim=True)
+    scale, shift = (torch.cat(part, -1).gather(-1, best) for part in zip(*fits, strict=True))
+    return scale, shift
+
+
+def _weighted_fit(groups: Tensor, share: Tensor, first_share: float) -> Affine:
+    scale, shift = nearest(groups, first_share)
+    middle = groups @ share[:, None]
+    for _ in range(FEW_ROUNDS):
+        codes = choose_codes(groups, scale, shift)
+        mean = codes @ share[:, None]
+        apart = codes.sub_(mean)
+        spread = apart.square() @ share[:, None]
+        fitted = apart.mul_(groups) @ share[:, None] / spread.clamp(min=LEAST_SPREAD)
+        scale = torch.where((spread > LEAST_SPREAD) & (fitted > 0), fitted, scale)
+        shift = middle - scale * mean
+    return _stored(scale, shift)
+
+
+def _weighted_error(groups: Tensor, share: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """[..., 1]"""
+    return choose_codes(groups, scale, shift).mul_(scale).add_(shift).sub_(groups).square_() @ share[:, None]
 
 
 def choose_codes(groups: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

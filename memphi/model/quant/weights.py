@@ -20,7 +20,8 @@ from memphi.config import group_size
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import is_available
-from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic
+from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic, weighted_line
+from memphi.model.quant.gptq import gptq, importance
 
 BLOCK_NUMBERS = 8 * 2**20
 """Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
@@ -40,6 +41,10 @@ class QuantisedWeight(nn.Module):
 
     def store(self, first: int, rows: Tensor) -> None:
         """Quantise rows [n, in], which are the outputs from `first` on."""
+        raise NotImplementedError
+
+    def store_calibrated(self, matrix: Tensor, hessian: Tensor) -> None:
+        """Quantise all outputs so that products with example inputs lose little, by those inputs' Hessian [in, in]."""
         raise NotImplementedError
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -146,11 +151,29 @@ class Int4Weight(QuantisedWeight):
     def store(self, first: int, rows: Tensor) -> None:
         groups = self._filled(rows.float()).unflatten(1, (-1, self.group))
         scale, shift = half_quadratic(groups)
-        codes = (choose_codes(groups, scale, shift) + 8).to(torch.uint8)
-        words = self.codes[first : first + len(rows)].zero_().view(torch.int32)
-        for number, part in enumerate(codes.chunk(CODES_A_WORD, -1)):
+        self._keep(first, choose_codes(groups, scale, shift), torch.cat((scale, shift), -1))
+
+    def store_calibrated(self, matrix: Tensor, hessian: Tensor) -> None:
+        columns = zip(matrix.split(self.group, 1), importance(hessian).split(self.group), strict=True)
+        lines = [weighted_line(part.float(), each) for part, each in columns]
+
+        def rounded(column: Tensor, number: int) -> Tensor:
+            scale, shift = (part[:, 0] for part in lines[number // self.group])
+            return choose_codes(column, scale, shift).mul_(scale).add_(shift)
+
+        meant = gptq(matrix, hessian, rounded)
+        scale, shift = (torch.stack(part, 1) for part in zip(*lines, strict=True))  # [out, groups, 1]
+        for first, last in blocks(*matrix.shape):
+            groups = self._filled(meant[first:last]).unflatten(1, (-1, self.group))
+            codes = choose_codes(groups, scale[first:last], shift[first:last])
+            self._keep(first, codes, torch.cat((scale[first:last], shift[first:last]), -1))
+
+    def _keep(self, first: int, codes: Tensor, affine: Tensor) -> None:
+        """Keep codes from -8 to 7 [n, groups, group], scale and shift [n, groups, 2] of outputs from `first` on."""
+        words = self.codes[first : first + len(codes)].zero_().view(torch.int32)
+        for number, part in enumerate((codes + 8).to(torch.uint8).chunk(CODES_A_WORD, -1)):
             words |= (part.int() << 4 * number).to(words.device)
-        self.affine[first : first + len(rows)] = torch.cat((scale, shift), -1)
+        self.affine[first : first + len(codes)] = affine
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         codes: Tensor = self.unpacked(first, last).unflatten(1, (-1, self.group))
@@ -196,6 +219,17 @@ class Fp8Weight(QuantisedWeight):
     def store(self, first: int, rows: Tensor) -> None:
         part = slice(first, first + len(rows))
         self.codes[part], self.scale[part] = _to_fp8(rows)
+
+    def store_calibrated(self, matrix: Tensor, hessian: Tensor) -> None:
+        for first, last in blocks(*matrix.shape):
+            self.store(first, matrix[first:last])  # For the scales.
+        meant = gptq(matrix, hessian, lambda column, _: self._nearest(column, self.scale).float().mul_(self.scale))
+        for first, last in blocks(*matrix.shape):
+            self.codes[first:last] = self._nearest(meant[first:last], self.scale[first:last, None])
+
+    def _nearest(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        """Codes under scales that are given."""
+        return (numbers / scale).clamp_(-rounding.LARGEST, rounding.LARGEST).to(torch.float8_e4m3fn)
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.codes[first:last].float().mul_(self.scale[first:last, None]).to(dtype)
