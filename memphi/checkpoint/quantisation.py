@@ -224,7 +224,8 @@ class _Run:
             squared_error += float((piece.dequantise(0, last - first, torch.float32) - rows).square_().sum())
             squared_norm += float(rows.float().square_().sum())
             self._advance(part.end - part.start)
-        scheme = self._made.scheme if name.startswith("language.layers.") else self._made.other_scheme
+        in_decoder = name.startswith("language.layers.") and ".adapters." not in name
+        scheme = self._made.scheme if in_decoder else self._made.other_scheme
         return WeightError(name, scheme, squared_error, squared_norm)
 
     def _advance(self, n_bytes: int) -> None:

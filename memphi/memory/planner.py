@@ -602,7 +602,7 @@ class _Planner:
         other = (
             "" if self.config.scheme == self.config.other_scheme else f", other linears in {self.config.other_scheme}"
         )
-        return f"in {self.config.scheme}{other}, adapters and the rest in {self.dtype_bytes} bytes"
+        return f"in {self.config.scheme}{other}, what is no matrix in {self.dtype_bytes} bytes"
 
     def _reason_of_adapters(self) -> str:
         reasons = {

@@ -61,7 +61,7 @@ class Phi4MM(nn.Module):
         return self.language.norm.weight.dtype
 
     def quantise(self, scheme: Scheme) -> None:
-        """Keep the weights under a scheme, for inference; before anything is said of adapters, which stay as they are.
+        """Keep the weights under a scheme, for inference; before anything is said of how adapters are kept.
 
         On the meta device linears are only made, to be filled later. Needs one linear's memory beside the model's.
         Raises CheckpointError for a number that is infinite or none at all.

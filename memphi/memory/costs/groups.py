@@ -149,23 +149,24 @@ def weights_rounding(
 def packed_bytes(config: ModelConfig, dtype_bytes: int) -> dict[str, Tensors]:
     """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt.
 
-    Beside weights in few bits, adapters have matrices of their own.
+    Beside weights in few bits, adapters have matrices of their own, and scales for each output of either.
     """
     language, ranks = config.language, all_ranks(config)
-    linears = decoder_linears(language)
-    is_quantised = config.scheme != "bf16"
-    wide = tuple((((0 if is_quantised else n_in) + ranks) * n_out, language.layers) for n_in, n_out in linears)
-    narrow = tuple((ranks * n_in, language.layers) for n_in, _ in linears)
-    base = _stored(_language_group(language)[0], config.scheme, dtype_bytes) if is_quantised else ()
-    lying = (*base, *_in_bytes((*wide, *narrow, *_language_group(language)[1]), dtype_bytes))
-    return {"language": lying, "vision adapter": (), "speech adapter": ()}
+    linears, (matrices, others) = decoder_linears(language), _language_group(language)
+    lying: Tensors
+    if config.scheme == "bf16":
+        sizes = [size for n_in, n_out in linears for size in ((n_in + ranks) * n_out, ranks * n_in)]
+        lying = _in_bytes(tuple((size, language.layers) for size in sizes), dtype_bytes)
+    else:
+        sizes = [size for n_in, n_out in linears for size in (ranks * n_out, 2 * 2 * n_out, ranks * n_in, 2 * ranks)]
+        base = _stored(matrices, config.scheme, dtype_bytes)
+        lying = (*base, *((size, language.layers) for size in sizes))
+    return {"language": (*lying, *_in_bytes(others, dtype_bytes)), "vision adapter": (), "speech adapter": ()}
 
 
 def _scheme_of(group: str, config: ModelConfig) -> Scheme:
-    """How a group's matrices are stored: adapters always in 16 bits."""
-    if group == "language":
-        return config.scheme
-    return "bf16" if group.endswith(" adapter") else config.other_scheme
+    """How a group's matrices are stored."""
+    return config.scheme if group == "language" else config.other_scheme
 
 
 def _stored(matrices: Matrices, scheme: Scheme, dtype_bytes: int) -> Tensors:
@@ -204,8 +205,8 @@ def _groups(config: ModelConfig, form: AdapterForm) -> dict[str, Group]:
     return {
         "language": _language_group(language),
         "embedding": (((language.hidden_size, language.vocab_size, 1),), ()),
-        "vision adapter": none if form == "merged" else ((), _adapter_tensors(language, config.vision_adapter)),
-        "speech adapter": none if form == "merged" else ((), _adapter_tensors(language, config.speech_adapter)),
+        "vision adapter": none if form == "merged" else _adapter_group(language, config.vision_adapter),
+        "speech adapter": none if form == "merged" else _adapter_group(language, config.speech_adapter),
         "vision tower": _vision_group(config.vision),
         "audio encoder": _audio_group(config.audio),
         "projectors": _projector_group(config),
@@ -217,8 +218,11 @@ def _language_group(language: LanguageConfig) -> Group:
     return linears, ((language.hidden_size, 2 * language.layers + 1),)
 
 
-def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
-    return tuple((size * adapter.rank, language.layers) for linear in decoder_linears(language) for size in linear)
+def _adapter_group(language: LanguageConfig, adapter: AdapterConfig) -> Group:
+    """A and B of each linear."""
+    linears = decoder_linears(language)
+    a = tuple((n_in, adapter.rank, language.layers) for n_in, _ in linears)
+    return (*a, *((adapter.rank, n_out, language.layers) for _, n_out in linears)), ()
 
 
 def _vision_group(vision: VisionConfig) -> Group:
