@@ -5,6 +5,7 @@ read. The engine, fine-tuning and the tests call it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -73,11 +74,14 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, attention: Attention | 
 def _as_stored(model: Phi4MM, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """What the files should hold: the model's tensors, and matrices in 16 bits for those that are stored so."""
     expected = model.state_dict()
-    for name, weight in quantised_weights(model).items():
-        if name in stored:
-            for part, _ in weight.named_buffers():
-                del expected[f"{name}.{part}"]
-            expected[name] = torch.empty(weight.out_features, weight.in_features, dtype=model.dtype, device="meta")
+    late = {name: weight for name, weight in quantised_weights(model).items() if name in stored}
+    if late:
+        with torch.device("meta"):
+            whole = Phi4MM(replace(model.config, scheme="bf16")).to(model.dtype).state_dict()
+    for name, weight in late.items():
+        for part, _ in weight.named_buffers():
+            del expected[f"{name}.{part}"]
+        expected[name] = whole[name]
     return expected
 
 

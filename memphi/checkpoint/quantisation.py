@@ -214,6 +214,7 @@ class _Run:
             part = stored.rows(first, last)
             rows = torch.empty(part.shape, dtype=DTYPES[part.kind], device=self._device)
             fill_tensors([(part, rows)], self._device, None, self._buffer)
+            rows = rows.flatten(1)
             with torch.device(self._device):
                 piece = type(weight)(last - first, weight.in_features)
             piece.store(0, checked(rows, f"{stored.file}: tensor {stored.name!r}"))

@@ -17,6 +17,7 @@ from memphi.model.quant.linears import (
     QuantisedAdapter,
     QuantisedEmbedding,
     QuantisedLinear,
+    QuantisedPointwise,
 )
 from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.weights import WEIGHTS, Int4Weight, Int8Weight, round_rows
@@ -196,6 +197,17 @@ def test_a_linear_keeps_its_bias():
     assert isinstance(model[0].weight, Int8Weight)
     x = normal(2, 3, 200)
     assert torch.allclose(model(x), x @ meant(model[0].weight).t() + linear.bias, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_convolution_of_length_one_is_a_linear():
+    convolution, longer = nn.Conv1d(40, 30, 1), nn.Conv1d(30, 30, 3, groups=30)
+    model, x = nn.Sequential(convolution, longer), normal(2, 40, 7)
+    swap.quantise(model, "int4", "int8")
+    assert isinstance(model[0], QuantisedPointwise)
+    assert model[1] is longer
+    convolution.weight.copy_(meant(model[0].weight)[..., None])
+    assert torch.allclose(model[0](x), convolution(x), atol=1e-4)
 
 
 @torch.no_grad()

@@ -244,6 +244,8 @@ def _audio_group(audio: AudioConfig) -> Group:
         (size, 2 * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
         (inner, size, 2 * layers),
         (size, size, 4 * layers),
+        (size, 2 * size, layers),  # the convolution's value and gate
+        (size, size, 2 * layers),  # its pointwise and out
     )
     subsampling = (
         (audio.mel_bins, 2),
@@ -255,8 +257,6 @@ def _audio_group(audio: AudioConfig) -> Group:
     )
     layer = (
         (2 * inner, 2 * layers),
-        (size * size, 2 * layers),  # the convolution's pointwise and out
-        (2 * size * size, layers),
         (2 * size, layers),
         (audio.kernel_size * size, layers),
         (size, (4 + 2 + 4 + 2 + 2 + 1 + 2 + 2 + 2) * layers),  # biases and norms

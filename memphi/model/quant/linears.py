@@ -1,5 +1,5 @@
-"""What takes the place of a linear, of one with adapters, of an adapter and of the embedding, where their matrices are
-quantised.
+"""What takes the place of a linear, of one with adapters, of an adapter, of the embedding and of a convolution that is a
+linear for every moment, where their matrices are quantised.
 """
 
 from typing import cast
@@ -15,13 +15,20 @@ from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 class QuantisedLinear(nn.Module):
     """y = W x + b."""
 
-    def __init__(self, linear: nn.Linear, weight: QuantisedWeight) -> None:
+    def __init__(self, linear: nn.Linear | nn.Conv1d, weight: QuantisedWeight) -> None:
         super().__init__()
         self.weight, self.bias = weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = cast(Tensor, self.weight(x))
         return y if self.bias is None else y.add_(self.bias)
+
+
+class QuantisedPointwise(QuantisedLinear):
+    """A convolution over time of length one: y = W x + b, with x [..., in, time] as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(-1, -2)).transpose(-1, -2)
 
 
 class QuantisedAdapter(Adapter):
@@ -96,6 +103,8 @@ def quantised(module: nn.Module, weight: type[QuantisedWeight], others: type[Qua
             return QuantisedAdapter(module)
         if type(module) is nn.Linear:
             return QuantisedLinear(module, others(module.out_features, module.in_features))
+        if type(module) is nn.Conv1d and module.kernel_size == (1,) and module.groups == 1:
+            return QuantisedPointwise(module, others(module.out_channels, module.in_channels))
         if type(module) is TiedEmbedding:
             return QuantisedEmbedding(module, Int8Weight(module.num_embeddings, module.embedding_dim))
     return None

@@ -14,12 +14,12 @@ PIECE_NUMBERS = 2 * 2**20
 """Numbers of a weight that are quantised at once."""
 
 ReadRows = Callable[[int, int], Tensor]
-"""Gives a weight's outputs from one to before another: [last - first, in]."""
+"""Gives a weight's outputs from one to before another: [last - first, in], or as `store` takes them."""
 
 
 @torch.no_grad()
 def quantise(model: nn.Module, scheme: Scheme, other_scheme: Scheme) -> None:
-    """Swap every linear, every adapter and the embedding for one that keeps its matrix under a scheme, in place.
+    """Swap every linear, adapter, pointwise convolution over time and the embedding for one in few bits, in place.
 
     Linears of the decoder, which have adapters, are kept under the first, all others under the second. Needs the memory
     of one linear in few bits beside the model; on the meta device none, and `fill` is for whoever has the weights.
@@ -55,7 +55,11 @@ def fill(weight: QuantisedWeight, name: str, read_rows: ReadRows) -> None:
 
 @torch.no_grad()
 def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
-    """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none."""
+    """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none.
+
+    Those of a convolution have an axis more, of length one.
+    """
+    rows = rows.flatten(1)
     for start, end in pieces(*rows.shape):
         weight.store(first + start, checked(rows[start:end], name))
 
