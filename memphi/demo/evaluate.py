@@ -27,6 +27,7 @@ from memphi.demo.tasks import Sample
 from memphi.engine.engine import Engine, load
 from memphi.model.adapters import Adapter
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.weights import Int8Weight
 from memphi.request import Request, SamplingParams
 
 Pairs = list[tuple[str, str]]
@@ -119,7 +120,8 @@ def request(sample: Sample) -> Request:
 @contextmanager
 def adapters_off(model: Phi4MM) -> Iterator[None]:
     """Make both adapters add nothing, until the end of the block."""
-    weights = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    matrices = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    weights = [matrix.codes if isinstance(matrix, Int8Weight) else matrix for matrix in matrices]
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

@@ -124,26 +124,29 @@ def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
 def weights_rounding(
     config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
 ) -> Cost:
-    """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
-    groups = weight_bytes(config, dtype_bytes, form)
+    """What PyTorch's CUDA allocator adds to the weights: those that stay lie in one piece, and each room is one."""
+    groups, rooms = weight_bytes(config, dtype_bytes, form), ROOMS[placement]
     if form == "packed":
         groups |= packed_bytes(config, dtype_bytes)
-    rooms = ROOMS[placement]
-    for name in (name for names in rooms for name in names):
-        del groups[name]
     if placement == "streamed":
-        groups["language"] = ((layer_room_bytes(config, dtype_bytes), 2),)
-    sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
-    sizes += [(room(config, dtype_bytes, form, names).bytes, 1) for names in rooms]
-    large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
-    middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
-    small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
+        groups["language"] = ((config.language.hidden_size * dtype_bytes, 1),)
+    staying = [tensors for name, tensors in groups.items() if not any(name in names for names in rooms)]
+    steps = sum((-size % ROOM_STEP) * count for tensors in staying for size, count in tensors)
+    pieces = [steps + sum(map(_total, staying)), *(room(config, dtype_bytes, form, names).bytes for names in rooms)]
+    pieces += 2 * [layer_room_bytes(config, dtype_bytes)] if placement == "streamed" else []
     return Cost(
         "weights: allocator",
-        large + middle // 16 + small + 22 * MIB,
-        "tensors from 10 MiB on rounded up to 2 MiB; a sixteenth of those above 1 MiB, which share segments of 20 MiB; "
-        "smaller ones rounded to 512 bytes; one segment of either kind half used",
+        steps + sum(map(_segment_rounding, pieces)),
+        f"those that stay lie in one piece, each tensor at a multiple of {ROOM_STEP} bytes; that and each room is "
+        "rounded up to 2 MiB, or below 10 MiB to 20",
     )
+
+
+def _segment_rounding(n_bytes: int) -> int:
+    """What is left of the segment that the allocator asks the device for, for one tensor of so many bytes."""
+    if n_bytes <= MIB:
+        return 2 * MIB - n_bytes
+    return 20 * MIB - n_bytes if n_bytes < 10 * MIB else -n_bytes % (2 * MIB)
 
 
 def packed_bytes(config: ModelConfig, dtype_bytes: int) -> dict[str, Tensors]:

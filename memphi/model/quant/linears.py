@@ -1,5 +1,5 @@
-"""What takes the place of a linear, of one with adapters, of an adapter, of the embedding and of a convolution that is a
-linear for every moment, where their matrices are quantised.
+"""What takes the place of a linear, of one with adapters, of an adapter, of the embedding, and of a convolution that is
+a linear for every moment, where their matrices are quantised.
 """
 
 from typing import cast
