@@ -6,6 +6,7 @@ it is whole, all in a folder that takes its name in the end. What schemes do is 
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -294,10 +295,14 @@ def _joined(errors: Sequence[WeightError]) -> float:
 
 
 def summary(errors: Sequence[WeightError]) -> list[tuple[str, str, float, float]]:
-    """Kinds of weights, each with its scheme, its relative error, and that of its worst: for a table."""
+    """Kinds of weights, each with its scheme, its relative error, and that of its worst: for a table.
+
+    All of an adapter's matrices are of one kind.
+    """
 
     def kind(error: WeightError) -> str:
-        return ".".join("*" if part.isdigit() else part for part in error.name.removesuffix(".weight").split("."))
+        name = re.sub(r"\.[a-z_]+\.[a-z_]+\.adapters\.(\w+)\.[ab]$", r".adapters.\1", error.name)
+        return ".".join("*" if part.isdigit() else part for part in name.removesuffix(".weight").split("."))
 
     kinds: dict[str, list[WeightError]] = {}
     for error in errors:

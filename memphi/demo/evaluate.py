@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
 from memphi.checkpoint.locate import locate
 from memphi.config import CacheChoice, EngineConfig, SchemeChoice
@@ -120,7 +121,8 @@ def request(sample: Sample) -> Request:
 @contextmanager
 def adapters_off(model: Phi4MM) -> Iterator[None]:
     """Make both adapters add nothing, until the end of the block."""
-    matrices = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    found = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    matrices = cast(list[Tensor | Int8Weight], found)  # Under a scheme the one is in the other's place.
     weights = [matrix.codes if isinstance(matrix, Int8Weight) else matrix for matrix in matrices]
     kept = [weight.detach().clone() for weight in weights]
     try:

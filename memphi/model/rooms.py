@@ -107,7 +107,7 @@ def lay_out(model: nn.Module, device: torch.device | str) -> None:
         end += _rounded(tensor.nbytes) if tensor.is_meta else 0
         return tensor
 
-    model._apply(count)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+    model._apply(count)
     memory, start = torch.empty(end, dtype=torch.uint8, device=device), 0
 
     def move(tensor: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def lay_out(model: nn.Module, device: torch.device | str) -> None:
         first, start = start, start + _rounded(tensor.nbytes)
         return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
-    model._apply(move)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+    model._apply(move)
 
 
 def groups_of(model: nn.Module) -> dict[str, list[nn.Module]]:
