@@ -277,9 +277,3 @@ def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _largest(rows: Tensor) -> Tensor:
     """The largest size of a number in each row, in fp32: [rows, in] -> [rows]."""
     return cast(Tensor, torch.linalg.vector_norm(rows, float("inf"), dim=1).float())
-
-
-def weight_of(module: nn.Module) -> QuantisedWeight | None:
-    """A module's quantised weight, if it has one."""
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, QuantisedWeight) else None
