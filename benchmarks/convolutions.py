@@ -11,8 +11,8 @@ from memphi.checkpoint.layout import read_config
 from memphi.memory.costs import MIB
 from memphi.model.audio import Subsampling
 
-FRAMES = (200, 400, 1000, 2000, 3000, 3984, 3992, 4000, 4008, 4016)
-"""Half a minute's window has 4000, and eight more where there is sound before it, and after it."""
+FRAMES = (200, 400, 776, 784, 1000, 2000, 3000, 3984, 3992, 4000, 4008, 4016)
+"""Half a minute's window has 4000, eight more where there is sound before it, and after it; 776 or 784 go at once."""
 
 
 @torch.inference_mode()

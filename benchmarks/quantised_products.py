@@ -37,7 +37,7 @@ from benchmarks.kernels import (
 from benchmarks.products import Matrix, matrices
 from memphi.model.kernels import eight_bits, four_bits, launch, skinny
 from memphi.model.kernels.coded import Columns
-from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, QuantisedWeight
+from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, QuantisedWeight, add_columns
 
 MODULES: dict[str, ModuleType] = {"int8": eight_bits, "int4": four_bits, "fp8": eight_bits}
 BYTE_BLOCKS = [
@@ -106,11 +106,11 @@ def measure_product(
 ) -> dict[str, Any]:
     """Time of one product by every way, the best first, and of the same in bf16."""
     weight = random_weight(scheme, matrix.n_out, matrix.n_in, device)
-    n_bytes = sum(buffer.nbytes for buffer in weight.buffers()) + matrix.n_out * columns * sizes.dtype.itemsize
+    n_bytes = sum(buffer.nbytes for buffer in weight.buffers()) + matrix.n_out * (columns + 2 * bool(columns))
     weights = [weight, *(random_weight(scheme, matrix.n_out, matrix.n_in, device) for _ in copies_of(n_bytes, sizes))]
     make: Callable[..., Tensor] = partial(torch.randn, device=device, dtype=sizes.dtype)
     x, out = make(rows, matrix.n_in), make(rows, matrix.n_out)
-    beside = [Columns(make(matrix.n_out, columns), make(rows, columns)) if columns else None for _ in weights]
+    beside = [random_columns(matrix.n_out, make(rows, columns)) for _ in weights]
     expected, seconds, errors = torch.empty_like(out), dict[str, float](), [0.0]
     MODULES[scheme].plain_multiply(x, *weight.buffers(), expected, beside[0])
     for name, run in ways(scheme, rows, sweep).items():
@@ -169,6 +169,15 @@ def random_weight(scheme: str, n_out: int, n_in: int, device: torch.device) -> Q
     return weight
 
 
+def random_columns(n_out: int, t: Tensor) -> Columns | None:
+    """Those of one adapter, beside a t [rows, ranks]; None for no ranks."""
+    if not t.shape[1]:
+        return None
+    with t.device:
+        codes = torch.randint(-127, 128, (n_out, t.shape[1]), dtype=torch.int8)
+        return Columns(codes, torch.full((1, n_out), 0.001, dtype=torch.bfloat16), t, t.shape[1])
+
+
 def ways(scheme: str, rows: int, sweep: bool) -> Mapping[str, Run]:
     """Ways to compute a product by name: the one that is chosen, each for few and for many rows, and every tiling."""
     module = MODULES[scheme]
@@ -203,7 +212,7 @@ def multiply_few(module: ModuleType, x: Tensor, weight: QuantisedWeight, out: Te
 def multiply_many(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
     weight.multiply_many(x, out)
     if columns is not None:
-        out.addmm_(columns.t, columns.b.t())
+        add_columns(out, columns)
 
 
 def with_block(
@@ -248,7 +257,7 @@ def compile_one(job: tuple[str, int, int, int, str]) -> None:
     scheme, n_in, rows, columns, name = job
     device, make = torch.device("cuda"), partial(torch.zeros, device="cuda", dtype=torch.bfloat16)
     weight = random_weight(scheme, 512, n_in, device)
-    beside = Columns(make(512, columns), make(rows, columns)) if columns else None
+    beside = random_columns(512, make(rows, columns))
     with suppress(Exception):  # Told when it is measured.
         ways(scheme, rows, sweep=True)[name](make(rows, n_in), weight, make(rows, 512), beside)
 

@@ -165,7 +165,7 @@ class ModelConfig:
 
     @property
     def other_scheme(self) -> Scheme:
-        """The scheme of the linears outside the decoder and of the embedding, which is the head too."""
+        """The scheme of the linears outside the decoder, of adapters, and of the embedding, which is the head too."""
         return "bf16" if self.scheme == "bf16" else "int8"
 
     def adapter(self, name: str) -> AdapterConfig:

@@ -5,6 +5,7 @@ read. The engine, fine-tuning and the tests call it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def load_model(
 
     packed: adapters beside the weights they adapt, for inference only; merge: this one in the weights, and none beside;
     scheme: quantise weights of 16 bits while they are read, None: keep them as they are stored; placement: what of them
-    lies on the host.
+    lies on the host. Where a quantised folder has matrices in 16 bits that are in few now, as adapters of those that
+    were written earlier are, these are quantised as well.
     Device memory: the model, and nothing beside it but the pieces of `merge_adapter` or of `fill`. Host memory: a
     buffer (see `fill_tensors`), and the model where the device is the host. Raises CheckpointError before either is
     taken if a file is damaged, if a tensor is missing, unknown or of the wrong shape (spec 2), or if a quantised folder
@@ -48,7 +50,7 @@ def load_model(
     stored = find_tensors(folder, config)
     with torch.device("meta"):
         model = empty_model(config, dtype, attention)
-    check_tensors(folder, stored, model.state_dict())
+    check_tensors(folder, stored, _as_stored(model, stored))
     if config.scheme != "bf16":
         _refuse_changes(folder, config.scheme, merge, scheme)
     elif scheme is not None:
@@ -67,6 +69,20 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, attention: Attention | 
     model = Phi4MM(config, attention).to(dtype)
     model.quantise(config.scheme)
     return model
+
+
+def _as_stored(model: Phi4MM, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """What the files should hold: the model's tensors, and matrices in 16 bits for those that are stored so."""
+    expected = model.state_dict()
+    late = {name: weight for name, weight in quantised_weights(model).items() if name in stored}
+    if late:
+        with torch.device("meta"):
+            whole = Phi4MM(replace(model.config, scheme="bf16")).to(model.dtype).state_dict()
+    for name, weight in late.items():
+        for part, _ in weight.named_buffers():
+            del expected[f"{name}.{part}"]
+        expected[name] = whole[name]
+    return expected
 
 
 def _refuse_changes(folder: Path, stored: Scheme, merge: AdapterName | None, scheme: Scheme | None) -> None:

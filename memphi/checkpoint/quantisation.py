@@ -7,6 +7,7 @@ example texts `calibration`'s.
 
 import json
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,7 +204,8 @@ class _Run:
         with synced(unfinished) as stream:
             stream.write(head)
             errors = self._write_calibrated(stream, calibration, names, places) if calibration else []
-            rest = [name for name in names if not (calibration and name in self._weights)]
+            written = {error.name for error in errors}
+            rest = [name for name in names if name not in written]
             errors += [error for name in rest if (error := self._write_tensor(stream, name, places))]
             stream.truncate(at)
         write_json(errors_file, {"errors": [asdict(error) for error in errors]})
@@ -235,6 +237,7 @@ class _Run:
             part = stored.rows(first, last)
             rows = torch.empty(part.shape, dtype=DTYPES[part.kind], device=self._device)
             fill_tensors([(part, rows)], self._device, None, self._buffer)
+            rows = rows.flatten(1)
             with torch.device(self._device):
                 piece = type(weight)(last - first, weight.in_features)
             piece.store(0, checked(rows, f"{stored.file}: tensor {stored.name!r}"))
@@ -243,7 +246,8 @@ class _Run:
             squared_error += float((piece.dequantise(0, last - first, torch.float32) - rows).square_().sum())
             squared_norm += float(rows.float().square_().sum())
             self._advance(part.end - part.start)
-        scheme = self._made.scheme if name.startswith(LAYERS) else self._made.other_scheme
+        in_decoder = name.startswith(LAYERS) and ".adapters." not in name
+        scheme = self._made.scheme if in_decoder else self._made.other_scheme
         return WeightError(name, scheme, squared_error, squared_norm)
 
     @torch.no_grad()
@@ -337,10 +341,14 @@ def _joined(errors: Sequence[WeightError]) -> float:
 
 
 def summary(errors: Sequence[WeightError]) -> list[tuple[str, str, float, float]]:
-    """Kinds of weights, each with its scheme, its relative error, and that of its worst: for a table."""
+    """Kinds of weights, each with its scheme, its relative error, and that of its worst: for a table.
+
+    All of an adapter's matrices are of one kind.
+    """
 
     def kind(error: WeightError) -> str:
-        return ".".join("*" if part.isdigit() else part for part in error.name.removesuffix(".weight").split("."))
+        name = re.sub(r"\.[a-z_]+\.[a-z_]+\.adapters\.(\w+)\.[ab]$", r".adapters.\1", error.name)
+        return ".".join("*" if part.isdigit() else part for part in name.removesuffix(".weight").split("."))
 
     kinds: dict[str, list[WeightError]] = {}
     for error in errors:

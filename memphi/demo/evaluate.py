@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
 from memphi.checkpoint.locate import locate
 from memphi.config import CacheChoice, EngineConfig, SchemeChoice
@@ -27,6 +28,7 @@ from memphi.demo.tasks import Sample
 from memphi.engine.engine import Engine, load
 from memphi.model.adapters import Adapter
 from memphi.model.phi4mm import Phi4MM
+from memphi.model.quant.weights import Int8Weight
 from memphi.request import Request, SamplingParams
 
 Pairs = list[tuple[str, str]]
@@ -119,7 +121,9 @@ def request(sample: Sample) -> Request:
 @contextmanager
 def adapters_off(model: Phi4MM) -> Iterator[None]:
     """Make both adapters add nothing, until the end of the block."""
-    weights = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    found = [module.b for module in model.modules() if isinstance(module, Adapter)]
+    matrices = cast(list[Tensor | Int8Weight], found)  # Under a scheme the one is in the other's place.
+    weights = [matrix.codes if isinstance(matrix, Int8Weight) else matrix for matrix in matrices]
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

@@ -36,8 +36,8 @@ typical requests as make good use of a GPU."""
 WORK_SHARE = 3
 """The work space gets no more than one part in so many of what weights and context leave, unless steps need it."""
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
-FEWEST_GRAPH_ROWS, GRAPHS_SHARE = 16, 8
-"""Graphs are for so many rows at least; for more, one part in so many of what is left beyond the least may go."""
+GRAPHS_SHARE = 8
+"""Graphs are for one row at least; for more, one part in so many of what is left beyond the least may go."""
 ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audio pass": "audio pass"}
 """The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
@@ -300,7 +300,7 @@ class _Planner:
         self.ladders = self._make_ladders()
         self.smallest = self._pick(lambda ladder: ladder[-1])
         self.largest = self._pick(lambda ladder: ladder[0])
-        self.graph_rows = min(FEWEST_GRAPH_ROWS, self.largest.rows)
+        self.graph_rows = 1
         self.graphs = self._price_graphs(self.graph_rows)
 
     @property
@@ -366,9 +366,15 @@ class _Planner:
         return (costs.graphs(self.config, rows, self.most_tokens, self.dtype_bytes, self.adapters),)
 
     def _enlarge_graphs(self, spare_bytes: int) -> None:
-        """Give graphs of more rows a part of what a dial leaves beyond the least; so more of it never leaves less."""
+        """Give graphs of more rows a part of what a dial leaves beyond the least; so more of it never leaves less.
+
+        Of no more than run at once, each of which has room in the pool.
+        """
         price, least = self._price_graphs, _sum(self.graphs)
-        for rows in range(self.largest.rows, self.graph_rows, -1):
+        most = self.largest.rows
+        if len(self.ladders["rows"]) > 1:
+            most = min(most, 1 + spare_bytes // (self._least_units * self._kept_bytes))
+        for rows in range(most, self.graph_rows, -1):
             if _sum(price(rows)) - least <= spare_bytes // GRAPHS_SHARE:
                 self.graph_rows, self.graphs = rows, price(rows)
                 return
@@ -558,7 +564,8 @@ class _Planner:
             + (", some of them on the host" if self.placement != "resident" else "")
             + (", and the allocator's rounding" if self.device.kind == "cuda" else ""),
             "graphs_bytes": self.graphs[0].formula if self.graphs else "none",
-            "graph_rows": f"as many as 1/{GRAPHS_SHARE} of what is left beyond the least has room for",
+            "graph_rows": f"as many as may run at once, and as 1/{GRAPHS_SHARE} of what is left beyond the least has "
+            "room for",
             "adapters": self._reason_of_adapters(),
             "preprocessing": self._reason_of_preprocessing(),
             "scheme": self.scheme_reason,
@@ -602,7 +609,7 @@ class _Planner:
         other = (
             "" if self.config.scheme == self.config.other_scheme else f", other linears in {self.config.other_scheme}"
         )
-        return f"in {self.config.scheme}{other}, adapters and the rest in {self.dtype_bytes} bytes"
+        return f"in {self.config.scheme}{other}, what is no matrix in {self.dtype_bytes} bytes"
 
     def _reason_of_adapters(self) -> str:
         reasons = {

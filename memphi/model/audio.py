@@ -18,8 +18,8 @@ from memphi.config import AudioConfig
 from memphi.model.attention import Attention
 from memphi.model.upload import upload
 
-CONVOLVED_VALUES = 256 * 1024
-"""Tokens times channels subsampled at once: 20 s of sound at full size, 0.1 GB for the first convolution's output."""
+CONVOLVED_VALUES = 96 * 1024
+"""Tokens times channels subsampled at once: 8 s of sound at full size, 30 MiB for the first convolution's output."""
 BIAS_STEP = 16
 """Numbers of which a bias' rows begin at multiples: kernels would copy another bias in every layer."""
 WINDOW_BATCH = 8

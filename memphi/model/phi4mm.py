@@ -21,7 +21,7 @@ from memphi.model.quant.linears import QuantisedAdaptedLinear
 from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.swap import quantise
 from memphi.model.quant.weights import QuantisedWeight
-from memphi.model.rooms import LayerStream, Room, groups_of, layers_of
+from memphi.model.rooms import LayerStream, Room, groups_of, lay_out, layers_of
 from memphi.model.rows import Row, pack
 from memphi.model.upload import upload
 from memphi.model.vision import VisionTower
@@ -63,7 +63,7 @@ class Phi4MM(nn.Module):
         return self.language.norm.weight.dtype
 
     def quantise(self, scheme: Scheme) -> None:
-        """Keep the weights under a scheme, for inference; before anything is said of adapters, which stay as they are.
+        """Keep the weights under a scheme, for inference; before anything is said of how adapters are kept.
 
         On the meta device linears are only made, to be filled later. Needs one linear's memory beside the model's.
         Raises CheckpointError for a number that is infinite or none at all.
@@ -91,13 +91,17 @@ class Phi4MM(nn.Module):
     def take_memory(self, device: torch.device | str, placement: Placement) -> None:
         """Move from the meta device to where weights are filled in: what a placement has on the host to the host.
 
-        To be said after `quantise` and `keep_adapters`; `place` follows when all is filled.
+        What stays on a CUDA device lies in one piece there: its allocator would round every tensor by itself. To be
+        said after `quantise` and `keep_adapters`; `place` follows when all is filled.
         """
         groups = groups_of(self)
         moved = [groups[name] for room in ROOMS[placement] for name in room if name in groups]
         moved += layers_of(self) if placement == "streamed" else []
         for module in (module for modules in moved for module in modules):
             module.to_empty(device="cpu", recurse=False)
+        if torch.device(device).type == "cuda":
+            lay_out(self, device)
+            return
 
         def move(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor

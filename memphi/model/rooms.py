@@ -1,4 +1,5 @@
-"""Groups of weights that lie on the host, and the rooms on the device that they are brought into when they are needed.
+"""Where weights lie: those that stay on the device in one piece, and groups of them on the host, with the rooms on the
+device that they are brought into when they are needed.
 
 A room never moves and is as large as the largest of its groups: a group that comes back comes to the same addresses.
 Weights do not change in inference, so nothing is ever carried back: the next group is written over the last. Copies go
@@ -92,6 +93,31 @@ class LayerStream:
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             room.bring(str(number))
+
+
+def lay_out(model: nn.Module, device: torch.device | str) -> None:
+    """Give all tensors that are on the meta device their places in one piece of a device's memory, one after another.
+
+    Each begins at a multiple of ROOM_STEP; what is in them is whatever was there.
+    """
+    end = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal end
+        end += _rounded(tensor.nbytes) if tensor.is_meta else 0
+        return tensor
+
+    model._apply(count)
+    memory, start = torch.empty(end, dtype=torch.uint8, device=device), 0
+
+    def move(tensor: Tensor) -> Tensor:
+        nonlocal start
+        if not tensor.is_meta:
+            return tensor
+        first, start = start, start + _rounded(tensor.nbytes)
+        return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    model._apply(move)
 
 
 def groups_of(model: nn.Module) -> dict[str, list[nn.Module]]:

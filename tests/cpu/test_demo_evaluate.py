@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import memphi
+from memphi.config import EngineConfig
 from memphi.demo import card, evaluate, exam, train
 from memphi.demo.bank import write
 from memphi.demo.score import DEMANDS
@@ -136,13 +137,14 @@ def test_answers_come_back_in_the_order_of_the_samples(parts, knows_all):
     assert evaluate.ask(knows_all, samples) == [(sample.answer, sample.answer) for sample in samples]
 
 
-def test_adapters_are_off_inside_and_back_afterwards(checkpoint):
-    model = memphi.load(str(checkpoint), device="cpu").model
+@pytest.mark.parametrize(("scheme", "end"), [("bf16", ".b"), ("int4", ".b.codes")])
+def test_adapters_are_off_inside_and_back_afterwards(checkpoint, scheme, end):
+    model = memphi.load(str(checkpoint), device="cpu", config=EngineConfig(scheme=scheme)).model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with evaluate.adapters_off(model):
         off = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
     assert off
-    assert all(".adapters." in name and name.endswith(".b") for name in off)
+    assert all(".adapters." in name and name.endswith(end) for name in off)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 

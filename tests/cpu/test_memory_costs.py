@@ -182,9 +182,9 @@ def test_packed_weights_take_the_same_bytes_in_other_tensors(config, scheme, met
     assert sum(sizes) == sum(cost.bytes for cost in costs.weights(config, 2))
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8", 6.6e9), ("fp8", 6.6e9), ("int4", 5.1e9)])
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 5.65e9), ("fp8", 5.65e9), ("int4", 4.12e9)])
 def test_official_weights_in_fewer_bits(scheme, most):
-    """Of which 1.7 GB are adapters in 16 bits."""
+    """Of which 0.8 GB are adapters in 8 bits."""
     total = sum(cost.bytes for cost in costs.weights(replace(OFFICIAL, scheme=scheme), 2))
     assert 0.97 * most < total < most
 
@@ -327,13 +327,16 @@ def test_merging(config, stored, meta):
 
 @CONFIGS
 @QUANTISED
-@pytest.mark.parametrize("tokens", [128, 2048])
+@pytest.mark.parametrize("tokens", [128, 256, 2048])
 @pytest.mark.parametrize("form", ["plain", "packed"])
 def test_a_chunk_over_quantised_weights(config, scheme, tokens, form, meta):
     config = replace(config, scheme=scheme)
-    planned = [Row(tokens, adapter="vision", pages=tuple(range(tokens // PAGE_TOKENS)))]
+    planned = [Row(tokens, adapter="speech", pages=tuple(range(tokens // PAGE_TOKENS)))]
     cost = costs.prefill_chunk(config, tokens, tokens, 2, form=form)
     close(cost, step(meta(config, form), config, planned), 0.4 if tokens > 1000 else 1)
+    if scheme != "int4":  # Whose blocks a kernel makes, which is not here.
+        by_kernels = costs.kernel_step(config, tokens, costs.Pasts(), 2, form)
+        assert step(meta(config, form), config, planned, kernels=True) <= by_kernels.bytes
 
 
 @CONFIGS

@@ -18,7 +18,7 @@ from memphi.engine.engine import Engine
 from memphi.memory import costs
 from memphi.model import rooms
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.rooms import Room, groups_of, layers_of, room_bytes, slots
+from memphi.model.rooms import Room, groups_of, lay_out, layers_of, room_bytes, slots
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_checkpoint, tiny_config
 from tests.faults import KINDS, Faults
@@ -118,6 +118,47 @@ def test_the_device_holds_what_the_plan_says(placement):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     priced = sum(cost.bytes for cost in costs.placed_weights(model.config, 2, "plain", placement))
     assert sum(storages.values()) == priced
+
+
+@pytest.mark.parametrize("placement", ROOMS)
+@pytest.mark.parametrize(("scheme", "packed"), [("bf16", True), ("int4", True), ("int4", False)])
+def test_what_stays_lies_in_one_piece_as_priced(placement, scheme, packed):
+    """At official sizes; that piece and the rooms are what the allocator is asked for, in whole segments."""
+    if packed and placement not in ("resident", "towers"):
+        pytest.skip("packed adapters come together")
+    form = "packed" if packed else "plain"
+    with torch.device("meta"):
+        model = Phi4MM(read_config(official.folder())).to(torch.bfloat16)
+        model.quantise(scheme)
+    model.keep_adapters(packed, None)
+    groups = groups_of(model)
+    layers = layers_of(model) if placement == "streamed" else []
+    sizes = [max(room_bytes(groups[name]) for name in room) for room in ROOMS[placement]]
+    sizes += [room_bytes(modules) for modules in layers[:2]]
+    moved = [groups[name] for room in ROOMS[placement] for name in room] + layers
+    for module in (module for modules in moved for module in modules):
+        module._parameters = dict.fromkeys(module._parameters)
+        module._buffers = dict.fromkeys(module._buffers)
+    lay_out(model, "meta")
+    (piece,) = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in model.state_dict().values()
+    }.values()
+    asked = sum(-(-size // (2 * costs.MIB)) * 2 * costs.MIB for size in (piece.nbytes(), *sizes))
+    priced = costs.placed_weights(model.config, 2, form, placement)
+    rounding = costs.weights_rounding(model.config, 2, form, placement)
+    assert sum(cost.bytes for cost in (*priced, rounding)) == asked
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scheme", ["bf16", "int4"])
+def test_a_model_in_one_piece_is_filled_like_any_other(tmp_path, monkeypatch, scheme, packed):
+    folder = tiny_checkpoint(tmp_path / "model")
+    expected = load_model(folder, CPU, torch.bfloat16, packed=packed, scheme=scheme).state_dict()
+    monkeypatch.setattr(Phi4MM, "take_memory", lambda model, device, _: lay_out(model, device))
+    state = load_model(folder, CPU, torch.bfloat16, packed=packed, scheme=scheme).state_dict()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == 1
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_layers_are_computed_as_each_is_there(model):

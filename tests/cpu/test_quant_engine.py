@@ -58,19 +58,19 @@ def test_quantised_while_loading_is_quantised_after_it(folder, scheme):
 
 
 @SCHEMES
-def test_every_matrix_is_quantised_but_the_adapters(folder, scheme):
+def test_every_matrix_is_quantised(folder, scheme):
     model = load_model(folder, "cpu", torch.float32, scheme=scheme)
     kinds = {name: type(weight) for name, weight in quantised_weights(model).items()}
     config = model.config
-    in_decoder = {name: kind for name, kind in kinds.items() if name.startswith("language.layers.")}
+    adapters = {name for name in kinds if ".adapters." in name}
+    assert len(adapters) == 4 * 2 * 2 * config.language.layers
+    in_decoder = {name: kinds[name] for name in kinds.keys() - adapters if name.startswith("language.layers.")}
     assert len(in_decoder) == 4 * config.language.layers
     assert set(in_decoder.values()) == {WEIGHTS[scheme]}
-    others = kinds.keys() - in_decoder.keys()
-    assert len(others) == 1 + 6 * config.vision.layers + 8 * config.audio.layers + 1 + 6
-    assert {kinds[name] for name in others} == {Int8Weight}
-    assert not any(
-        tensor.dim() == 2 and ".layers." in name for name, tensor in model.named_parameters() if "adapters" not in name
-    )
+    others = kinds.keys() - in_decoder.keys() - adapters
+    assert len(others) == 1 + 6 * config.vision.layers + (8 + 3) * config.audio.layers + 1 + 6
+    assert {kinds[name] for name in others | adapters} == {Int8Weight}
+    assert not any(tensor.dim() == 2 and ".layers." in name for name, tensor in model.named_parameters())
 
 
 @SCHEMES
@@ -88,6 +88,24 @@ def test_random_weights_are_the_same_numbers_quantised(scheme):
     whole = random_model(tiny_config(), "cpu", torch.bfloat16, 3)
     whole.quantise(scheme)
     assert_same_state(random_model(tiny_config(), "cpu", torch.bfloat16, 3, scheme=scheme), whole)
+
+
+@SCHEMES
+def test_a_folder_that_has_some_matrices_in_16_bits_still_loads(folder, scheme, tmp_path):
+    """As they were written before; what is stored in 16 bits is quantised while it is read."""
+    model = load_model(folder, "cpu", torch.float32, scheme=scheme)
+    old = load_model(folder, "cpu", torch.float32, scheme=scheme)
+    whole = load_model(folder, "cpu", torch.float32)
+    for late, layer in zip(old.audio.layers, whole.audio.layers, strict=True):
+        late.convolution.glu = layer.convolution.glu
+    for layer in range(model.config.language.layers):
+        for path in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down"):
+            linear = f"language.layers.{layer}.{path}"
+            old.get_submodule(linear).adapters = whole.get_submodule(linear).adapters
+    write_checkpoint(old, tmp_path / "old")
+    assert not any(name.endswith((".a.codes", ".glu.weight.codes")) for name in old.state_dict())
+    for packed in (False, True):
+        assert_same_state(load_model(tmp_path / "old", "cpu", torch.float32, packed=packed), model)
 
 
 def test_a_quantised_folder_cannot_be_changed(folder, tmp_path):

@@ -6,13 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memphi.config import group_size
+from memphi.config import AdapterConfig, group_size
 from memphi.errors import CheckpointError
 from memphi.model.adapters import AdaptedLinear, AdapterTokens
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant import calibration, swap, weights
 from memphi.model.quant.calibration import choose_codes, half_quadratic, nearest
-from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedEmbedding, QuantisedLinear
+from memphi.model.quant.linears import (
+    QuantisedAdaptedLinear,
+    QuantisedAdapter,
+    QuantisedEmbedding,
+    QuantisedLinear,
+    QuantisedPointwise,
+)
+from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.weights import WEIGHTS, Int4Weight, Int8Weight, round_rows
 
 SCHEMES = pytest.mark.parametrize("scheme", list(WEIGHTS))
@@ -193,6 +200,17 @@ def test_a_linear_keeps_its_bias():
 
 
 @torch.no_grad()
+def test_a_convolution_of_length_one_is_a_linear():
+    convolution, longer = nn.Conv1d(40, 30, 1), nn.Conv1d(30, 30, 3, groups=30)
+    model, x = nn.Sequential(convolution, longer), normal(2, 40, 7)
+    swap.quantise(model, "int4", "int8")
+    assert isinstance(model[0], QuantisedPointwise)
+    assert model[1] is longer
+    convolution.weight.copy_(meant(model[0].weight)[..., None])
+    assert torch.allclose(model[0](x), convolution(x), atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_embedding_is_its_own_head():
     table = TiedEmbedding(50, 96)
     model = nn.Sequential(table)
@@ -204,21 +222,50 @@ def test_an_embedding_is_its_own_head():
     assert torch.allclose(model[0].score(normal(4, 96)), normal(4, 96) @ rows.t(), atol=1e-5)
 
 
-@SCHEMES
-@torch.no_grad()
-def test_adapters_stay_as_they_were(scheme):
-    from memphi.config import AdapterConfig
-
+def adapted_linear():
     linear = AdaptedLinear(96, 40, {"vision": AdapterConfig(4, 8.0), "speech": AdapterConfig(6, 9.0)})
     for parameter in linear.parameters():
-        parameter.copy_(normal(*parameter.shape))
+        parameter.data = normal(*parameter.shape)
+    return linear
+
+
+@SCHEMES
+@torch.no_grad()
+def test_adapters_are_live_and_in_8_bits(scheme):
+    linear = adapted_linear()
+    adapters = dict(linear.adapters)
     model = nn.ModuleList([linear])
     swap.quantise(model, scheme, "int8")
     other, x = model[0], normal(5, 96)
     assert isinstance(other, QuantisedAdaptedLinear)
+    for name, adapter in adapters.items():
+        kept = other.adapter(name)
+        assert isinstance(kept, QuantisedAdapter)
+        matrix = meant(kept.b) @ meant(kept.a)
+        assert relative(matrix, adapter.b @ adapter.a) < 0.02
+        assert torch.allclose(kept(x), adapter.scale * x @ matrix.t(), atol=1e-4)
     mask = torch.tensor([True, False, True, False, False])
     real = other(x, AdapterTokens({"vision": mask, "speech": slice(3, 5)}))
     wanted = other.base(x)
-    wanted[mask] += linear.adapter("vision")(x[mask])
-    wanted[3:5] += linear.adapter("speech")(x[3:5])
-    assert torch.allclose(real, wanted, atol=1e-5)
+    wanted[mask] += other.adapter("vision")(x[mask])
+    wanted[3:5] += other.adapter("speech")(x[3:5])
+    assert torch.allclose(real, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", [{"vision": None}, {"speech": slice(1, 4)}, {"vision": slice(0, 2), "speech": None}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_adapters_beside_a_base_are_views_that_follow(used, dtype):
+    """Of two matrices in int8 and of their scales, whatever is done to the module."""
+    model = nn.ModuleList([adapted_linear()]).to(dtype)
+    swap.quantise(model, "int8", "int8")
+    used = AdapterTokens(used)
+    x, expected = normal(5, 96).to(dtype), model[0](normal(5, 96).to(dtype), used)
+    packed = PackedQuantisedLinear(model[0])
+    for _ in range(2):
+        assert packed.operand(3).dtype is dtype
+        assert relative(packed(x, used), expected) < (1e-2 if dtype is torch.bfloat16 else 1e-5)
+        held = {packed.wide, packed.wide_scale, packed.narrow, packed.narrow_scale}
+        places = {tensor.untyped_storage().data_ptr() for tensor in held}
+        assert all(t.untyped_storage().data_ptr() in places for t in packed.adapters.buffers())
+        packed = packed._apply(torch.clone)

@@ -10,7 +10,9 @@ from memphi.checkpoint.random import random_model
 from memphi.memory import costs
 from memphi.model.adapters import remove_adapters
 from memphi.model.attention import select_attention
-from memphi.model.kernels.coded import Columns
+from memphi.model.kernels import skinny
+from memphi.model.kernels.coded import Columns, plain_add
+from memphi.model.kernels.skinny import Narrow
 from memphi.model.language import DecoderLayer
 from memphi.model.quant import swap
 from memphi.model.quant.examples import Examples, adapted_linears
@@ -143,7 +145,9 @@ def test_products_by_kernels_are_as_exact(scheme, rows, shape):
     weight = made(scheme, *shape)
     weight.kernels = True
     operand = torch.randn(rows, 96 + shape[1], device=DEVICE, dtype=torch.bfloat16)
-    columns = Columns(torch.randn(shape[0], 96, device=DEVICE, dtype=torch.bfloat16) / 30, operand[:, :96])
+    codes = torch.randint(-127, 128, (shape[0], 96), device=DEVICE, dtype=torch.int8)
+    scale = torch.rand(2, shape[0], device=DEVICE).div(1000).bfloat16()
+    columns = Columns(codes, scale, operand[:, :96], 40)
     x, (plain, real) = operand[:, 96:], torch.empty(2, rows, shape[0], device=DEVICE, dtype=torch.bfloat16)
     exact = torch.empty(rows, shape[0], device=DEVICE)
     weight.plain_multiply(x, plain)
@@ -151,8 +155,27 @@ def test_products_by_kernels_are_as_exact(scheme, rows, shape):
     weight.multiply(x, real)
     assert relative(real, exact) <= 1.5 * relative(plain, exact) + 1e-3
     weight.multiply(x, real, columns)
-    added = columns.t.float() @ columns.b.float().t()
-    assert relative(real, exact + added) <= 1.5 * relative(plain, exact) + 4e-3
+    assert relative(real, plain_add(exact, columns)) <= 1.5 * relative(plain, exact) + 4e-3
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+@pytest.mark.parametrize("n_in", [3072, 8192])
+@torch.inference_mode()
+def test_what_adapters_in_int8_make_of_x(rows, n_in):
+    """Both at official ranks, of rows that use them or not."""
+    codes = torch.randint(-127, 128, (576, n_in), device=DEVICE, dtype=torch.int8)
+    scale = torch.rand(576, device=DEVICE).div(1000).bfloat16()
+    x, uses = torch.randn(rows, n_in, device=DEVICE, dtype=torch.bfloat16), torch.arange(rows, device=DEVICE) % 3 == 0
+    results = []
+    for narrow, dtype in ((skinny.narrow, torch.bfloat16), (skinny.plain_narrow, torch.float32)):
+        t = torch.full((rows, 576), float("nan"), device=DEVICE, dtype=dtype)
+        parts = [
+            Narrow(codes[:256], 2.0, uses, t[:, :256], scale[:256]),
+            Narrow(codes[256:], 1.5, ~uses, t[:, 256:], scale[256:]),
+        ]
+        narrow(x.to(dtype), parts)
+        results.append(t)
+    assert relative(*results) < 4e-3
 
 
 @SCHEMES
@@ -167,7 +190,7 @@ def test_together_equals_alone(scheme):
 
 @SCHEMES
 def test_official_sizes_take_what_they_are_priced_at(scheme):
-    """With the allocator's rounding; what quantising needs beside them is gone."""
+    """In one piece, with the allocator's rounding; what quantising needs beside them is gone."""
     config = read_config(official.folder())
     before = torch.cuda.memory_allocated(DEVICE)
     model = random_model(config, DEVICE, torch.bfloat16, packed=True, scheme=scheme)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from memphi.model.kernels import eight_bits, four_bits, rounding
+from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
-from memphi.model.quant import swap
+from memphi.model.quant import swap, weights
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.test_skinny import TOLERANCE, numbers
 
@@ -47,20 +47,38 @@ def test_a_product(device, scheme, rows, n_out, n_in, dtype):
     assert_near(out, expected, scheme)
 
 
+def made_columns(n_out, ranks, border, t, device):
+    """Columns of one adapter, or of two, as a range of a wider matrix."""
+    codes = numbers(n_out, 150, device=device, dtype=torch.float32, seed=2).mul_(40).clamp_(-127, 127).to(torch.int8)
+    scale = numbers(2, n_out, device=device, dtype=torch.float32, seed=3).abs_().div_(40).bfloat16()
+    return Columns(codes[:, 16 : 16 + ranks], scale[: 1 if border == ranks else 2], t, border)
+
+
 @SCHEMES
-@pytest.mark.parametrize("rows", [1, 4, 7, 70])
-@pytest.mark.parametrize("ranks", [6, 100])
-def test_adapters_beside_it(device, scheme, rows, ranks):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 70])
+@pytest.mark.parametrize(("ranks", "border"), [(6, 6), (100, 100), (9, 4), (100, 37), (128, 64)])
+def test_adapters_beside_it(device, scheme, rows, ranks, border):
     n_out, n_in, dtype = 40, 192, torch.float32
     weight = stored(scheme, n_out, n_in, device)
     operand = numbers(rows, n_in + 150, device=device, dtype=dtype, seed=1)
-    b = numbers(n_out, 150, device=device, dtype=dtype, seed=2)[:, 16 : 16 + ranks]
-    columns = Columns(b, operand[:, 16 : 16 + ranks])
+    columns = made_columns(n_out, ranks, border, operand[:, 16 : 16 + ranks], device)
     out, expected = (torch.full((rows, n_out + 3), torch.nan, device=device)[:, :n_out] for _ in range(2))
     multiply, plain_multiply = products(scheme)
     multiply(operand[:, 150:], *weight.buffers(), out, columns)
     plain_multiply(operand[:, 150:], *weight.buffers(), expected, columns)
     assert_near(out, expected, scheme)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("border", [100, 37])
+@pytest.mark.parametrize("numbers_at_once", [300, 10**6])
+def test_what_they_add_to_many_rows_is_the_same(device, border, dtype, numbers_at_once, monkeypatch):
+    monkeypatch.setattr(weights, "BLOCK_NUMBERS", numbers_at_once)
+    t, y = (numbers(80, n, device=device, dtype=dtype, seed=n) for n in (100, 40))
+    columns = made_columns(40, 100, border, t, device)
+    expected = coded.plain_add(y.float(), columns)
+    weights.add_columns(y, columns)
+    assert (y - expected).abs().max() <= 2 * TOLERANCE[dtype] * expected.abs().max()
 
 
 @SCHEMES

@@ -19,8 +19,8 @@ SHAPES = ((3072, 8192), (16384, 3072))
 def launch(scheme, shape, rows, dtype, ranks):
     n_out, n_in = shape
     operand = torch.empty(rows, sum(RANKS) + n_in, dtype=dtype)
-    b = torch.empty(n_out, sum(RANKS), dtype=dtype)
-    columns = Columns(b[:, :ranks], operand[:, :ranks]) if ranks else None
+    b, scale = torch.empty(n_out, sum(RANKS), dtype=torch.int8), torch.empty(2, n_out, dtype=torch.bfloat16)
+    columns = Columns(b[:, :ranks], scale, operand[:, :ranks], RANKS[0]) if ranks else None
     weight, out = WEIGHTS[scheme](n_out, n_in), torch.empty(rows, n_out, dtype=dtype)
     MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns)
 

@@ -22,13 +22,15 @@ def launch_products(dtype, rows, places=slice(None)):
         skinny.multiply(operand[:, -width:], wide[:, -width:], torch.empty(rows, n_out, dtype=dtype))
 
 
-def launch_narrow(dtype, rows):
+def launch_narrow(dtype, rows, is_coded=False):
     for n_in in (3072, 8192):
-        a, operand = torch.empty(sum(RANKS), n_in, dtype=dtype), torch.empty(rows, n_in + sum(RANKS), dtype=dtype)
-        uses = torch.empty(rows, dtype=torch.bool)
+        a = torch.empty(sum(RANKS), n_in, dtype=torch.int8 if is_coded else dtype)
+        scale = torch.empty(sum(RANKS), dtype=torch.bfloat16)
+        scales = scale.split(RANKS) if is_coded else (None, None)
+        operand, uses = torch.empty(rows, n_in + sum(RANKS), dtype=dtype), torch.empty(rows, dtype=torch.bool)
         x = operand[:, RANKS[0] : RANKS[0] + n_in]
-        first = Narrow(a[: RANKS[0]], 2.0, uses, operand[:, : RANKS[0]])
-        second = Narrow(a[RANKS[0] :], 2.0, uses, operand[:, RANKS[0] + n_in :])
+        first = Narrow(a[: RANKS[0]], 2.0, uses, operand[:, : RANKS[0]], scales[0])
+        second = Narrow(a[RANKS[0] :], 2.0, uses, operand[:, RANKS[0] + n_in :], scales[1])
         skinny.narrow(x, [first, second])
 
 
@@ -40,6 +42,7 @@ def test_every_product_fits(capability):
         launch_products(dtype, rows=1)
         launch_products(dtype, rows=skinny.VECTOR_ROWS, places=slice(1, 3))
         launch_narrow(dtype, rows=skinny.VECTOR_ROWS)
+        launch_narrow(dtype, rows=skinny.VECTOR_ROWS, is_coded=True)
         if capability >= TENSOR_CAPABILITY:
             launch_products(dtype, rows=skinny.MOST_ROWS, places=slice(1, 3))
     for made in compiled:

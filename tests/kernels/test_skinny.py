@@ -43,23 +43,30 @@ MASKS = {"all": None, "some": [True, False, False, True, True], "none": [False] 
 
 
 def make_parts(operand, matrix, ranks, scales, masks):
-    """One part for each adapter that is in use: the first's t stands before x, the second's after it."""
+    """One part for each adapter that is in use: the first's t stands before x, the second's after it.
+
+    A matrix of codes has scales of its own.
+    """
     n_in = matrix.shape[1]
     places = [(0, slice(0, ranks[0])), (ranks[0], slice(ranks[0] + n_in, ranks[0] + n_in + ranks[1]))]
+    steps = torch.linspace(0.002, 0.03, len(matrix), device=matrix.device).bfloat16()
+    coded = matrix.dtype is torch.int8
     return [
-        Narrow(matrix[first : first + rank], scale, mask, operand[:, columns])
-        for (first, columns), rank, scale, mask in zip(places, ranks, scales, masks, strict=True)
+        Narrow(matrix[at : at + rank], scale, mask, operand[:, columns], steps[at : at + rank] if coded else None)
+        for (at, columns), rank, scale, mask in zip(places, ranks, scales, masks, strict=True)
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 11])
 @pytest.mark.parametrize("first", ["all", "some", "none", None])
 @pytest.mark.parametrize("second", ["all", "some", "none", None])
-def test_what_adapters_make_of_x(device, rows, first, second):
+def test_what_adapters_make_of_x(device, rows, first, second, dtype):
     if first is second is None:
         pytest.skip("no adapter")
     ranks, n_in = (6, 9), 300
     matrix = numbers(sum(ranks), n_in, device=device, dtype=torch.float32)
+    matrix = matrix.mul(40).clamp(-127, 127).to(dtype) if dtype is torch.int8 else matrix
     x = numbers(rows, n_in, device=device, dtype=torch.float32, seed=1)
     results = []
     for narrow in (skinny.narrow, skinny.plain_narrow):
@@ -125,12 +132,15 @@ def test_the_language_model_computes_the_same_by_kernels(device, name):
     assert_close(got, plain(ids, rows, logits_at=range(len(ids))), products=9)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20, 70])
 @torch.inference_mode()
-def test_masks_of_a_step_reach_the_kernels(device, rows):
+def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
     """What a captured step has: adapters that are in use, and masks of the rows that use them."""
-    plain = tiny_model().to(device).language.layers[0].mlp.down
-    packed = tiny_model()
+    plain, packed = tiny_model(), tiny_model()
+    plain.quantise(scheme)
+    packed.quantise(scheme)
+    plain = plain.to(device).language.layers[0].mlp.down
     packed.keep_adapters(packed=True, merge=None)
     packed.use_kernels(True)
     linear = packed.to(device).language.layers[0].mlp.down

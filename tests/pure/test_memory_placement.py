@@ -67,19 +67,22 @@ def test_each_placement_takes_less_than_the_one_before(scheme):
         (24, "bf16", "resident"),
         (13, "bf16", "resident"),
         (12, "bf16", "towers"),
-        (8, "int8", "towers"),
-        (7, "int4", "resident"),
-        (6, "int4", "adapters"),
+        (8, "int8", "resident"),
+        (7, "int8", "towers"),
+        (6.5, "int8", "adapters"),
+        (6, "int4", "resident"),
+        (5.5, "int4", "towers"),
+        (5.25, "int4", "adapters"),
         (5, "int4", "shared"),
-        (4.5, "int4", "shared"),
-        (4, "int4", "streamed"),
+        (4, "int4", "shared"),
+        (3.7, "int4", "streamed"),
         (3, "int4", "streamed"),
     ],
 )
 def test_weights_move_before_they_are_made_smaller(gib, scheme, placement):
     plan = planned(gib)
     assert (plan.scheme, plan.placement) == (scheme, placement)
-    if gib > 5:
+    if gib > 4:
         assert plan.context_tokens >= USEFUL_TOKENS
         assert f"leaves room for {USEFUL_TOKENS} tokens" in plan.reasons["placement"]
     if placement != "resident":
@@ -117,7 +120,7 @@ def test_streaming_tells_its_speed_beforehand():
 
 
 def test_adapters_that_come_and_go_are_plain_and_in_16_bits_they_stay():
-    assert planned(6).adapters == "plain"
+    assert planned(5).adapters == "plain"
     assert planned(13).adapters == planned(24).adapters == "packed"
     for tenths in range(int(10 * least_gib(scheme="bf16")), 140):
         assert planned(tenths / 10, scheme="bf16").placement in ("resident", "towers")

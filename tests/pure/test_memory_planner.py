@@ -14,7 +14,7 @@ from memphi.demo.shape import demo_config
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.memory.costs import FIRST_ANSWER_TOKENS, GIB, MIB, price_request, size_text
 from memphi.memory.devices import DeviceFacts
-from memphi.memory.planner import FEWEST_GRAPH_ROWS, STEP_TOKENS, USEFUL_TOKENS, MemoryPlan, enough_tokens, make_plan
+from memphi.memory.planner import STEP_TOKENS, USEFUL_TOKENS, MemoryPlan, enough_tokens, make_plan
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
@@ -64,9 +64,12 @@ def test_graphs_have_an_account_of_their_own(config, one, other):
     first, second = (planned(config, n_bytes) for n_bytes in (smaller, larger))
     plain = planned(config, smaller, kernels="plain")
     assert held(first) == first.budget_bytes <= smaller
-    assert second.graphs_bytes >= first.graphs_bytes >= plain.graphs_bytes == 0
-    assert first.graphs_bytes > 0
-    assert second.graph_rows >= first.graph_rows >= min(FEWEST_GRAPH_ROWS, first.rows)
+    assert first.graphs_bytes > 0 == plain.graphs_bytes
+    for plan in (first, second):
+        assert plan.graph_rows >= plan.rows
+    if first.cache_format == second.cache_format:  # Exact keys and values have room for fewer rows.
+        assert second.graphs_bytes >= first.graphs_bytes
+        assert second.graph_rows >= first.graph_rows
     assert first.pages <= second.pages
     assert first.pages <= plain.pages
     assert sum(cost.bytes for cost in first.costs if cost.name == "graphs") == first.graphs_bytes
@@ -203,7 +206,7 @@ def test_eight_gib_cannot_hold_the_model_in_16_bits():
         match=r"needs at least 11\.\d GiB .*may take 8\.0 GiB.*--memory 11.*, or --scheme int8.*--device cpu",
     ):
         planned(OFFICIAL, 8 * GIB)
-    with pytest.raises(DoesNotFitError, match=r"needs at least 6\.\d GiB .*may take 4\.0 GiB"):
+    with pytest.raises(DoesNotFitError, match=r"needs at least 4\.9 GiB .*may take 4\.0 GiB"):
         planned(OFFICIAL, 4 * GIB, scheme="auto")
 
 
@@ -216,8 +219,8 @@ def test_eight_gib_cannot_hold_the_model_in_16_bits():
         (24, "bf16", "bf16 leaves room for 10240 tokens of context"),
         (12, "int8", r"bf16 leaves only \d+ tokens of context; int8 leaves room for 10240 tokens of context"),
         (10, "int8", "bf16 does not fit; int8 leaves room for 10240 tokens of context"),
-        (8, "int4", r"bf16 does not fit; int8 leaves only \d+ tokens of context; int4 leaves room for 10240 tokens.*"),
-        (6.25, "int4", r"bf16 does not fit; int8 does not fit; int4 leaves \d+ tokens of context"),
+        (7, "int4", r"bf16 does not fit; int8 leaves only \d+ tokens of context; int4 leaves room for 10240 tokens.*"),
+        (5, "int4", r"bf16 does not fit; int8 does not fit; int4 leaves \d+ tokens of context"),
     ],
 )
 def test_auto_is_as_exact_as_leaves_useful_room(gib, scheme, reason):

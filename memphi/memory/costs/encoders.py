@@ -10,7 +10,7 @@ from memphi.memory.costs.products import with_block
 
 PADDED_SHARE = 20
 """The part of a vision pass that is added where some crops have padding, and are copied apart: at most 4 %."""
-CONVOLVED_VALUES = 256 * 1024
+CONVOLVED_VALUES = 96 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
 """Numbers of a picture that the device resizes at once."""
@@ -79,14 +79,13 @@ def audio_pass(
     """
     audio, hidden = config.audio, config.language.hidden_size
     sizes = sizes or [WindowSize(audio.window_tokens + 2, audio.window_tokens)] * windows
-    length, tokens = max(size.length for size in sizes), _convolved_at_once(audio, sizes)
+    length, (together, tokens) = max(size.length for size in sizes), _convolved_at_once(audio, sizes)
     height, width = 4 * (tokens + 2), -(-audio.mel_bins // 2)
     output = audio.conv_channels * height * width * dtype_bytes
-    sound = 2 * height * audio.mel_bins * 3 * dtype_bytes
+    sound = 8 * (together + 2) * audio.mel_bins * 3 * dtype_bytes
     features = windows * length * audio.hidden_size * dtype_bytes
     projected = (windows + 2) * length * hidden * dtype_bytes
-    conformer = _conformer_bytes(audio, windows, length, dtype_bytes)
-    linears = features + max(conformer + features, projected)
+    linears = features + max(_conformer_bytes(audio, [size.length for size in sizes], dtype_bytes), projected)
     encoding = max(features + 2 * output + sound, linears)
     frames, making = _frames_bytes(audio, [size.convolved for size in sizes]) if decoded else (0, 0)
     cost = Cost(
@@ -99,11 +98,14 @@ def audio_pass(
     return with_block(cost, frames + linears, config, config.other_scheme, dtype_bytes)
 
 
-def _convolved_at_once(audio: AudioConfig, sizes: Sequence[WindowSize]) -> int:
-    """The most tokens that are subsampled at once: of neighbouring windows of one size, or a part of one window."""
+def _convolved_at_once(audio: AudioConfig, sizes: Sequence[WindowSize]) -> tuple[int, int]:
+    """The most tokens of neighbouring windows of one size that are taken together, and how many are subsampled at once:
+    those, or a part of one window.
+    """
     most = max(CONVOLVED_VALUES // audio.conv_channels, 1)
     alike = ((size.convolved, sum(1 for _ in group)) for size, group in groupby(sizes))
-    return max(min(tokens * min(count, max(most // tokens, 1)), most) for tokens, count in alike)
+    together = max(tokens * min(count, max(most // tokens, 1)) for tokens, count in alike)
+    return together, min(together, most)
 
 
 def _frames_bytes(audio: AudioConfig, convolved: Sequence[int]) -> tuple[int, int]:
@@ -115,10 +117,13 @@ def _frames_bytes(audio: AudioConfig, convolved: Sequence[int]) -> tuple[int, in
     return 8 * sum(convolved) * audio.mel_bins * 4, each + band + tables + frames * SAMPLES_A_FRAME * 4
 
 
-def _conformer_bytes(audio: AudioConfig, windows: int, tokens: int, dtype_bytes: int) -> int:
-    """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases."""
-    size = audio.hidden_size
-    layer = windows * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
+def _conformer_bytes(audio: AudioConfig, lengths: Sequence[int], dtype_bytes: int) -> int:
+    """One layer: residuals with the feed-forward's value and gate, or with query, key and value, and the biases; or
+    before it the biases as they are made.
+    """
+    size, tokens = audio.hidden_size, max(lengths)
+    layer = len(lengths) * tokens * max(2 * size + 4 * audio.intermediate_size, 8 * size) * dtype_bytes
     bias = audio.heads * tokens * (tokens + BIAS_STEP) * dtype_bytes
-    # The bias by distance, and for windows of different lengths one for each, with its padding masked.
-    return layer + bias * (1 + windows) + 16 * tokens**2
+    # By distance one for all; for windows of different lengths one for each, with its padding masked.
+    count = 1 if min(lengths) == tokens else len(lengths)
+    return max(layer + count * bias, (1 + count) * bias + 16 * tokens**2)

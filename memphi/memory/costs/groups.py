@@ -126,48 +126,52 @@ def _weights_formula(numbers: int, scheme: Scheme, dtype_bytes: int) -> str:
 def weights_rounding(
     config: ModelConfig, dtype_bytes: int, form: AdapterForm = "plain", placement: Placement = "resident"
 ) -> Cost:
-    """What PyTorch's CUDA allocator adds to the weights (an assumption about its segments, see the formula)."""
-    groups = weight_bytes(config, dtype_bytes, form)
+    """What PyTorch's CUDA allocator adds to the weights: those that stay lie in one piece, and each room is one."""
+    groups, rooms = weight_bytes(config, dtype_bytes, form), ROOMS[placement]
     if form == "packed":
         groups |= packed_bytes(config, dtype_bytes)
-    rooms = ROOMS[placement]
-    for name in (name for names in rooms for name in names):
-        del groups[name]
     if placement == "streamed":
-        groups["language"] = ((layer_room_bytes(config, dtype_bytes), 2),)
-    sizes = [size_and_count for tensors in groups.values() for size_and_count in tensors]
-    sizes += [(room(config, dtype_bytes, form, names).bytes, 1) for names in rooms]
-    large = sum((-size % (2 * MIB)) * count for size, count in sizes if size >= 10 * MIB)
-    middle = sum(size * count for size, count in sizes if MIB < size < 10 * MIB)
-    small = sum((-size % 512) * count for size, count in sizes if size <= MIB)
+        groups["language"] = ((config.language.hidden_size * dtype_bytes, 1),)
+    staying = [tensors for name, tensors in groups.items() if not any(name in names for names in rooms)]
+    steps = sum((-size % ROOM_STEP) * count for tensors in staying for size, count in tensors)
+    pieces = [steps + sum(map(_total, staying)), *(room(config, dtype_bytes, form, names).bytes for names in rooms)]
+    pieces += 2 * [layer_room_bytes(config, dtype_bytes)] if placement == "streamed" else []
     return Cost(
         "weights: allocator",
-        large + middle // 16 + small + 22 * MIB,
-        "tensors from 10 MiB on rounded up to 2 MiB; a sixteenth of those above 1 MiB, which share segments of 20 MiB; "
-        "smaller ones rounded to 512 bytes; one segment of either kind half used",
+        steps + sum(map(_segment_rounding, pieces)),
+        f"those that stay lie in one piece, each tensor at a multiple of {ROOM_STEP} bytes; that and each room is "
+        "rounded up to 2 MiB, or below 10 MiB to 20",
     )
+
+
+def _segment_rounding(n_bytes: int) -> int:
+    """What is left of the segment that the allocator asks the device for, for one tensor of so many bytes."""
+    if n_bytes <= MIB:
+        return 2 * MIB - n_bytes
+    return 20 * MIB - n_bytes if n_bytes < 10 * MIB else -n_bytes % (2 * MIB)
 
 
 def packed_bytes(config: ModelConfig, dtype_bytes: int) -> dict[str, Tensors]:
     """The decoder and its adapters as they lie in memory, where adapters stand beside the weights they adapt.
 
-    Beside weights in few bits, adapters have matrices of their own.
+    Beside weights in few bits, adapters have matrices of their own, and scales for each output of either.
     """
     language, ranks = config.language, all_ranks(config)
-    linears = decoder_linears(language)
-    is_quantised = config.scheme != "bf16"
-    wide = tuple((((0 if is_quantised else n_in) + ranks) * n_out, language.layers) for n_in, n_out in linears)
-    narrow = tuple((ranks * n_in, language.layers) for n_in, _ in linears)
-    base = _stored(_language_group(language)[0], config.scheme, dtype_bytes) if is_quantised else ()
-    lying = (*base, *_in_bytes((*wide, *narrow, *_language_group(language)[1]), dtype_bytes))
-    return {"language": lying, "vision adapter": (), "speech adapter": ()}
+    linears, (matrices, others) = decoder_linears(language), _language_group(language)
+    lying: Tensors
+    if config.scheme == "bf16":
+        sizes = [size for n_in, n_out in linears for size in ((n_in + ranks) * n_out, ranks * n_in)]
+        lying = _in_bytes(tuple((size, language.layers) for size in sizes), dtype_bytes)
+    else:
+        sizes = [size for n_in, n_out in linears for size in (ranks * n_out, 2 * 2 * n_out, ranks * n_in, 2 * ranks)]
+        base = _stored(matrices, config.scheme, dtype_bytes)
+        lying = (*base, *((size, language.layers) for size in sizes))
+    return {"language": (*lying, *_in_bytes(others, dtype_bytes)), "vision adapter": (), "speech adapter": ()}
 
 
 def _scheme_of(group: str, config: ModelConfig) -> Scheme:
-    """How a group's matrices are stored: adapters always in 16 bits."""
-    if group == "language":
-        return config.scheme
-    return "bf16" if group.endswith(" adapter") else config.other_scheme
+    """How a group's matrices are stored."""
+    return config.scheme if group == "language" else config.other_scheme
 
 
 def _stored(matrices: Matrices, scheme: Scheme, dtype_bytes: int) -> Tensors:
@@ -206,8 +210,8 @@ def _groups(config: ModelConfig, form: AdapterForm) -> dict[str, Group]:
     return {
         "language": _language_group(language),
         "embedding": (((language.hidden_size, language.vocab_size, 1),), ()),
-        "vision adapter": none if form == "merged" else ((), _adapter_tensors(language, config.vision_adapter)),
-        "speech adapter": none if form == "merged" else ((), _adapter_tensors(language, config.speech_adapter)),
+        "vision adapter": none if form == "merged" else _adapter_group(language, config.vision_adapter),
+        "speech adapter": none if form == "merged" else _adapter_group(language, config.speech_adapter),
         "vision tower": _vision_group(config.vision),
         "audio encoder": _audio_group(config.audio),
         "projectors": _projector_group(config),
@@ -219,8 +223,11 @@ def _language_group(language: LanguageConfig) -> Group:
     return linears, ((language.hidden_size, 2 * language.layers + 1),)
 
 
-def _adapter_tensors(language: LanguageConfig, adapter: AdapterConfig) -> Tensors:
-    return tuple((size * adapter.rank, language.layers) for linear in decoder_linears(language) for size in linear)
+def _adapter_group(language: LanguageConfig, adapter: AdapterConfig) -> Group:
+    """A and B of each linear."""
+    linears = decoder_linears(language)
+    a = tuple((n_in, adapter.rank, language.layers) for n_in, _ in linears)
+    return (*a, *((adapter.rank, n_out, language.layers) for _, n_out in linears)), ()
 
 
 def _vision_group(vision: VisionConfig) -> Group:
@@ -242,6 +249,8 @@ def _audio_group(audio: AudioConfig) -> Group:
         (size, 2 * inner, 2 * layers),  # the feed-forwards' up, whose output is value and gate
         (inner, size, 2 * layers),
         (size, size, 4 * layers),
+        (size, 2 * size, layers),  # the convolution's value and gate
+        (size, size, 2 * layers),  # its pointwise and out
     )
     subsampling = (
         (audio.mel_bins, 2),
@@ -253,8 +262,6 @@ def _audio_group(audio: AudioConfig) -> Group:
     )
     layer = (
         (2 * inner, 2 * layers),
-        (size * size, 2 * layers),  # the convolution's pointwise and out
-        (2 * size * size, layers),
         (2 * size, layers),
         (audio.kernel_size * size, layers),
         (size, (4 + 2 + 4 + 2 + 2 + 1 + 2 + 2 + 2) * layers),  # biases and norms

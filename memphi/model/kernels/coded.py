@@ -1,4 +1,4 @@
-"""What products with a matrix in codes share: for how many rows they are, and adapters' columns beside it."""
+"""What products with a matrix in codes share: for how many rows they are, and adapters' columns in int8 beside it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,40 @@ BLOCK_ROWS = 16, 64
 
 @dataclass(frozen=True)
 class Columns:
-    """What adapters add to a product: t B^T."""
+    """What one adapter or two add to a product: t B^T, where b = code * scale."""
 
-    b: Tensor  # [out, ranks]
+    codes: Tensor  # [out, ranks] int8, those of two adapters side by side
+    scale: Tensor  # [adapters, out]
     t: Tensor  # [rows, ranks]
+    border: int
+    """Where the second adapter's columns begin; with one alone, their end."""
+
+    @property
+    def ranks(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Codes [out, rank], scale [out] and t [rows, rank] of each adapter."""
+        places = (slice(0, self.border), slice(self.border, self.ranks))[: len(self.scale)]
+        return [(self.codes[:, at], scale, self.t[:, at]) for at, scale in zip(places, self.scale, strict=True)]
+
+
+def column_arguments(x: Tensor, columns: Columns | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
+    """How kernels are given columns: codes, the scales of the first adapter and of the last, t; strides and border; and
+    how many there are. Without any, x stands in for each.
+    """
+    if columns is None:
+        return (x, x, x, x), (0, 0, 0), 0
+    tensors = columns.codes, columns.scale[0], columns.scale[-1], columns.t
+    return tensors, (columns.codes.stride(0), columns.t.stride(0), columns.border), columns.ranks
+
+
+def plain_add(y: Tensor, columns: Columns | None) -> Tensor:
+    """y [rows, out] fp32, and t B^T; the definition."""
+    for codes, scale, t in [] if columns is None else columns.parts:
+        y = y + t.float() @ (codes.float() * scale.float()[:, None]).t()
+    return y
 
 
 @functools.cache
@@ -34,20 +64,33 @@ def most_rows(device: torch.device, vector_rows: int) -> int:
 
 @jit
 def load_columns(
-    b: Tile, b_stride: Tile, outs: Tile, inside: Tile, start: Tile, ranks: constexpr, block: constexpr
+    codes: Tile, stride: Tile, outs: Tile, inside: Tile, start: Tile, ranks: constexpr, block: constexpr
 ) -> Tile:
-    """A block of B from a column on: [outs, block]."""
+    """A block of B's codes from a column on: [outs, block]."""
     numbers = start + tl.arange(0, block)
     exists = inside[:, None] & (numbers < ranks)[None, :]
-    return tl.load(b + outs.to(tl.int64)[:, None] * b_stride + numbers[None, :], exists, other=0)
+    return tl.load(codes + outs.to(tl.int64)[:, None] * stride + numbers[None, :], exists, other=0)
+
+
+@jit
+def load_scales(scale: Tile, outs: Tile, inside: Tile) -> Tile:
+    """The scales of outputs: [outs] fp32."""
+    return tl.load(scale + outs, inside, other=0).to(tl.float32)
+
+
+@jit
+def widen_columns(codes: Tile, first: Tile, last: Tile, start: Tile, border: Tile, block: constexpr) -> Tile:
+    """What a block of codes from a column on stands for, by the first adapter's scales or the last's: [outs, block]."""
+    is_first = start + tl.arange(0, block) < border
+    return codes.to(tl.float32) * tl.where(is_first[None, :], first[:, None], last[:, None])
 
 
 @jit
 def sum_columns(columns: Tile, t: Tile, ranks: constexpr, block: constexpr) -> Tile:
-    """What columns add for a row's t: [outs] fp32."""
+    """What columns, in fp32, add for a row's t: [outs]."""
     numbers = tl.arange(0, block)
     values = tl.load(t + numbers, numbers < ranks, other=0).to(tl.float32)
-    return tl.sum(columns.to(tl.float32) * values[None, :], 1)
+    return tl.sum(columns * values[None, :], 1)
 
 
 @jit
@@ -71,9 +114,12 @@ def add_product(values: Tile, weights: Tile, sums: Tile, weights_first: constexp
 def add_columns(
     sums: Tile,
     b: Tile,
+    first: Tile,
+    last: Tile,
     t: Tile,
     b_stride: Tile,
     t_stride: Tile,
+    border: Tile,
     outs: Tile,
     inside: Tile,
     numbers: Tile,
@@ -82,11 +128,12 @@ def add_columns(
     block: constexpr,
     weights_first: constexpr,
 ) -> Tile:
-    """sums + t B^T, a block of columns after another."""
+    """sums + t B^T, a block of columns after another, each rounded to t's dtype."""
     for start in range(0, ranks, block):
         places = start + tl.arange(0, block)
-        columns = load_columns(b, b_stride, outs, inside, start, ranks, block)
+        codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
         values = load_rows(t, t_stride, numbers, exists, places, places < ranks)
+        columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums, weights_first)
     return sums
 

@@ -13,10 +13,14 @@ from memphi.model.kernels.coded import (
     Columns,
     add_columns,
     add_product,
+    column_arguments,
     load_columns,
     load_rows,
+    load_scales,
+    plain_add,
     store_tile,
     sum_columns,
+    widen_columns,
 )
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
@@ -38,7 +42,7 @@ SUMS = 64
 BLOCK = (4, 1024, 4)
 """Outputs, inputs and warps of a program that sums number by number."""
 COLUMNS_BLOCK = 64
-"""Adapters' columns at once on tensor cores."""
+"""Adapters' columns at once on tensor cores; in 32 bits half as many."""
 WIDE_OUT = 8192
 """From so many outputs on, a program has twice as many of them where rows are many."""
 DEQUANTISED_BLOCK = 2048
@@ -55,7 +59,7 @@ def plain_multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns
         step = wide.abs().amax(1, keepdim=True).div(448).clamp(min=1e-30)
         wide = (x / step).to(codes.dtype).float() * step
     y = wide @ codes.float().t() * scale.float()
-    out.copy_(y if columns is None else y + columns.t.float() @ columns.b.float().t())
+    out.copy_(plain_add(y, columns))
 
 
 def multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None = None) -> None:
@@ -69,11 +73,11 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Colu
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     block_out, block_in, warps = choose_block(rows, n_out, n_in)
-    b, t, ranks = (x, x, 0) if columns is None else (columns.b, columns.t, columns.b.shape[1])
+    added, places, ranks = column_arguments(x, columns)
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     _multiply_vectors[(-(-n_out // block_out),)](
-        *(x, codes.view(torch.uint8) if is_e4m3 else codes, scale, b, t, out),
-        *(x.stride(0), b.stride(0), t.stride(0), out.stride(0), n_out),
+        *(x, codes.view(torch.uint8) if is_e4m3 else codes, scale, *added, out),
+        *(x.stride(0), *places, out.stride(0), n_out),
         n_in=n_in,
         rows=rows,
         ranks=ranks,
@@ -90,7 +94,7 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
 def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
-    b, t, ranks = (x, x, 0) if columns is None else (columns.b, columns.t, columns.b.shape[1])
+    added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps, weights_first = choose_tile(rows, n_out, x.itemsize, capability(x.device))
     steps = scale
     if is_e4m3:
@@ -99,8 +103,8 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         x, codes = rounded.view(torch.uint8), codes.view(torch.uint8)
     block_rows = block_of_rows(rows)
     _multiply_tiles[(-(-rows // block_rows), -(-n_out // block_out))](
-        *(x, steps, codes, scale, b, t, out),
-        *(x.stride(0), b.stride(0), t.stride(0), out.stride(0), n_out, rows),
+        *(x, steps, codes, scale, *added, out),
+        *(x.stride(0), *places, out.stride(0), n_out, rows),
         n_in=n_in,
         ranks=ranks,
         is_e4m3=is_e4m3,
@@ -108,7 +112,7 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,
-        block_ranks=COLUMNS_BLOCK,
+        block_ranks=COLUMNS_BLOCK if out.itemsize <= 2 else COLUMNS_BLOCK // 2,
         num_warps=warps,
         num_stages=stages,
         **launch_options(x.device),
@@ -146,11 +150,14 @@ def _multiply_vectors(
     codes: Tile,
     scale: Tile,
     b: Tile,
+    b_first: Tile,
+    b_last: Tile,
     t: Tile,
     out: Tile,
     x_stride: Tile,
     b_stride: Tile,
     t_stride: Tile,
+    border: Tile,
     out_stride: Tile,
     n_out: Tile,
     n_in: constexpr,
@@ -172,6 +179,7 @@ def _multiply_vectors(
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
     if dependent:
         tl.extra.cuda.gdc_wait()
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
@@ -201,12 +209,14 @@ def _multiply_vectors(
         scales *= 256.0
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     steps = (step0, step1, step2, step3)
+    if ranks > 0:
+        wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
         total = totals[row] * scales
         if is_e4m3:
             total *= steps[row]
         if ranks > 0:
-            total += sum_columns(columns, t + row * t_stride, ranks, block_ranks)
+            total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
         tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
@@ -232,11 +242,14 @@ def _multiply_tiles(
     codes: Tile,
     scale: Tile,
     b: Tile,
+    b_first: Tile,
+    b_last: Tile,
     t: Tile,
     out: Tile,
     x_stride: Tile,
     b_stride: Tile,
     t_stride: Tile,
+    border: Tile,
     out_stride: Tile,
     n_out: Tile,
     rows: Tile,
@@ -273,8 +286,10 @@ def _multiply_tiles(
         of_rows = tl.load(steps + numbers, exists, other=0) * 65536.0
         sums *= of_rows[None, :] if weights_first else of_rows[:, None]
     if ranks > 0:
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
-            *(sums, b, t, b_stride, t_stride, outs, inside, numbers, exists), ranks, block_ranks, weights_first
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
+            *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
         )
     store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
 

@@ -13,10 +13,14 @@ from memphi.model.kernels.coded import (
     Columns,
     add_columns,
     add_product,
+    column_arguments,
     load_columns,
     load_rows,
+    load_scales,
+    plain_add,
     store_tile,
     sum_columns,
+    widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows
 from memphi.model.kernels.launch import (
@@ -50,16 +54,16 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
     numbers = torch.cat([words >> 4 * part & 15 for part in range(8)], -1).float() - 8
     w = (numbers * affine[..., :1].float() + affine[..., 1:].float()).flatten(1)[:, : x.shape[1]]
     y = x.float() @ w.t()
-    out.copy_(y if columns is None else y + columns.t.float() @ columns.b.float().t())
+    out.copy_(plain_add(y, columns))
 
 
 def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
     """As `plain_multiply`."""
     words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
-    b, t, ranks = (x, x, 0) if columns is None else (columns.b, columns.t, columns.b.shape[1])
-    tensors = (x, words, affine.view(torch.int32), b, t, out)
-    strides = (x.stride(0), b.stride(0), t.stride(0), out.stride(0))
+    added, places, ranks = column_arguments(x, columns)
+    tensors = (x, words, affine.view(torch.int32), *added, out)
+    strides = (x.stride(0), *places, out.stride(0))
     sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
     if rows <= VECTOR_ROWS:
         block_out, block_words, warps = choose_block(rows, groups * part)
@@ -83,7 +87,7 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
         block_rows=block_rows,
         block_out=block_out,
         block_words=block_words,
-        block_ranks=COLUMNS_BLOCK,
+        block_ranks=COLUMNS_BLOCK if out.itemsize <= 2 else COLUMNS_BLOCK // 2,
         num_warps=warps,
         num_stages=stages,
         **launch_options(x.device),
@@ -118,11 +122,14 @@ def _multiply_vectors(
     words: Tile,
     affine: Tile,
     b: Tile,
+    b_first: Tile,
+    b_last: Tile,
     t: Tile,
     out: Tile,
     x_stride: Tile,
     b_stride: Tile,
     t_stride: Tile,
+    border: Tile,
     out_stride: Tile,
     n_out: Tile,
     n_in: constexpr,
@@ -146,6 +153,7 @@ def _multiply_vectors(
     lines = _load_lines(affine, inside, 0, n_words, part, block_words)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
     if dependent:
         tl.extra.cuda.gdc_wait()
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
@@ -164,10 +172,12 @@ def _multiply_vectors(
         if rows > 3:
             sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
+    if ranks > 0:
+        wide = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
         total = totals[row]
         if ranks > 0:
-            total += sum_columns(columns, t + row * t_stride, ranks, block_ranks)
+            total += sum_columns(wide, t + row * t_stride, ranks, block_ranks)
         tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
@@ -244,11 +254,14 @@ def _multiply_tiles(
     words: Tile,
     affine: Tile,
     b: Tile,
+    b_first: Tile,
+    b_last: Tile,
     t: Tile,
     out: Tile,
     x_stride: Tile,
     b_stride: Tile,
     t_stride: Tile,
+    border: Tile,
     out_stride: Tile,
     n_out: Tile,
     rows: Tile,
@@ -284,8 +297,10 @@ def _multiply_tiles(
         first = _first_inputs(start + places, part)
         sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part, weights_first)
     if ranks > 0:
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
-            *(sums, b, t, b_stride, t_stride, outs, inside, numbers, exists), ranks, block_ranks, weights_first
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
+            *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
         )
     store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
 

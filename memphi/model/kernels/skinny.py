@@ -49,6 +49,15 @@ class Narrow:
     uses: Tensor | None
     """[rows] bool: the rows that use the adapter; None: all."""
     t: Tensor  # [rows, rank]
+    a_scale: Tensor | None = None
+    """[rank], where A is codes in int8: a = code * scale."""
+
+    def wide_a(self) -> Tensor:
+        """A in t's dtype: [rank, in]."""
+        if self.a_scale is None:
+            return self.a
+        wide = torch.empty(self.a.shape, dtype=self.t.dtype, device=self.a.device)
+        return torch.mul(self.a, self.a_scale.float()[:, None], out=wide)
 
 
 @functools.cache
@@ -119,13 +128,14 @@ def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     x [rows, in].
     """
     for part in parts:
-        torch.addmm(part.t, x, part.a.t(), beta=0, alpha=part.scale, out=part.t)
+        torch.addmm(part.t, x, part.wide_a().t(), beta=0, alpha=part.scale, out=part.t)
         if part.uses is not None:
             part.t.masked_fill_(~part.uses[:, None], 0)
 
 
 def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
-    """As `plain_narrow`, of one part or of two whose As follow each other in memory.
+    """As `plain_narrow`, of one part or of two whose As, and their scales, follow each other in memory. What codes
+    stand for is not rounded.
 
     Few rows at once, so that an A is not read for rows of which none uses it. Masks are read without waiting for what
     was launched before, which must not have written them.
@@ -137,12 +147,14 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     rows = min(len(x), VECTOR_ROWS)
     block_out, block_in, warps = NARROW_BLOCK
     _narrow[(-(-n_out // block_out), -(-len(x) // rows))](
-        *(x, first.a, first.t, x if first.uses is None else first.uses, x if last.uses is None else last.uses),
+        *(x, first.a, x if first.a_scale is None else first.a_scale, first.t),
+        *(x if first.uses is None else first.uses, x if last.uses is None else last.uses),
         *(x.stride(0), first.a.stride(0), first.t.stride(0), len(x), n_out, border, gap, first.scale, last.scale),
         n_in=x.shape[1],
         rows=rows,
         first_masked=first.uses is not None,
         last_masked=last.uses is not None,
+        is_coded=first.a_scale is not None,
         block_out=block_out,
         block_in=min(block_in, power_of_two(x.shape[1])),
         num_warps=warps,
@@ -265,6 +277,7 @@ def _multiply_tiles(
 def _narrow(
     x: Tile,
     a: Tile,
+    a_scale: Tile,
     t: Tile,
     first_uses: Tile,
     last_uses: Tile,
@@ -281,6 +294,7 @@ def _narrow(
     rows: constexpr,
     first_masked: constexpr,
     last_masked: constexpr,
+    is_coded: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     dependent: constexpr,
@@ -309,6 +323,8 @@ def _narrow(
     elif dependent:
         tl.extra.cuda.gdc_wait()
     scale = tl.where(is_first, first_scale, last_scale)
+    if is_coded:
+        scale *= tl.load(a_scale + outs, inside, other=0).to(tl.float32)
     to = t + tl.where(is_first, outs, outs + gap)
     for number in tl.static_range(rows):
         values = tl.where(uses[number] > 0, sums[number] * scale, 0).to(t.dtype.element_ty)

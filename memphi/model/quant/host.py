@@ -7,7 +7,7 @@ for bf16 (benchmarks/host_products.py); torch._int_mm was slower than bf16 there
 import torch
 from torch import Tensor, nn
 
-from memphi.model.quant.weights import Int4Weight, Int8Weight, QuantisedWeight, weight_of
+from memphi.model.quant.weights import Int4Weight, Int8Weight, QuantisedWeight
 
 ALIGNED_NUMBERS, ALIGNED_BYTES = 16, 32
 """ATen's int8 product reads so many inputs at once, from addresses that are multiples of so many bytes, unchecked."""
@@ -77,11 +77,11 @@ def use_host_products(model: nn.Module) -> None:
     Weights in int4 are put into another order, in which they cannot be written; needs one of them beside the model.
     """
     for module in model.modules():
-        weight = weight_of(module)
-        if isinstance(weight, Int8Weight) and weight.in_features % ALIGNED_NUMBERS == 0:
-            module.weight = HostInt8Weight(weight)
-        elif (
-            isinstance(weight, Int4Weight)
-            and weight.in_features % weight.group == weight.out_features % PACKED_ROWS == 0
-        ):
-            module.weight = HostInt4Weight(weight)
+        for name, weight in list(module.named_children()):
+            if isinstance(weight, Int8Weight) and weight.in_features % ALIGNED_NUMBERS == 0:
+                setattr(module, name, HostInt8Weight(weight))
+            elif (
+                isinstance(weight, Int4Weight)
+                and weight.in_features % weight.group == weight.out_features % PACKED_ROWS == 0
+            ):
+                setattr(module, name, HostInt4Weight(weight))

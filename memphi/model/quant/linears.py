@@ -1,11 +1,13 @@
-"""What takes the place of a linear, of one with adapters, and of the embedding, where their matrix is quantised."""
+"""What takes the place of a linear, of one with adapters, of an adapter, of the embedding, and of a convolution that is
+a linear for every moment, where their matrices are quantised.
+"""
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.adapters import AdaptedLinear, Adapter, AdapterTokens
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 
@@ -13,7 +15,7 @@ from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 class QuantisedLinear(nn.Module):
     """y = W x + b."""
 
-    def __init__(self, linear: nn.Linear, weight: QuantisedWeight) -> None:
+    def __init__(self, linear: nn.Linear | nn.Conv1d, weight: QuantisedWeight) -> None:
         super().__init__()
         self.weight, self.bias = weight, linear.bias
 
@@ -22,8 +24,30 @@ class QuantisedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+class QuantisedPointwise(QuantisedLinear):
+    """A convolution over time of length one: y = W x + b, with x [..., in, time] as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+class QuantisedAdapter(Adapter):
+    """An Adapter with A in int8, a scale for each rank, and B in int8, a scale for each output; both see x as it is."""
+
+    a: Int8Weight  # type: ignore[assignment]  # modules in the parameters' places
+    b: Int8Weight  # type: ignore[assignment]
+
+    def __init__(self, adapter: Adapter) -> None:
+        nn.Module.__init__(self)
+        self.a, self.b = Int8Weight(*adapter.a.shape), Int8Weight(*adapter.b.shape)
+        self.scale, self.dtype = adapter.scale, adapter.a.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.b(self.a(x)) * self.scale)
+
+
 class QuantisedAdaptedLinear(AdaptedLinear):
-    """An AdaptedLinear with W in few bits and its adapters as they were: A and B see x as it is."""
+    """An AdaptedLinear with W in few bits; its adapters, which are quantised by themselves, see x as it is."""
 
     def __init__(self, linear: AdaptedLinear, weight: QuantisedWeight) -> None:
         nn.Module.__init__(self)
@@ -69,13 +93,18 @@ class QuantisedEmbedding(nn.Module):
 def quantised(module: nn.Module, weight: type[QuantisedWeight], others: type[QuantisedWeight]) -> nn.Module | None:
     """What takes a module's place, empty, on the module's device; None where it stays as it is.
 
-    A decoder's linear, which has adapters or had them, is kept in the one form; every other matrix in the other.
+    A decoder's linear, which has adapters or had them, is kept in the one form; every other matrix in the other, but
+    for adapters and the embedding, which are in int8.
     """
     with torch.device(next(module.parameters(recurse=False), torch.empty(0)).device):
         if type(module) is AdaptedLinear:
             return QuantisedAdaptedLinear(module, weight(module.out_features, module.in_features))
+        if type(module) is Adapter:
+            return QuantisedAdapter(module)
         if type(module) is nn.Linear:
             return QuantisedLinear(module, others(module.out_features, module.in_features))
+        if type(module) is nn.Conv1d and module.kernel_size == (1,) and module.groups == 1:
+            return QuantisedPointwise(module, others(module.out_channels, module.in_channels))
         if type(module) is TiedEmbedding:
             return QuantisedEmbedding(module, Int8Weight(module.num_embeddings, module.embedding_dim))
     return None

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from memphi.config import Scheme
 from memphi.errors import CheckpointError
 from memphi.model.quant.linears import quantised
-from memphi.model.quant.weights import WEIGHTS, QuantisedWeight, weight_of
+from memphi.model.quant.weights import WEIGHTS, QuantisedWeight
 
 PIECE_NUMBERS = 2 * 2**20
 """Numbers of a weight that are quantised at once."""
 
 ReadRows = Callable[[int, int], Tensor]
-"""Gives a weight's outputs from one to before another: [last - first, in]."""
+"""Gives a weight's outputs from one to before another: [last - first, in], or as `store` takes them."""
 
 
 @torch.no_grad()
 def quantise(model: nn.Module, scheme: Scheme, other_scheme: Scheme) -> None:
-    """Swap every linear and the embedding for one that keeps its matrix under a scheme, in place.
+    """Swap every linear, adapter, pointwise convolution over time and the embedding for one in few bits, in place.
 
     Linears of the decoder, which have adapters, are kept under the first, all others under the second. Needs the memory
     of one linear in few bits beside the model; on the meta device none, and `fill` is for whoever has the weights.
@@ -28,23 +28,23 @@ def quantise(model: nn.Module, scheme: Scheme, other_scheme: Scheme) -> None:
         return
     for path in [path for path, _ in model.named_modules()]:  # Paths: a list of modules would keep those that go.
         above, _, name = path.rpartition(".")
-        if (other := _quantised(model.get_submodule(path), f"{path}.weight", scheme, other_scheme)) is not None:
+        if (other := _quantised(model.get_submodule(path), path, scheme, other_scheme)) is not None:
             setattr(model.get_submodule(above), name, other)
 
 
-def _quantised(module: nn.Module, name: str, scheme: Scheme, other_scheme: Scheme) -> nn.Module | None:
-    """What takes a module's place, with its matrix quantised unless that is on the meta device."""
+def _quantised(module: nn.Module, path: str, scheme: Scheme, other_scheme: Scheme) -> nn.Module | None:
+    """What takes a module's place, with its matrices quantised unless they are on the meta device."""
     other = quantised(module, WEIGHTS[scheme], WEIGHTS[other_scheme])
-    if other is not None and isinstance(module.weight, Tensor) and not module.weight.is_meta:
-        weight = weight_of(other)
-        assert weight is not None
-        store(weight, name, 0, module.weight)
+    for name, weight in quantised_weights(other).items() if other is not None else ():
+        matrix = module.get_parameter(name)
+        if not matrix.is_meta:
+            store(weight, f"{path}.{name}", 0, matrix)
     return other
 
 
 def quantised_weights(model: nn.Module) -> dict[str, QuantisedWeight]:
     """The quantised weights inside, by the names that they have where they are not quantised."""
-    return {f"{path}.weight": weight for path, module in model.named_modules() if (weight := weight_of(module))}
+    return {path: weight for path, weight in model.named_modules() if isinstance(weight, QuantisedWeight)}
 
 
 def fill(weight: QuantisedWeight, name: str, read_rows: ReadRows) -> None:
@@ -55,7 +55,11 @@ def fill(weight: QuantisedWeight, name: str, read_rows: ReadRows) -> None:
 
 @torch.no_grad()
 def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
-    """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none."""
+    """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none.
+
+    Those of a convolution have an axis more, of length one.
+    """
+    rows = rows.flatten(1)
     for start, end in pieces(*rows.shape):
         weight.store(first + start, checked(rows[start:end], name))
 

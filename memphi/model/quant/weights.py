@@ -8,6 +8,7 @@
 A product is x W^T with the W that codes stand for, rounded once to x's dtype, a block of outputs after another, so that
 no more than a block of W is ever there. Every output is stored by itself, so a matrix can be quantised piece by piece.
 Where memphi's own kernels are used, few rows are multiplied by the codes as they are, and blocks are made by a kernel.
+Adapters' A and B are Int8Weights beside any scheme.
 """
 
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ class QuantisedWeight(nn.Module):
             return
         self.multiply_many(x, out)
         if columns is not None:
-            out.addmm_(columns.t, columns.b.t())
+            add_columns(out, columns)
 
     def most_rows(self, x: Tensor) -> int:
         """The most rows like these that `multiply_few` is for."""
@@ -106,9 +107,7 @@ class Int8Weight(QuantisedWeight):
         self.codes[first : first + len(rows)] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
-        torch.mul(self.codes[first:last], self.scale[first:last, None].float(), out=rows)
-        return rows
+        return widened(self.codes[first:last], self.scale[first:last], dtype)
 
     def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         if not (self.kernels and is_available(self.codes.device)):
@@ -278,6 +277,18 @@ def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + most, rows)
 
 
+def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """code * scale, rounded once: codes [out, in] int8, scale [out]."""
+    return torch.mul(codes, scale.float()[:, None], out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
+
+
+def add_columns(out: Tensor, columns: Columns) -> None:
+    """out [rows, out] += t B^T, one adapter after another and a block of its B after another."""
+    for codes, scale, t in columns.parts:
+        for first, last in blocks(*codes.shape):
+            out[:, first:last].addmm_(t, widened(codes[first:last], scale[first:last], out.dtype).t())
+
+
 def has_fp8_products(device: torch.device) -> bool:
     """Whether the device multiplies e4m3 by e4m3 with a scale for each row (Ada and Hopper)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -300,9 +311,3 @@ def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _largest(rows: Tensor) -> Tensor:
     """The largest size of a number in each row, in fp32: [rows, in] -> [rows]."""
     return cast(Tensor, torch.linalg.vector_norm(rows, float("inf"), dim=1).float())
-
-
-def weight_of(module: nn.Module) -> QuantisedWeight | None:
-    """A module's quantised weight, if it has one."""
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, QuantisedWeight) else None
