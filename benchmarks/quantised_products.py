@@ -55,6 +55,10 @@ WORD_BLOCKS = [
 BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8), (True, False))]
 WORD_TILES = [*product((32, 64, 128), (16, 32, 64), (2, 3), (4, 8), (True, False))]
 """Outputs, inputs or words, stages and warps of a program on tensor cores, and whether weights come first."""
+PARTS = (1, 2, 3, 4)
+"""Into how many parts inputs are divided; nothing is compiled anew for that."""
+OTHER_PARTS = tuple(f" {parts} parts" for parts in PARTS[2:])
+"""Ways by these names are compiled with others."""
 WORKERS = 12
 """Processes that compile what will be measured."""
 
@@ -195,10 +199,10 @@ def tilings(module: ModuleType, rows: int) -> Iterator[tuple[str, Run]]:
             if rows == 1 or rows * block[0] * block[1] <= 2 * module.SUMS * 32 * block[2]:
                 yield "vector {}x{}, {} warps".format(*block), partial(with_block, module, block)
     if rows > 1:
-        for tile in tiles:
+        for tile, parts in product(tiles, PARTS):
             order = "weights" if tile[-1] else "rows"
-            name = "tile {}x{}, {} stages, {} warps, {} first".format(*tile[:-1], order)
-            yield name, partial(with_tile, module, tile)
+            name = "tile {}x{}, {} stages, {} warps, {} first, {} parts".format(*tile[:-1], order, parts)
+            yield name, partial(with_tile, module, tile, parts)
 
 
 def multiply(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
@@ -230,12 +234,17 @@ def with_block(
 def with_tile(
     module: ModuleType,
     tile: tuple[int, int, int, int, bool],
+    parts: int,
     x: Tensor,
     weight: QuantisedWeight,
     out: Tensor,
     columns: Columns | None,
 ) -> None:
-    with patch.object(module, "choose_tile", lambda *_: tile), patch.object(module, "VECTOR_ROWS", 0):
+    with (
+        patch.object(module, "choose_tile", lambda *_: tile),
+        patch.object(module, "choose_parts", lambda *_: parts),
+        patch.object(module, "VECTOR_ROWS", 0),
+    ):
         multiply_few(module, x, weight, out, columns)
 
 
@@ -246,7 +255,7 @@ def compile_ahead(cases: set[tuple[str, int, int]], columns: int, sweep: bool) -
         for scheme, n_in, rows in sorted(cases)
         for beside in sorted({0, columns})
         for name in ways(scheme, rows, sweep)
-        if name not in ("chosen", "many")
+        if name not in ("chosen", "many") and not name.endswith(OTHER_PARTS)
     ]
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs, chunksize=max(1, len(jobs) // (4 * WORKERS))))

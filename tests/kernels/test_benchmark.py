@@ -54,6 +54,7 @@ def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypa
         monkeypatch.setattr(module, "BLOCK", block)
     for name in ("BYTE_TILES", "WORD_TILES"):
         monkeypatch.setattr(quantised_products, name, [(64, 32, 3, 4, True)])
+    monkeypatch.setattr(quantised_products, "PARTS", (1, 2))
     out = tmp_path / "products.json"
     arguments = ["--out", str(out), "--commit", "none", "--rows", "1,5", "--columns", "8", "--sweep"]
     assert quantised_products.main([*arguments, "--only", "out"]) == 0
@@ -61,4 +62,6 @@ def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypa
     assert [figure["scheme"] for figure in figures] == 2 * ["int8"] + 2 * ["int4"] + 2 * ["fp8"]
     always = {"chosen", "kernel", "many", "bf16"}
     assert set(figures[0]["microseconds"]) == always | {"vector 128x256, 4 warps"}
-    assert set(figures[-1]["microseconds"]) == always | {"tile 64x32, 3 stages, 4 warps, weights first"}
+    assert set(figures[-1]["microseconds"]) == always | {
+        f"tile 64x32, 3 stages, 4 warps, weights first, {parts} parts" for parts in (1, 2)
+    }

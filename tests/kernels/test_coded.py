@@ -96,6 +96,36 @@ def test_either_may_come_first(device, scheme, weights_first, rows, monkeypatch)
     assert_near(out, expected, scheme)
 
 
+@SCHEMES
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_inputs_in_parts(device, scheme, parts, monkeypatch):
+    """Of blocks that do not divide evenly, so that the last gets fewer; adapters are added once."""
+    module = four_bits if scheme == "int4" else eight_bits
+    block = 16 if scheme == "int4" else 64
+    monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4, True))
+    monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
+    n_out, n_in, rows = 70, 688, 9
+    weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=torch.float32)
+    columns = made_columns(n_out, 12, 5, numbers(rows, 12, device=device, dtype=torch.float32, seed=2), device)
+    out, expected = (torch.full((rows, n_out + 5), torch.nan, device=device)[:, :n_out] for _ in range(2))
+    module.multiply(x, *weight.buffers(), out, columns)
+    module.plain_multiply(x, *weight.buffers(), expected, columns)
+    assert_near(out, expected, scheme)
+
+
+def test_parts_are_summed_one_after_another(device):
+    found = numbers(3, 5, 1100, device=device, dtype=torch.float32)
+    out, expected = (torch.full((5, 1100), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2))
+    coded.sum_parts(found, out)
+    coded.plain_sum_parts(found, expected)
+    assert torch.equal(out, expected)
+
+
+def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
+    monkeypatch.setattr(coded, "multiprocessors", lambda device: 132)
+    assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [6, 3, 2, 2, 1, 1, 1]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_out", "n_in"), [(5, 256), (3, 4200), (2, 72)])

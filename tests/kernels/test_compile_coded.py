@@ -45,7 +45,7 @@ def test_every_product_fits(capability, scheme):
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
-    names = {"_multiply_vectors"} | ({"_multiply_tiles"} if on_tensor_cores else set())
+    names = {"_multiply_vectors"} | ({"_multiply_tiles", "_sum_parts"} if on_tensor_cores else set())
     assert {made.name for made in compiled} == names | (
         {"_round_rows"} if scheme == "fp8" and on_tensor_cores else set()
     )

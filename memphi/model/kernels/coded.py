@@ -8,12 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memphi.model.kernels.launch import TENSOR_CAPABILITY, Tile, capability, constexpr, is_available, jit, tl
+from memphi.model.kernels.launch import (
+    TENSOR_CAPABILITY,
+    Tile,
+    capability,
+    constexpr,
+    is_available,
+    jit,
+    launch_options,
+    multiprocessors,
+    tl,
+)
 
 MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
+SUMMED_BLOCK = 1024
+"""Outputs whose parts a program sums."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,57 @@ def most_rows(device: torch.device, vector_rows: int) -> int:
     if not is_available(device):
         return 0
     return MOST_ROWS if capability(device) >= TENSOR_CAPABILITY else vector_rows
+
+
+def choose_parts(blocks: int, device: torch.device) -> int:
+    """Into how many parts inputs are divided where so many blocks of outputs leave a card's multiprocessors idle."""
+    programs = multiprocessors(device)
+    return 1 if 4 * blocks >= 3 * programs else -(-programs // blocks)
+
+
+def room_for_parts(out: Tensor, parts: int) -> Tensor:
+    """Where each part's sums go, [parts, rows, out] fp32; a lone one's are the product."""
+    return out[None] if parts == 1 else out.new_empty((parts, *out.shape), dtype=torch.float32)
+
+
+def plain_sum_parts(found: Tensor, out: Tensor) -> None:
+    """out [rows, out] = the sum of found [parts, rows, out], one part after another; the definition."""
+    out.copy_(found.sum(0))
+
+
+def sum_parts(found: Tensor, out: Tensor) -> None:
+    """As `plain_sum_parts`."""
+    rows, n_out = out.shape
+    _sum_parts[(rows, -(-n_out // SUMMED_BLOCK))](
+        *(found, out, found.stride(0), out.stride(0), n_out),
+        parts=len(found),
+        block=SUMMED_BLOCK,
+        num_warps=4,
+        **launch_options(out.device),
+    )
+
+
+@jit
+def _sum_parts(
+    found: Tile,
+    out: Tile,
+    part_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    parts: constexpr,
+    block: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, outs = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    inside = outs < n_out
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    total = tl.load(found + row * n_out + outs, inside, other=0)
+    for part in tl.static_range(1, parts):
+        total += tl.load(found + part * part_stride + row * n_out + outs, inside, other=0)
+    tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
 @jit

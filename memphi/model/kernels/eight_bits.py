@@ -13,13 +13,16 @@ from memphi.model.kernels.coded import (
     Columns,
     add_columns,
     add_product,
+    choose_parts,
     column_arguments,
     load_columns,
     load_rows,
     load_scales,
     plain_add,
+    room_for_parts,
     store_tile,
     sum_columns,
+    sum_parts,
     widen_columns,
 )
 from memphi.model.kernels.launch import (
@@ -101,10 +104,12 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         rounded, steps = torch.empty_like(x, dtype=codes.dtype), x.new_empty(rows, dtype=torch.float32)
         round_rows(x, rounded, steps)
         x, codes = rounded.view(torch.uint8), codes.view(torch.uint8)
-    block_rows = block_of_rows(rows)
-    _multiply_tiles[(-(-rows // block_rows), -(-n_out // block_out))](
-        *(x, steps, codes, scale, *added, out),
-        *(x.stride(0), *places, out.stride(0), n_out, rows),
+    block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
+    share = share_of(n_in, block_in, choose_parts(blocks, x.device))
+    found = room_for_parts(out, -(-n_in // share))
+    _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
+        *(x, steps, codes, scale, *added, found),
+        *(x.stride(0), *places, found.stride(0), found.stride(1), n_out, rows, share),
         n_in=n_in,
         ranks=ranks,
         is_e4m3=is_e4m3,
@@ -117,6 +122,8 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         num_stages=stages,
         **launch_options(x.device),
     )
+    if len(found) > 1:
+        sum_parts(found, out)
 
 
 def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
@@ -124,6 +131,11 @@ def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
     block_out, block_in, warps = BLOCK
     block_in = min(block_in, power_of_two(n_in))
     return fit_block(rows, block_out, block_in, warps, SUMS)
+
+
+def share_of(n_in: int, block_in: int, parts: int) -> int:
+    """The inputs of each of so many parts, or of fewer: whole blocks."""
+    return -(-n_in // (block_in * parts)) * block_in
 
 
 def block_of_rows(rows: int) -> int:
@@ -250,9 +262,11 @@ def _multiply_tiles(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    part_stride: Tile,
     out_stride: Tile,
     n_out: Tile,
     rows: Tile,
+    share: Tile,
     n_in: constexpr,
     ranks: constexpr,
     is_e4m3: constexpr,
@@ -267,7 +281,8 @@ def _multiply_tiles(
         tl.extra.cuda.gdc_launch_dependents()
     numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
-    inside, exists, places = outs < n_out, numbers < rows, tl.arange(0, block_in)
+    part, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
+    places = part * share + tl.arange(0, block_in)
     dtype = tl.float16 if is_e4m3 else x.dtype.element_ty
     codes += outs.to(tl.int64)[:, None] * n_in
     c = _load_codes(codes, inside, places, n_in)
@@ -277,7 +292,7 @@ def _multiply_tiles(
     values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
     sums = tl.zeros([block_out, block_rows] if weights_first else [block_rows, block_out], tl.float32)
     sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums, weights_first)
-    for start in range(block_in, n_in, block_in):
+    for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
         c = _load_codes(codes, inside, start + places, n_in)
         values = load_rows(x, x_stride, numbers, exists, start + places, start + places < n_in)
         sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums, weights_first)
@@ -285,12 +300,13 @@ def _multiply_tiles(
     if is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * 65536.0
         sums *= of_rows[None, :] if weights_first else of_rows[:, None]
-    if ranks > 0:
+    if ranks > 0 and part == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
             *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
         )
+    out += part.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
 
 

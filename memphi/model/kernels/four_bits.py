@@ -13,16 +13,19 @@ from memphi.model.kernels.coded import (
     Columns,
     add_columns,
     add_product,
+    choose_parts,
     column_arguments,
     load_columns,
     load_rows,
     load_scales,
     plain_add,
+    room_for_parts,
     store_tile,
     sum_columns,
+    sum_parts,
     widen_columns,
 )
-from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows
+from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows, share_of
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
@@ -79,9 +82,11 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
         )
         return
     block_out, block_words, stages, warps, weights_first = choose_tile(rows, n_out, x.itemsize, capability(x.device))
-    block_rows = block_of_rows(rows)
-    _multiply_tiles[(-(-rows // block_rows), -(-n_out // block_out))](
-        *(*tensors, *strides, n_out, rows),
+    block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
+    share = share_of(groups * part, block_words, choose_parts(blocks, x.device))
+    found = room_for_parts(out, -(-groups * part // share))
+    _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
+        *(*tensors[:-1], found, *strides[:-1], found.stride(0), found.stride(1), n_out, rows, share),
         **sizes,
         weights_first=weights_first,
         block_rows=block_rows,
@@ -92,6 +97,8 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
         num_stages=stages,
         **launch_options(x.device),
     )
+    if len(found) > 1:
+        sum_parts(found, out)
 
 
 def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
@@ -262,9 +269,11 @@ def _multiply_tiles(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    part_stride: Tile,
     out_stride: Tile,
     n_out: Tile,
     rows: Tile,
+    share: Tile,
     n_in: constexpr,
     n_words: constexpr,
     part: constexpr,
@@ -280,28 +289,31 @@ def _multiply_tiles(
         tl.extra.cuda.gdc_launch_dependents()
     numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
-    inside, exists, places = outs < n_out, numbers < rows, tl.arange(0, block_words)
+    own, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
+    begin = own * share
+    places = begin + tl.arange(0, block_words)
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
     w = _load_words(words, inside, places, n_words)
-    lines = _load_lines(affine, inside, 0, n_words, part, block_words)
+    lines = _load_lines(affine, inside, begin, n_words, part, block_words)
     if dependent:
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([block_out, block_rows] if weights_first else [block_rows, block_out], tl.float32)
     sums = _add_words(
         *(sums, w, lines, x, x_stride, numbers, exists, _first_inputs(places, part)), n_in, part, weights_first
     )
-    for start in range(block_words, n_words, block_words):
+    for start in range(block_words, tl.minimum(share, n_words - begin), block_words):
         w = _load_words(words, inside, start + places, n_words)
-        lines = _load_lines(affine, inside, start, n_words, part, block_words)
+        lines = _load_lines(affine, inside, begin + start, n_words, part, block_words)
         first = _first_inputs(start + places, part)
         sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part, weights_first)
-    if ranks > 0:
+    if ranks > 0 and own == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
             *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
         )
+    out += own.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
 
 
