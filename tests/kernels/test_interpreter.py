@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 INSIDE = sorted(path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in OUTSIDE)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", INSIDE)
 def test_kernels_equal_their_definitions_in_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
