@@ -12,4 +12,6 @@ def upload(numbers: NDArray[np.generic], device: torch.device) -> Tensor:
     A copy out of memory that the system may move would wait until the device has done all that was asked of it before.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
