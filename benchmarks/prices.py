@@ -32,7 +32,8 @@ from memphi.engine.step import StepPlan
 from memphi.memory.costs import GIB, MIB, PAGE_TOKENS
 from memphi.memory.devices import DeviceFacts
 from memphi.memory.monitor import SLACK_BYTES, SLACK_SHARE
-from memphi.memory.planner import MemoryPlan, make_plan
+from memphi.memory.plan import MemoryPlan
+from memphi.memory.planner import make_plan
 from memphi.model.attention import SdpaAttention
 from memphi.model.phi4mm import Phi4MM
 

@@ -26,7 +26,7 @@ from memphi.request import Footprint, Media, Request, SamplingParams
 
 if TYPE_CHECKING:
     from memphi.config import EngineConfig, ModelConfig
-    from memphi.memory.planner import MemoryPlan
+    from memphi.memory.plan import MemoryPlan
 
 DIALS = ("4GiB", "5GiB:int4,resident", "6GiB:page", "7GiB:int8,resident", "13GiB:bf16,resident")
 """Dials, and after a colon what is not left to the plan, scheme and placement, and `page` where that is asked about."""

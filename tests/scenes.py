@@ -17,7 +17,8 @@ from memphi.engine.sequence import Sequence as Running
 from memphi.inputs.media import audio_media, image_media
 from memphi.inputs.prompt import measure
 from memphi.inputs.tokenizer import Tokenizer
-from memphi.memory.planner import MemoryPlan, make_plan
+from memphi.memory.plan import MemoryPlan
+from memphi.memory.planner import make_plan
 from memphi.model.phi4mm import Phi4MM
 from memphi.request import Delta, Media, Message, Request, Result, SamplingParams
 from tests.checkpoints import tiny_config, tiny_model, write_tokenizer

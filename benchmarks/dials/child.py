@@ -19,7 +19,7 @@ from memphi.errors import DoesNotFitError, WorkerError
 from memphi.memory import costs
 from memphi.memory.costs import size_text
 from memphi.memory.monitor import Monitor
-from memphi.memory.planner import MemoryPlan
+from memphi.memory.plan import MemoryPlan
 from memphi.request import Footprint, Request
 
 if TYPE_CHECKING:

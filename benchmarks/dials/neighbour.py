@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from benchmarks.dials.lines import say, tell
 from memphi.memory.costs import MIB, size_text
 from memphi.memory.devices import this_machine
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 
 SLICES = 32
 GRANULE_BYTES = 2 * MIB

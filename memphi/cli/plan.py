@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memphi.inputs.tokenizer import Tokenizer
     from memphi.memory.costs import RequestPrice
     from memphi.memory.devices import DeviceFacts
-    from memphi.memory.planner import MemoryPlan
+    from memphi.memory.plan import MemoryPlan
     from memphi.request import Footprint, Request
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

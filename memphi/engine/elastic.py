@@ -13,7 +13,7 @@ from memphi.cache.pool import PagePool
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
 from memphi.engine.scheduler import Scheduler
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 
 LOOK_SECONDS = 0.25
 """How often the card's free memory is read."""

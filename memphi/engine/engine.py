@@ -41,7 +41,8 @@ from memphi.inputs.tokenizer import Tokenizer
 from memphi.memory.budget import Budget
 from memphi.memory.costs import host_media
 from memphi.memory.devices import this_machine
-from memphi.memory.planner import MemoryPlan, make_plan
+from memphi.memory.plan import MemoryPlan
+from memphi.memory.planner import make_plan
 from memphi.model.attention import AttentionName, select_attention
 from memphi.model.kernels.codes import why_not_kept
 from memphi.model.kernels.launch import why_not_available

@@ -22,7 +22,7 @@ from memphi.inputs.chat import lay_out
 from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits
 from memphi.inputs.prompt import encode, measure, measure_encoded
 from memphi.inputs.tokenizer import Tokenizer
-from memphi.memory.planner import MemoryPlan
+from memphi.memory.plan import MemoryPlan
 from memphi.request import Delta, Footprint, Request, Result
 from memphi.sampling.grammar import Grammars
 

@@ -13,7 +13,7 @@ from memphi.config import AdapterName, EngineConfig, ModelConfig, VisionConfig
 from memphi.engine.admission import Refuse, refuse
 from memphi.errors import BusyError, DoesNotFitError, MediaError, RequestError
 from memphi.inputs.image import footprint as image_footprint
-from memphi.memory.planner import MemoryPlan
+from memphi.memory.plan import MemoryPlan
 from memphi.request import (
     Delta,
     Detail,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from memphi.config import AdapterForm, AudioConfig, CacheFormat, ModelConfig
 from memphi.engine.step import EncodeSlice, StepPlan
 from memphi.memory import costs
-from memphi.memory.planner import MemoryPlan
+from memphi.memory.plan import MemoryPlan
 from memphi.request import DecodedClip, DecodedImage
 
 UNEXPLAINED_SHARE, UNEXPLAINED_BYTES = 64, 2 * 2**20

@@ -34,7 +34,7 @@ from memphi.engine.settings import AllocatorName
 from memphi.engine.stats import Stats
 from memphi.errors import LostError, MemphiError, WorkerError
 from memphi.inputs.tokenizer import Tokenizer
-from memphi.memory.planner import MemoryPlan
+from memphi.memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from memphi.checkpoint.reader import Progress

@@ -22,7 +22,7 @@ from benchmarks.dials.parent import main, run_without_dial
 from benchmarks.dials.process import Child
 from benchmarks.dials.summary import summarize_dial
 from benchmarks.dials.visits import compare_answers, find_visits, summarize_visited
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 from tests.checkpoints import tiny_checkpoint, tiny_config
 from tests.scenes import GREEDY, Stage, lively_model, mixed_requests, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from memphi.engine.loop import WAITING
 from memphi.engine.messages import Submission
 from memphi.engine.worker import _sequence
 from memphi.errors import DoesNotFitError
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 from memphi.request import FinishReason, Request
 from tests.cpu.test_engine import engine, folder, mixed_requests  # noqa: F401
 from tests.scenes import GREEDY, alone

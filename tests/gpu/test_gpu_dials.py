@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.dials.neighbour import TorchCard, take
 from memphi.engine.device import cap_allocator
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 
 MIB = 2**20
 

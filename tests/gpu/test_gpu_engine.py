@@ -15,7 +15,7 @@ from memphi.config import EngineConfig
 from memphi.engine.device import cap_allocator
 from memphi.engine.engine import Engine
 from memphi.engine.sequence import State
-from memphi.memory.planner import reserve_bytes
+from memphi.memory.sizing import reserve_bytes
 from memphi.request import FinishReason, Request
 from tests.checkpoints import tiny_config
 from tests.scenes import GREEDY, Stage, conversation, lively_model, mixed_requests, tiny_tokenizer

@@ -12,9 +12,10 @@ from memphi.config import ADAPTERS, ROOMS, TOWERS, EngineConfig
 from memphi.demo.shape import demo_config
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.memory import costs
+from memphi.memory.choices import USEFUL_TOKENS
 from memphi.memory.costs import GIB
 from memphi.memory.devices import DeviceFacts
-from memphi.memory.planner import USEFUL_TOKENS, make_plan
+from memphi.memory.planner import make_plan
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 PLACEMENTS = pytest.mark.parametrize("placement", list(ROOMS))

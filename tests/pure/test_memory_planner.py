@@ -12,9 +12,12 @@ from memphi.checkpoint.layout import read_config
 from memphi.config import EngineConfig
 from memphi.demo.shape import demo_config
 from memphi.errors import DoesNotFitError, RequestError
+from memphi.memory.choices import USEFUL_TOKENS, enough_tokens
 from memphi.memory.costs import FIRST_ANSWER_TOKENS, GIB, MIB, price_request, size_text
 from memphi.memory.devices import DeviceFacts
-from memphi.memory.planner import STEP_TOKENS, USEFUL_TOKENS, MemoryPlan, enough_tokens, make_plan
+from memphi.memory.plan import MemoryPlan
+from memphi.memory.planner import make_plan
+from memphi.memory.sizing import STEP_TOKENS
 from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
