@@ -11,7 +11,7 @@ from tests.server.conftest import listening
 from tests.server.fakes import FakeEngine, FakeWorker, said
 
 MIB = 1 << 20
-ACCOUNTS = {"weights": 400 * MIB, "context": 100 * MIB, "work space": 200 * MIB, "pages": 50 * MIB}
+ACCOUNTS = {"weights": 300 * MIB, "context": 100 * MIB, "work space": 150 * MIB, "pages": 50 * MIB}
 
 
 class Script:

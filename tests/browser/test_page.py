@@ -375,20 +375,22 @@ def test_an_answer_that_breaks_off_is_said(visit, server):
 
 def test_the_memory_is_drawn_to_scale(visit, server):
     address, script = server
-    script.engine.stats.accounts["pages"] = script.engine.plan.budget_bytes // 5
+    plan, accounts = script.engine.plan, script.engine.stats.accounts
+    accounts["pages"] = plan.pool_bytes
     page = visit(address)
     page.wait_for_selector("#memory-legend >> text=Keys and values")
+    full = plan.pool_bytes / plan.budget_bytes
+    assert full > 0.06
     share = """(account) => {
         const bar = document.querySelector("#memory-bar");
         const part = bar.querySelector(`[data-account="${account}"]`);
         return part.getBoundingClientRect().width / bar.getBoundingClientRect().width;
     }"""
-    page.wait_for_function(f"() => Math.abs(({share})('pages') - 0.2) < 0.02")
-    weights = script.engine.stats.accounts["weights"] / script.engine.plan.budget_bytes
-    assert page.evaluate(share, "weights") == pytest.approx(weights, abs=0.02)
-    assert page.get_attribute("#memory-legend li >> nth=0", "title") == script.engine.plan.reasons["weights_bytes"]
-    script.engine.stats.accounts["pages"] //= 2
-    page.wait_for_function(f"() => Math.abs(({share})('pages') - 0.1) < 0.02")
+    page.wait_for_function(f"() => Math.abs(({share})('pages') - {full}) < 0.02")
+    assert page.evaluate(share, "weights") == pytest.approx(accounts["weights"] / plan.budget_bytes, abs=0.02)
+    assert page.get_attribute("#memory-legend li >> nth=0", "title") == plan.reasons["weights_bytes"]
+    accounts["pages"] //= 2
+    page.wait_for_function(f"() => Math.abs(({share})('pages') - {full / 2}) < 0.02")
 
 
 def test_the_memory_of_several_devices_is_one_bar(visit, server):
@@ -400,7 +402,7 @@ def test_the_memory_of_several_devices_is_one_bar(visit, server):
     one, total = page.evaluate(sizes), page.text_content("#memory-total")
     script.engine.others = (SimpleNamespace(device="cuda:1", plan=plan, stats=stats, state="ready"),)
     page.wait_for_function(f"() => document.querySelector('#memory-total').textContent !== {json.dumps(total)}")
-    assert page.evaluate(sizes) == pytest.approx([2 * size for size in one])
+    assert page.evaluate(sizes) == pytest.approx([2 * size for size in one], rel=1e-4)  # Of six digits in the style.
     assert page.get_attribute("#memory-legend li >> nth=0", "title") == plan.reasons["weights_bytes"]
 
 
