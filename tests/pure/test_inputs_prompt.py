@@ -28,7 +28,10 @@ from tests.pure.inputs_samples import (
 
 IMAGE = image_media(gradient(60, 40))
 CLIP = audio_media(tone(4000, 16000)[0], 16000)
-TEXTS = st.text(max_size=20) | st.text(alphabet=" \n\t\x1c\x85\u3000aB1'|", max_size=8)
+# Without special tokens, which the official tokenizer finds in any text, and memphi in none.
+TEXTS = st.text(max_size=20).filter(lambda text: "<|" not in text) | st.text(
+    alphabet=" \n\t\x1c\x85\u3000aB1'|", max_size=8
+)
 CALLS = '[{"name": "f", "arguments": {"x": "é 5"}}]'
 CONTENTS = st.lists(TEXTS | st.sampled_from([IMAGE, CLIP]), min_size=1, max_size=4).map(tuple)
 
