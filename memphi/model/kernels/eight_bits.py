@@ -310,8 +310,14 @@ def _multiply_tiles(
     store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
 
 
+def plain_dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale, rounded once, [outs, in]: codes [outs, in] int8, scale [outs]; the definition."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return torch.mul(codes, scale.float()[:, None], out=out)
+
+
 def dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out = codes * scale, rounded once: codes [outs, in] int8, scale [outs], out [outs, in] contiguous."""
+    """As `plain_dequantise`, into out [outs, in] contiguous."""
     n_out, n_in = codes.shape
     _dequantise[(n_out, -(-n_in // DEQUANTISED_BLOCK))](
         *(codes, scale, out), n_in=n_in, block=DEQUANTISED_BLOCK, num_warps=4, **launch_options(out.device)

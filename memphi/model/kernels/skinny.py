@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memphi.model.kernels.eight_bits import plain_dequantise
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     TENSOR_CAPABILITY,
@@ -56,8 +57,7 @@ class Narrow:
         """A in t's dtype: [rank, in]."""
         if self.a_scale is None:
             return self.a
-        wide = torch.empty(self.a.shape, dtype=self.t.dtype, device=self.a.device)
-        return torch.mul(self.a, self.a_scale.float()[:, None], out=wide)
+        return plain_dequantise(self.a, self.a_scale, self.t.dtype)
 
 
 @functools.cache

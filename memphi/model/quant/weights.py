@@ -107,7 +107,7 @@ class Int8Weight(QuantisedWeight):
         self.codes[first : first + len(rows)] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return widened(self.codes[first:last], self.scale[first:last], dtype)
+        return eight_bits.plain_dequantise(self.codes[first:last], self.scale[first:last], dtype)
 
     def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         if not (self.kernels and is_available(self.codes.device)):
@@ -277,16 +277,13 @@ def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + most, rows)
 
 
-def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """code * scale, rounded once: codes [out, in] int8, scale [out]."""
-    return torch.mul(codes, scale.float()[:, None], out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
-
-
 def add_columns(out: Tensor, columns: Columns) -> None:
     """out [rows, out] += t B^T, one adapter after another and a block of its B after another."""
     for codes, scale, t in columns.parts:
         for first, last in blocks(*codes.shape):
-            out[:, first:last].addmm_(t, widened(codes[first:last], scale[first:last], out.dtype).t())
+            out[:, first:last].addmm_(
+                t, eight_bits.plain_dequantise(codes[first:last], scale[first:last], out.dtype).t()
+            )
 
 
 def has_fp8_products(device: torch.device) -> bool:
