@@ -49,14 +49,6 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_convolutions():
-    """Without this, cuDNN rounds fp32 inputs to 10 bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """Other tests' memory is given back before each, and the allocator's cap goes with it."""

@@ -32,12 +32,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Without this, cuDNN rounds fp32 inputs to 10 bits."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture(scope="module")
 def source():
     """Heads of the official size, which the fast kernels take, in a small model."""
