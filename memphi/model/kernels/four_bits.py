@@ -166,18 +166,25 @@ def _multiply_vectors(
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     sums0 = tl.zeros([block_out, block_words // part], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
-    for start in tl.static_range(0, n_words, block_words):
-        if start > 0:
-            w = _load_words(words, inside, start + numbers, n_words)
-            lines = _load_lines(affine, inside, start, n_words, part, block_words)
-        first = _first_inputs(start + numbers, part)
-        sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
-        if rows > 1:
+    if rows == 1:
+        for start in tl.static_range(0, n_words, block_words):
+            if start > 0:
+                w = _load_words(words, inside, start + numbers, n_words)
+                lines = _load_lines(affine, inside, start, n_words, part, block_words)
+            first = _first_inputs(start + numbers, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
+    else:
+        # Unrolled, this is so long that a compiler needs a quarter of a minute for it.
+        for start in range(0, n_words, block_words):
+            first = _first_inputs(start + numbers, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
             sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part)
-        if rows > 2:
-            sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
-        if rows > 3:
-            sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
+            if rows > 2:
+                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
+            if rows > 3:
+                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
+            w = _load_words(words, inside, start + block_words + numbers, n_words)
+            lines = _load_lines(affine, inside, start + block_words, n_words, part, block_words)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     if ranks > 0:
         wide = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
