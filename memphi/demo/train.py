@@ -418,12 +418,19 @@ def main() -> None:
     parser.add_argument("--finish", action="store_true", help="the last run: let the learning rate fall to zero")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 3) - 3))
     parser.add_argument("--rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--lessons", type=int, default=Settings.lessons, help="how many a step joins, of 64 samples")
     arguments = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # a run with it on ended in NaN
     # Read by the workers' numpy when they start: one thread each, since there is a worker for every core.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(arguments.minutes, arguments.finish, learning_rate=arguments.rate, workers=arguments.workers)
+    settings = Settings(
+        arguments.minutes,
+        arguments.finish,
+        learning_rate=arguments.rate,
+        lessons=arguments.lessons,
+        workers=arguments.workers,
+    )
     run(arguments.bank, arguments.out, settings, device, arguments.start)
 
 
