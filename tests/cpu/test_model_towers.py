@@ -1,5 +1,6 @@
 """How the towers' work is cut changes no feature: crops and windows in slices, sound subsampled in pieces."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -107,12 +108,13 @@ def test_crops_without_padding_take_no_mask_and_are_what_each_is_alone(model, va
 def test_what_layers_add_to_lies_in_order(model, valid):
     """A norm would copy what does not."""
     image, orders = make_image(model.config, valid=valid), []
-    hooks = [layer.register_forward_hook(lambda _, args, out: orders.append(out)) for layer in model.vision.layers]
+    norms = [norm for layer in model.vision.layers for norm in (layer.attention_norm, layer.mlp_norm)]
+    hooks = [norm.register_forward_hook(lambda _, args, out: orders.append(args[0])) for norm in norms]
     model.vision(torch.from_numpy(image.crops), torch.from_numpy(image.patch_mask))
     for hook in hooks:
         hook.remove()
-    assert len(orders) == model.config.vision.layers
-    assert all(out.is_contiguous() for out in orders)
+    assert len(orders) == 2 * model.config.vision.layers
+    assert all(x.is_contiguous() for x in orders)
 
 
 @torch.inference_mode()
@@ -124,7 +126,8 @@ def test_a_mask_on_all_crops_is_the_definition(model):
     x = tower.patch_embedding(pixels).flatten(2).transpose(1, 2)
     x = x + tower.position_embedding(torch.from_numpy(tower._positions(mask.numpy())))
     for layer in tower.layers:
-        x = layer(x, valid)
+        x = x + layer.attend(x, valid)
+        x = x + layer.transform(x)
     assert largest_difference(model.vision(pixels, mask), x) <= TOLERANCE
 
 
@@ -158,6 +161,25 @@ def test_long_sound_is_windows_of_500_tokens_that_do_not_see_each_other(model):
     assert same[:500].all()
     assert same[1000:].all()
     assert not same[500:1000].any()
+
+
+@torch.inference_mode()
+def test_the_conformers_sums_are_not_rounded(model):
+    """Of a model in bf16 they are fp32, and features are bf16 again."""
+    clip = torch.from_numpy(make_clip(model.config, 400).features)
+    audio, rounded = model.audio, copy.deepcopy(model.audio).bfloat16()
+    exact = copy.deepcopy(rounded).float()
+    sums = []
+    for layer in rounded.layers:
+        layer.attention_norm.register_forward_hook(lambda _, args, out: sums.append((args[0].dtype, out.dtype)))
+    (features,) = rounded([clip])
+    assert sums == [(torch.float32, torch.bfloat16)] * len(audio.layers)
+    assert features.dtype == torch.bfloat16
+    assert relative(features, exact([clip])[0]) < 0.01
+
+
+def relative(real, wanted):
+    return float((real.float() - wanted).norm() / wanted.norm())
 
 
 class Watching(SdpaAttention):

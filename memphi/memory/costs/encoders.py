@@ -8,8 +8,6 @@ from memphi.config import AudioConfig, ModelConfig
 from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.products import with_block
 
-PADDED_SHARE = 20
-"""The part of a vision pass that is added where some crops have padding, and are copied apart: at most 4 %."""
 CONVOLVED_VALUES = 96 * 1024
 """Tokens of sound times channels that are subsampled at once."""
 BAND_VALUES = 4 * MIB
@@ -23,19 +21,19 @@ SAMPLES_A_FRAME, WINDOW_SAMPLES, SPECTRUM = 160, 400, 257
 
 
 def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
-    """Encode crops: the tower's MLP holds the most, two residuals, a norm and both sides of the GELU."""
+    """Encode crops: the tower's MLP holds the most, a residual, a norm and both sides of the GELU."""
     vision, hidden = config.vision, config.language.hidden_size
     size, patches = vision.hidden_size, vision.patches**2
-    layer = max(3 * size + 2 * vision.intermediate_size, 8 * size)
+    layer = max(2 * size + 2 * vision.intermediate_size, 8 * size)
     projector = 2 * size + (3 * hidden + 2 * size) // 4 + 1
     pixels = 3 * vision.crop_size**2
-    first = pixels * dtype_bytes + 3 * patches * size * dtype_bytes
-    each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * 4 + patches * 10
+    first = (pixels + 3 * patches * size) * dtype_bytes
+    each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * dtype_bytes + patches * 10
     cost = Cost(
         "vision pass",
-        crops * each + crops * each // PADDED_SHARE,
-        f"{crops} crops x ({patches} patches x (3 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
-        f"and the crop itself in fp32), and 1/{PADDED_SHARE} for crops with padding",
+        crops * each,
+        f"{crops} crops x ({patches} patches x (2 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
+        f"and the crop itself)",
     )
     return with_block(cost, cost.bytes, config, config.other_scheme, dtype_bytes)
 
