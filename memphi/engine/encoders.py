@@ -29,8 +29,11 @@ class Encoders:
     def run(self, slices: Sequence[EncodeSlice]) -> None:
         """Write the slices' rows into their entries' values [tokens, hidden], made where missing.
 
-        Encoding a slice once more changes nothing.
+        Encoding a slice once more changes nothing. Values are made first: what stays is there when the work takes most,
+        as it is priced, and does not lie where the work was.
         """
+        for piece in slices:
+            self._rows(piece)
         self._encode_crops([piece for piece in slices if piece.kind == "image"])
         self._encode_windows([piece for piece in slices if piece.kind == "audio"])
 

@@ -47,6 +47,18 @@ def test_a_product(device, scheme, rows, n_out, n_in, dtype):
     assert_near(out, expected, scheme)
 
 
+@SCHEMES
+@pytest.mark.parametrize("clips", [1, 2])
+@pytest.mark.parametrize("rows", [1, 9, 65])
+def test_of_clips_whose_channels_lie_apart(device, scheme, clips, rows):
+    """[clips, channels, time] turned is, of one clip, no copy, and its numbers are far from one another."""
+    weight = stored(scheme, 64, 256, device)
+    x = numbers(clips, 256, rows, device=device, dtype=torch.float32, seed=1).transpose(1, 2)
+    expected = weight(x.contiguous())
+    weight.kernels = True
+    assert_near(weight(x), expected, scheme)
+
+
 def made_columns(n_out, ranks, border, t, device):
     """Columns of one adapter, or of two, as a range of a wider matrix."""
     codes = numbers(n_out, 150, device=device, dtype=torch.float32, seed=2).mul_(40).clamp_(-127, 127).to(torch.int8)

@@ -55,12 +55,17 @@ class QuantisedWeight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T: [..., in] -> [..., out]."""
         flat = x.reshape(-1, self.in_features)
+        if flat.stride(1) != 1:  # As of one clip whose channels lie apart, where reshaping copies nothing.
+            flat = flat.contiguous()
         out = flat.new_empty(len(flat), self.out_features)
         self.multiply(flat, out)
         return out.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, x: Tensor, out: Tensor, columns: Columns | None = None) -> None:
-        """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add."""
+        """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add.
+
+        Numbers of a row lie side by side.
+        """
         if self.kernels and 0 < len(x) <= self.most_rows(x):
             self.multiply_few(x, out, columns)
             return
