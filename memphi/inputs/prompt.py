@@ -100,7 +100,8 @@ def place(
 ) -> tuple[MediaSpan, ...]:
     """Where each attachment's rows will stand, in order, once its placeholder in `ids` is repeated."""
     counts = {"image": [image.tokens for image in footprint.images], "audio": [clip.tokens for clip in footprint.clips]}
-    placeholders = [at for at, token in enumerate(ids) if token in (tokenizer.image_id, tokenizer.audio_id)]
+    kinds = {tokenizer.image_id, tokenizer.audio_id} if media else set()
+    placeholders = [at for at, token in enumerate(ids) if token in kinds]
     seen = {"image": 0, "audio": 0}
     spans: list[MediaSpan] = []
     added = 0

@@ -30,19 +30,22 @@ class VisionAttention(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        mixed = torch.empty_like(x)
+        self._mix(x, valid, mixed.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        return cast(Tensor, self.out(mixed))
+
+    def _mix(self, x: Tensor, valid: Tensor | None, mixed: Tensor) -> None:
+        """Put into mixed, [crops, heads, patches, head_dim], what patches see of one another."""
         query, key, value = (
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
-        )  # [crops, heads, patches, head_dim]
+        )
         whole = len(x) if valid is None else len(x) - len(valid)
-        mixed = []
         if whole:
-            seen = self.attention.full(query[:whole], key[:whole], value[:whole], None)
-            mixed.append(seen.transpose(1, 2).flatten(2))
+            mixed[:whole] = self.attention.full(query[:whole], key[:whole], value[:whole], None)
         if valid is not None:
-            seen = self.attention.full(query[whole:], key[whole:], value[whole:], valid[:, None, None, :])
+            mixed[whole:] = self.attention.full(query[whole:], key[whole:], value[whole:], valid[:, None, None, :])
             # The reference's flash path leaves zeros here, and odd masks let them into the pooling (spec 4.1).
-            mixed.append(seen.transpose(1, 2).flatten(2) * valid[:, :, None])
-        return cast(Tensor, self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed)))
+            mixed[whole:].mul_(valid[:, None, :, None])
 
 
 class VisionMLP(nn.Module):
@@ -54,7 +57,10 @@ class VisionMLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
+        y = self.up(x)
+        # In its own place where no gradient needs what it was: a pass over crops takes nowhere more than here.
+        y = F.gelu(y, approximate="tanh") if y.requires_grad else torch.ops.aten.gelu_(y, approximate="tanh")
+        return cast(Tensor, self.down(y))
 
 
 class VisionLayer(nn.Module):

@@ -21,10 +21,10 @@ SAMPLES_A_FRAME, WINDOW_SAMPLES, SPECTRUM = 160, 400, 257
 
 
 def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
-    """Encode crops: the tower's MLP holds the most, a residual, a norm and both sides of the GELU."""
+    """Encode crops: attention holds the most, or the MLP where it is wide beside the tower."""
     vision, hidden = config.vision, config.language.hidden_size
     size, patches = vision.hidden_size, vision.patches**2
-    layer = max(2 * size + 2 * vision.intermediate_size, 8 * size)
+    layer = max(2 * size + vision.intermediate_size, 7 * size)
     projector = 2 * size + (3 * hidden + 2 * size) // 4 + 1
     pixels = 3 * vision.crop_size**2
     first = (pixels + 3 * patches * size) * dtype_bytes
@@ -32,8 +32,7 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     cost = Cost(
         "vision pass",
         crops * each,
-        f"{crops} crops x ({patches} patches x (2 x {size} + 2 x {vision.intermediate_size}) x {dtype_bytes} bytes, "
-        f"and the crop itself)",
+        f"{crops} crops x ({patches} patches x 7 x {size} x {dtype_bytes} bytes for attention, and the crop itself)",
     )
     return with_block(cost, cost.bytes, config, config.other_scheme, dtype_bytes)
 
