@@ -1,9 +1,30 @@
 """Every run of the tests tries the same examples, so that one says what the next will; none is held to a time.
 
-`pytest --hypothesis-profile=default` tries others.
+`pytest --hypothesis-profile=default` tries others. Processes that share the work (`-n auto`) share the cores too, and
+what needs a GPU is left to one of them.
 """
 
+import os
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def share_cores(processes: int) -> None:
+    """Have torch, which is not imported yet, use a process' share of the cores, here and where tests start others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ |= {"OMP_NUM_THREADS": str(max(cores // processes, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share_cores(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
