@@ -18,8 +18,9 @@ from memphi.config import AudioConfig
 from memphi.model.attention import Attention
 from memphi.model.upload import upload
 
-CONVOLVED_VALUES = 96 * 1024
-"""Tokens times channels subsampled at once: 8 s of sound at full size, 30 MiB for the first convolution's output."""
+CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES = 32 * 1024, 96 * 1024
+"""Tokens times channels subsampled at once, for each window of a pass, and at least. The least is 8 s of sound at full
+size, and 30 MiB for the first convolution's output."""
 BIAS_STEP = 16
 """Numbers of which a bias' rows begin at multiples: kernels would copy another bias in every layer."""
 WINDOW_BATCH = 8
@@ -218,28 +219,23 @@ class AudioEncoder(nn.Module):
 
         All go through the conformer as one; neighbours of one shape are subsampled as one.
         """
-        groups = list(self._alike(windows))
-        encoded = self._conform([self._subsample(group) for group in groups])
+        most = self._convolved_tokens(len(windows))
+        groups = list(_alike(windows, most))
+        encoded = self._conform([self._subsample(group, most) for group in groups])
         return [
             features[: window.tokens]
             for group, part in zip(groups, encoded, strict=True)
             for window, features in zip(group, part, strict=True)
         ]
 
-    def _alike(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Neighbouring windows of one shape together, as many as are subsampled at once."""
-        for shape, group in groupby(windows, key=lambda window: window.shape):
-            alike, most = list(group), max(self._convolved_tokens // -(-shape[0] // 8), 1)
-            yield from (alike[first : first + most] for first in range(0, len(alike), most))
+    def _convolved_tokens(self, windows: int) -> int:
+        """How many tokens are subsampled at once in a pass over so many windows."""
+        return max(max(windows * CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES) // self.config.conv_channels, 1)
 
-    @property
-    def _convolved_tokens(self) -> int:
-        return max(CONVOLVED_VALUES // self.config.conv_channels, 1)
-
-    def _subsample(self, windows: Sequence[Window]) -> Tensor:
+    def _subsample(self, windows: Sequence[Window], most_tokens: int) -> Tensor:
         """Normalise and subsample windows of one shape: [windows, rows, hidden]."""
         frames = torch.stack([window.frames for window in windows]).to(self.mean)
-        x = self.subsampling((frames - self.mean) * self.inverse_deviation, self._convolved_tokens)
+        x = self.subsampling((frames - self.mean) * self.inverse_deviation, most_tokens)
         one = windows[0]
         return F.pad(x[:, one.skip : one.skip + one.tokens], (0, 0, 0, one.rows - one.tokens))
 
@@ -272,3 +268,10 @@ class AudioEncoder(nn.Module):
             ends = upload(np.array(lengths), device)
             bias = bias.masked_fill(steps >= ends[:, None, None, None], float("-inf"))
         return bias[..., :longest]
+
+
+def _alike(windows: Sequence[Window], most_tokens: int) -> Iterator[list[Window]]:
+    """Neighbouring windows of one shape together, as many as have so many tokens, or one."""
+    for shape, group in groupby(windows, key=lambda window: window.shape):
+        alike, most = list(group), max(most_tokens // -(-shape[0] // 8), 1)
+        yield from (alike[first : first + most] for first in range(0, len(alike), most))

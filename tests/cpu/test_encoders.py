@@ -179,6 +179,7 @@ def test_how_much_is_subsampled_at_once_changes_nothing(model, monkeypatch, valu
     clips = [make_clip(model.config, frames, frames) for frames in (90, 90, 90, 4100, 25, 25, 8)]
     expected = [model.encode_clips([clip], "speech")[0] for clip in clips]
     monkeypatch.setattr(audio_module, "CONVOLVED_VALUES", values)
+    monkeypatch.setattr(audio_module, "LEAST_CONVOLVED_VALUES", 1)
     for one, other in zip(model.encode_clips(clips, "speech"), expected, strict=True):
         assert largest_difference(one, other) <= TOLERANCE
 

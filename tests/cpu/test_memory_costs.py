@@ -148,6 +148,7 @@ def test_the_prices_go_by_the_sizes_that_the_model_uses():
     assert costs.GATHER_TOKENS == rows.GATHER_TOKENS
     assert (costs.MOST_LINED_TOKENS, costs.LINE_TOKENS) == (rows.MOST_LINED_TOKENS, rows.LINE_TOKENS)
     assert costs.CONVOLVED_VALUES == audio.CONVOLVED_VALUES
+    assert costs.LEAST_CONVOLVED_VALUES == audio.LEAST_CONVOLVED_VALUES
     assert costs.BAND_VALUES == preprocess.BAND_VALUES
     assert costs.BAND_FRAMES == preprocess.BAND_FRAMES
     assert costs.BIAS_STEP == audio.BIAS_STEP

@@ -8,8 +8,8 @@ from memphi.config import AudioConfig, ModelConfig
 from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.products import with_block
 
-CONVOLVED_VALUES = 96 * 1024
-"""Tokens of sound times channels that are subsampled at once."""
+CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES = 32 * 1024, 96 * 1024
+"""Tokens of sound times channels that are subsampled at once, for each window of a pass, and at least."""
 BAND_VALUES = 4 * MIB
 """Numbers of a picture that the device resizes at once."""
 BIAS_STEP = 16
@@ -99,7 +99,7 @@ def _convolved_at_once(audio: AudioConfig, sizes: Sequence[WindowSize]) -> tuple
     """The most tokens of neighbouring windows of one size that are taken together, and how many are subsampled at once:
     those, or a part of one window.
     """
-    most = max(CONVOLVED_VALUES // audio.conv_channels, 1)
+    most = max(max(len(sizes) * CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES) // audio.conv_channels, 1)
     alike = ((size.convolved, sum(1 for _ in group)) for size, group in groupby(sizes))
     together = max(tokens * min(count, max(most // tokens, 1)) for tokens, count in alike)
     return together, min(together, most)
