@@ -1,7 +1,7 @@
 """Every run of the tests tries the same examples, so that one says what the next will; none is held to a time.
 
-`pytest --hypothesis-profile=default` tries others. Processes that share the work (`-n auto`) share the cores too, and
-what needs a GPU is left to one of them.
+`pytest --hypothesis-profile=default` tries others. Processes that share the work (`-n auto`) share the cores too;
+what needs a GPU is left to one of them, and what needs a browser.
 """
 
 import os
@@ -28,3 +28,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.xdist_group("gpu"))
+        elif item.path.parent.name == "browser":
+            item.add_marker(pytest.mark.xdist_group("browser"))

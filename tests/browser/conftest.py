@@ -34,8 +34,9 @@ def microphone(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(microphone):
+    """Chromium, for these tests alone: Playwright's loop runs as long, and no other test could run one of its own."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")

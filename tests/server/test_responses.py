@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import groupby
 from typing import Literal
 
 import openai
@@ -287,13 +288,14 @@ def test_one_answer_for_each_attachment(client):
 
 
 def test_a_text_in_events(client):
+    """In as many pieces as come: those that wait for their reader are one."""
     told = events(client)
-    assert kinds(told) == [
+    assert [kind for kind, _ in groupby(kinds(told))] == [
         "created",
         "in_progress",
         "output_item.added",
         "content_part.added",
-        *["output_text.delta"] * 3,
+        "output_text.delta",
         "output_text.done",
         "content_part.done",
         "output_item.done",
@@ -301,7 +303,7 @@ def test_a_text_in_events(client):
     ]
     assert told[0]["response"]["output"] == []
     assert told[0]["response"]["usage"] is None
-    assert "".join(event.get("delta", "") for event in told) == told[7]["text"] == "It is a fake."
+    assert "".join(event.get("delta", "") for event in told) == told[-4]["text"] == "It is a fake."
 
 
 def same(response):
