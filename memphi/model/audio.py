@@ -242,7 +242,7 @@ class AudioEncoder(nn.Module):
     def _conform(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Run windows of different lengths through the conformer: pieces [windows, rows, hidden] in and out.
 
-        Sums are kept in fp32: rounded to bf16 in each of 24 layers, features of noise were 1.7 % off, and so are 0.2 %.
+        Sums are kept in fp32: rounded to bf16 in each of 24 layers, features of noise were 1.8 % off, and so are 0.6 %.
         """
         length = max(piece.shape[1] for piece in pieces)
         x = torch.cat([F.pad(piece, (0, 0, 0, length - piece.shape[1])) for piece in pieces]).float()

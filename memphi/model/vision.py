@@ -58,7 +58,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
-        # In its own place where no gradient needs what it was: a pass over crops takes nowhere more than here.
+        # In its own place where no gradient needs what was there.
         y = F.gelu(y, approximate="tanh") if y.requires_grad else torch.ops.aten.gelu_(y, approximate="tanh")
         return cast(Tensor, self.down(y))
 

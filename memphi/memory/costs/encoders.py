@@ -24,15 +24,15 @@ def vision_pass(config: ModelConfig, crops: int, dtype_bytes: int) -> Cost:
     """Encode crops: attention holds the most, or the MLP where it is wide beside the tower."""
     vision, hidden = config.vision, config.language.hidden_size
     size, patches = vision.hidden_size, vision.patches**2
-    layer = max(2 * size + vision.intermediate_size, 7 * size)
     projector = 2 * size + (3 * hidden + 2 * size) // 4 + 1
+    numbers = max(7 * size, 2 * size + vision.intermediate_size, projector)
     pixels = 3 * vision.crop_size**2
     first = (pixels + 3 * patches * size) * dtype_bytes
-    each = max(patches * max(layer, projector) * dtype_bytes, first) + pixels * dtype_bytes + patches * 10
+    each = max(patches * numbers * dtype_bytes, first) + pixels * dtype_bytes + patches * 10
     cost = Cost(
         "vision pass",
         crops * each,
-        f"{crops} crops x ({patches} patches x 7 x {size} x {dtype_bytes} bytes for attention, and the crop itself)",
+        f"{crops} crops x ({patches} patches x {numbers} numbers of {dtype_bytes} bytes, and the crop itself)",
     )
     return with_block(cost, cost.bytes, config, config.other_scheme, dtype_bytes)
 
