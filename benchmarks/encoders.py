@@ -152,8 +152,8 @@ def _measure_sound(meter: Meter, model: Phi4MM, seconds: float) -> None:
     operations = clip_operations(audio, clip.footprint.tokens)
     meter.measure(f"sound encoded, {WINDOWS} windows at once", partial(encode, windows), operations=operations)
     meter.measure("sound, from samples to embeddings", lambda: encode(cut()), price_bytes=price, operations=operations)
-    meter.measure("its subsampling", lambda: [encoder._subsample(part) for part in encoder._alike(windows)])
-    pieces = [encoder._subsample(part) for part in encoder._alike(windows[:WINDOWS])]
+    meter.measure("its subsampling", lambda: encoder.subsample(windows))
+    pieces = encoder.subsample(windows[:WINDOWS])
     meter.measure(f"the conformer over {min(len(windows), WINDOWS)} windows", partial(encoder._conform, pieces))
 
 

@@ -91,17 +91,17 @@ def main() -> int:
 
 
 def look(engine: Engine, workload: Workload) -> dict[str, Any]:
+    bench = Bench(engine, Card("", 1, 1), 1, 0, time.perf_counter() + 3600, lambda text: None)
+
     def do(seed: int) -> float:
         """Do it with requests of its own, so that no cache helps; returns its seconds."""
-        bench = Bench(engine, Card("", 1, 1), 1, 10 * seed, time.perf_counter() + 3600, lambda text: None)
-        return bench.repeat(workload)[0].timing.seconds
+        return bench.once(workload, seed).timing.seconds
 
     do(1)
     with watched() as record:
         seconds = do(2)
-        started = time.perf_counter() - seconds
     _wait()
-    steps = [step for step in record.steps if step.begins > started]  # Without those that warm up.
+    steps = record.steps
     with sampled() as lines:
         do(3)
     activity = torch.profiler.ProfilerActivity
@@ -228,9 +228,7 @@ def sampled() -> Iterator[Counter[str]]:
 
 
 def show(figure: dict[str, Any]) -> None:
-    print(
-        f"== {figure['workload']}: {figure['seconds']:.3f} s, device busy {figure['busy_seconds']:.3f} s (with warm-up)"
-    )
+    print(f"== {figure['workload']}: {figure['seconds']:.3f} s, device busy {figure['busy_seconds']:.3f} s")
     for kind in figure["steps"]:
         print("  ", *(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in kind.items()))
     print("  ", f"waited {figure['waited_seconds']:.3f} s", *figure["first_steps"], sep="\n   ")

@@ -91,14 +91,14 @@ class Bench:
         """Do a workload as often as there is time for; raises NotRunError."""
         self._tell(f"{workload.name}: {workload.says}")
         short = replace(workload, answer_tokens=min(workload.answer_tokens, WARM_UP_TOKENS))
-        self._answer(short, self._seed)
+        self.once(short, self._seed)
         runs, longest = list[Measured](), 0.0
         for number in range(1, self._repeats + 1):
             if time.perf_counter() + longest >= self._deadline:
                 break
             started = time.perf_counter()
             try:
-                runs.append(self._answer(workload, self._seed + number))
+                runs.append(self.once(workload, self._seed + number))
             except NotRunError:
                 break
             longest = time.perf_counter() - started
@@ -110,7 +110,7 @@ class Bench:
     def _words(self) -> Words:
         return Words(self.engine.tokenizer, self.engine.model.config.language.vocab_size)
 
-    def _answer(self, workload: Workload, seed: int) -> Measured:
+    def once(self, workload: Workload, seed: int) -> Measured:
         """Do it once; raises NotRunError where time runs out before its end."""
         drafts, engine = draw(workload, self._words, seed), self.engine
         before, counting = _counted(engine), time.perf_counter()

@@ -219,21 +219,17 @@ class AudioEncoder(nn.Module):
 
         All go through the conformer as one; neighbours of one shape are subsampled as one.
         """
-        most = self._convolved_tokens(len(windows))
-        groups = list(_alike(windows, most))
-        encoded = self._conform([self._subsample(group, most) for group in groups])
-        return [
-            features[: window.tokens]
-            for group, part in zip(groups, encoded, strict=True)
-            for window, features in zip(group, part, strict=True)
-        ]
+        encoded = [features for part in self._conform(self.subsample(windows)) for features in part]
+        return [features[: window.tokens] for window, features in zip(windows, encoded, strict=True)]
 
-    def _convolved_tokens(self, windows: int) -> int:
-        """How many tokens are subsampled at once in a pass over so many windows."""
-        return max(max(windows * CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES) // self.config.conv_channels, 1)
+    def subsample(self, windows: Sequence[Window]) -> list[Tensor]:
+        """Normalise and subsample the windows of a pass: [windows, rows, hidden] of neighbours of one shape."""
+        values = max(len(windows) * CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES)
+        most_tokens = max(values // self.config.conv_channels, 1)
+        return [self._subsample(group, most_tokens) for group in _alike(windows, most_tokens)]
 
     def _subsample(self, windows: Sequence[Window], most_tokens: int) -> Tensor:
-        """Normalise and subsample windows of one shape: [windows, rows, hidden]."""
+        """The same of windows of one shape."""
         frames = torch.stack([window.frames for window in windows]).to(self.mean)
         x = self.subsampling((frames - self.mean) * self.inverse_deviation, most_tokens)
         one = windows[0]

@@ -48,7 +48,7 @@ def browser(microphone):
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo():
     """The address of a server of the demo model."""
     engine = memphi.load("demo", device="cpu", dtype="fp32")

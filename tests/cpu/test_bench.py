@@ -187,14 +187,14 @@ def test_an_answer_that_takes_too_long_is_ended(bench, engine):
 
 def test_repeats_that_do_not_fit_are_left_out(bench, monkeypatch):
     short = bench(repeats=3)
-    answer, seeds = short._answer, []
+    answer, seeds = short.once, []
 
     def slow(workload, seed):
         seeds.append(seed)
         short._deadline = time.perf_counter() + (60.0 if len(seeds) < 3 else 0.0)
         return answer(workload, seed)
 
-    monkeypatch.setattr(short, "_answer", slow)
+    monkeypatch.setattr(short, "once", slow)
     record = short.measure(WORKLOADS["decode-1"].scaled(SCALE))
     assert (record["repeats"], len(record["figures"]), seeds) == ("1 of 3", 1, [0, 1, 2])
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,7 +240,7 @@ class FewLessons:
 def let_steps_pass(monkeypatch, warmup):
     """Let each look at the clock take a second, so that a training's minutes count its steps."""
     ticks = itertools.count()
-    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(train, "WARMUP_STEPS", warmup)
 
 
