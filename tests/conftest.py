@@ -1,12 +1,10 @@
 """Every run of the tests tries the same examples, so that one says what the next will; none is held to a time.
 
-`pytest --hypothesis-profile=default` tries others. Processes that share the work (`-n auto`) share the cores too;
-what needs a GPU is left to one of them, and what needs a browser.
+`pytest --hypothesis-profile=default` tries others. Processes that share the work (`-n 2`) share the cores too.
 """
 
 import os
 
-import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -21,12 +19,3 @@ def share_cores(processes: int) -> None:
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share_cores(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.xdist_group("gpu"))
-        elif item.path.parent.name == "browser":
-            item.add_marker(pytest.mark.xdist_group("browser"))
