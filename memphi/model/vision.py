@@ -103,15 +103,15 @@ class VisionTower(nn.Module):
         """
         mask = patch_mask.numpy(force=True)
         whole = mask.all(axis=(1, 2))
-        order = np.argsort(~whole, kind="stable")
-        x = self._embed(crops, mask)
-        if not whole.all():
+        order = None if whole.all() else np.argsort(~whole, kind="stable")
+        x, valid = self._embed(crops, mask), None
+        if order is not None:
             x = x[upload(order, x.device)]
-        valid = None if whole.all() else upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
+            valid = upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
         for layer in cast(Iterable[VisionLayer], self.layers):
             x = x + layer.attend(x, valid)
             x = x + layer.transform(x)
-        return x if whole.all() else x[upload(np.argsort(order), x.device)]
+        return x if order is None else x[upload(np.argsort(order), x.device)]
 
     def _embed(self, crops: Tensor, mask: NDArray[np.bool_]) -> Tensor:
         """Patches and their places: [crops, patches ** 2, hidden]."""
