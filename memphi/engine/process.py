@@ -257,6 +257,7 @@ class _Child:
         self.stats = Stats()
         self._name = "the engine's process" + ("" if loading.device == "auto" else f" on {loading.device}")
         self._mailboxes = Mailboxes()
+        self._burial = threading.Lock()
         self._outbox: queue.SimpleQueue[Submission | Cancellation | Close | None] = queue.SimpleQueue()
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -303,10 +304,11 @@ class _Child:
         self._process.kill()
 
     def wait(self) -> None:
-        """Wait until the process is gone, with all that it held."""
-        self._process.join(GRACE_SECONDS)
-        self.kill()
-        self._process.join()
+        """Wait until the process is gone, with all that it held; from any threads."""
+        with self._burial:  # Of two that reap it at once, multiprocessing tells one that there is nobody to reap.
+            self._process.join(GRACE_SECONDS)
+            self.kill()
+            self._process.join()
 
     def shut(self, reason: WorkerError) -> None:
         """Tell who still waits; the process is gone."""

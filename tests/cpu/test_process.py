@@ -22,7 +22,7 @@ from memphi.config import EngineConfig
 from memphi.demo.attachments import EXAMPLES, FOLDER
 from memphi.engine import process, worker
 from memphi.engine.child import _portable
-from memphi.engine.messages import Event, Mailboxes, Submission
+from memphi.engine.messages import Event, Loading, Mailboxes, Submission
 from memphi.engine.pressure import Bounds, Part
 from memphi.errors import CheckpointError, DeviceError, DoesNotFitError, MediaError, RequestError, WorkerError
 from memphi.inputs.media import image_media, open_media
@@ -271,6 +271,31 @@ def test_loading_can_be_interrupted():
     with pytest.raises(InterruptionError):
         process.start("demo", device="cpu", progress=interrupt)
     assert not set(multiprocessing.active_children()) - set(before)
+
+
+def test_one_thread_at_a_time_reaps_a_process(monkeypatch):
+    """multiprocessing tells the other that there is nobody to reap, and how the process ended is unknown to it."""
+    child = process._Child(Loading("/nowhere", "cpu", "fp32", "auto", CONFIG, "default"))
+    join, inside, ends = child._process.join, threading.Semaphore(), []
+
+    def join_alone(timeout=None):
+        assert inside.acquire(blocking=False)
+        time.sleep(0.01)
+        join(timeout)
+        inside.release()
+
+    def wait():
+        child.wait()
+        ends.append(child._process.exitcode)
+
+    monkeypatch.setattr(child._process, "join", join_alone)
+    child.kill()
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends == [-signal.SIGKILL] * 4
 
 
 @pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])
