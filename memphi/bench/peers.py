@@ -155,6 +155,7 @@ class Rival:
         self._config, self._tokenizer = read_config(folder), Tokenizer.from_folder(folder)
         self._words = Words(self._tokenizer, self._config.language.vocab_size)
         placeholders: dict[MediaKind, int] = {"image": self._tokenizer.image_id, "audio": self._tokenizer.audio_id}
+        self._placeholders = list(placeholders.values())
         self._model = build_oracle(self._config, placeholders, self._device, self._dtype)
         _fill(self._model)
 
@@ -216,6 +217,7 @@ class Rival:
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             use_cache=self._peer.kv_cache,
+            suppress_tokens=self._placeholders,  # Random weights may say one, and the model fails at it.
             stopping_criteria=import_transformers().StoppingCriteriaList([clock]),
         )
         if self._peer.one_at_a_time:

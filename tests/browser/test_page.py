@@ -187,7 +187,7 @@ def test_conversations_stay(visit, server):
     page.press("#title", "Enter")
     page.wait_for_selector("#conversations >> text=A circle")
     page.reload()
-    assert page.input_value("#title") == "A circle"
+    page.wait_for_function("document.getElementById('title').value === 'A circle'")
     page.click("#delete")
     page.click("#confirm-yes")
     page.wait_for_selector(".empty")

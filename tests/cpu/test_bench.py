@@ -309,6 +309,16 @@ def test_what_a_peer_has_no_time_for_is_extrapolated_and_says_so(monkeypatch):
     assert 2 / 3 < record["first_token_seconds"] / record["seconds"] < 1
 
 
+def test_a_peer_never_says_what_attachments_stand_on():
+    """Its model takes that for one whose sizes are missing, and random weights may well say it."""
+    order = Order("transformers", "demo", "cpu", "fp32", ("describe-1",), SCALE, 0, 60.0)
+    rival = Rival(peers.PEERS["transformers"], order)
+    images = torch.tensor([rival._tokenizer.image_id])
+    rival._model.lm_head.register_forward_hook(lambda head, x, logits: logits.index_fill(-1, images, 1e4))
+    record = rival.measure(WORKLOADS["describe-1"].scaled(SCALE), time.perf_counter() + 60)
+    assert record["extrapolated_from"] is None
+
+
 def test_texts_are_one_batch_and_the_recipe_takes_one_thing_at_a_time(bench):
     words = bench()._words
     texts, pictures = (draw(WORKLOADS[name].scaled(0.05), words, 0) for name in ("decode-64", "describe-64"))
