@@ -18,10 +18,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -98,8 +101,11 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def company(page: Path) -> Iterator[None]:
     """Have what a page runs beside its examples run meanwhile."""
+    companions = [example for example in examples(page) if example.beside]
     with contextlib.ExitStack() as running:
-        for example in [e for e in examples(page) if e.beside]:
+        if companions:  # What they take for themselves, a port, another process may want too.
+            running.enter_context(FileLock(Path(tempfile.gettempdir()) / "memphi-documents.lock"))
+        for example in companions:
             words = shlex.split(example.command.replace("\\\n", " "))
             process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
             running.callback(process.wait, 60)
