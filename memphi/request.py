@@ -352,11 +352,17 @@ class Delta:
     """As in a Result; with the finish reason."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of the ids, where they were asked for."""
+    cached_tokens: int = 0
+    """As in a Result; with the finish reason."""
 
     def followed_by(self, later: "Delta") -> "Delta":
         """Both as one."""
         return replace(
-            later, text=self.text + later.text, ids=self.ids + later.ids, logprobs=self.logprobs + later.logprobs
+            later,
+            text=self.text + later.text,
+            ids=self.ids + later.ids,
+            logprobs=self.logprobs + later.logprobs,
+            cached_tokens=self.cached_tokens + later.cached_tokens,
         )
 
 
@@ -377,3 +383,5 @@ class Result:
     """What memory pressure changed about the request, one sentence each."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of the ids, where they were asked for."""
+    cached_tokens: int = 0
+    """The prompt's tokens whose keys and values were there already: of an earlier prompt that begins alike."""

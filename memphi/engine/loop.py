@@ -93,8 +93,10 @@ class _Answer:
         shown = tuple(sequence.answer[self.shown_ids :])
         logprobs = tuple(sequence.logprobs[self.shown_ids :])
         self.shown_ids += len(shown)
-        degraded = sequence.degraded if sequence.finish_reason else ()
-        return Delta(text, shown, sequence.finish_reason, degraded, logprobs)
+        if sequence.finish_reason is None:
+            return Delta(text, shown, logprobs=logprobs)
+        cached = sequence.cached_tokens or 0
+        return Delta(text, shown, sequence.finish_reason, sequence.degraded, logprobs, cached)
 
     @property
     def seconds(self) -> float:
@@ -305,6 +307,7 @@ class Loop:
             peak_memory_bytes=self.runner.gauge.peak_bytes(),
             degraded=sequence.degraded,
             logprobs=tuple(sequence.logprobs),
+            cached_tokens=sequence.cached_tokens or 0,
         )
 
     def _note_state(self) -> None:

@@ -276,7 +276,7 @@ class Listing:
         self._reasons.append(reason)
         self._place += 1
         if self._place < len(self._openings):
-            return Delta(opening + delta.text, delta.ids, logprobs=delta.logprobs)
+            return replace(delta, text=opening + delta.text, finish_reason=None, degraded=())
         return replace(delta, text=opening + delta.text, finish_reason=_whole_reason(self._reasons))
 
     def result(self, results: Sequence[Result]) -> Result:
@@ -294,6 +294,7 @@ class Listing:
             peak_memory_bytes=max(peaks, default=None),
             degraded=results[-1].degraded,
             logprobs=tuple(entry for result in results for entry in result.logprobs),
+            cached_tokens=sum(result.cached_tokens for result in results),
         )
 
     def _open(self) -> str:

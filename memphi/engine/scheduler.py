@@ -325,6 +325,8 @@ class Scheduler:
             self.reservations.share(sequence, known)
             sequence.computed = len(known) * self.reservations.pages.page_tokens
             self.stats.shared_tokens += sequence.computed
+        if sequence.cached_tokens is None:  # Later it may find what it left itself, when it was paused.
+            sequence.cached_tokens = sequence.computed
 
     def _register_pages(self, sequence: Running, past: int) -> None:
         """Offer the pages that a row has filled to sequences that begin alike."""

@@ -58,6 +58,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     degraded: tuple[str, ...] = ()
+    cached_tokens: int | None = None
+    """Ids of the prompt that were in others' pages when it first ran; None before."""
     text_ids: tuple[int, ...] = ()
     """The request's, one for each attachment, where they are known before it is prepared."""
 

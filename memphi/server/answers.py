@@ -51,7 +51,10 @@ class Work:
         self.degraded = dict.fromkeys(sentence for part in parts for sentence in part.degraded)
         """What memory pressure changes, one sentence each: a dict, since several answers tell the same."""
         self.answer_tokens = 0
+        self.cached_tokens = 0
+        """Of the prompts, each once as well."""
         self._service = service
+        self._choices = choices
         self._arrived = arrived
         self._first_token_seconds: float | None = None
         self._seconds = 0.0
@@ -80,6 +83,7 @@ class Work:
                 "audio_tokens": price["audio_tokens"],
                 "image_tokens": price["image_tokens"],
                 "text_tokens": price["prompt_tokens"] - price["audio_tokens"] - price["image_tokens"],
+                "cached_tokens": self.cached_tokens,
             },
         }
 
@@ -122,7 +126,7 @@ class Work:
                 async for delta in deltas:
                     if delta.finish_reason is FinishReason.CANCELLED:
                         raise ApiError.later(503, "the server is shutting down", "server_draining")
-                    self._note(delta)
+                    self._note(number, delta)
                     first = first or self._seconds
                     tokens += len(delta.ids)
                     texts.append(delta.text)
@@ -162,10 +166,11 @@ class Work:
             for task in tasks:
                 task.cancel()
 
-    def _note(self, delta: Delta) -> None:
+    def _note(self, number: int, delta: Delta) -> None:
         self._seconds = time.perf_counter() - self._arrived
         self._first_token_seconds = self._first_token_seconds or self._seconds
         self.answer_tokens += len(delta.ids)
+        self.cached_tokens += delta.cached_tokens if number % self._choices == 0 else 0
         self.degraded |= dict.fromkeys(delta.degraded)
 
 

@@ -181,10 +181,13 @@ def _call_item(call: str, name: str) -> dict[str, Any]:
 
 
 def _usage(usage: Chunk) -> Chunk:
-    """As responses have it; nothing is cached by request, and there is no reasoning."""
+    """As responses have it; nothing is written to a cache for a price, and there is no reasoning."""
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "cache_write_tokens": 0,
+        },
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

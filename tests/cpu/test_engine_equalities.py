@@ -98,6 +98,7 @@ def test_a_known_beginning_is_not_computed_again(stage, model, tokenizer):
     assert shared.ids([first]) == wanted[:1]
     page = shared.plan.page_tokens
     assert stats.shared_tokens == (footprint.prompt_tokens - 1) // page * page
+    assert [shared.result(number).cached_tokens for number in (0, 1)] == [0, stats.shared_tokens]
     assert stats.prompt_tokens == computed + footprint.prompt_tokens - stats.shared_tokens
     known, computed = stats.shared_tokens, stats.prompt_tokens
     assert shared.ids([second]) == wanted[1:]

@@ -299,12 +299,13 @@ def test_pieces_make_the_list(reasons, whole, texts):
     listing, pieces = Listing(requests), []
     for answer, reason in zip(texts, reasons, strict=True):
         pieces += [listing.add(Delta(text, (5,))) for text in answer]
-        pieces.append(listing.add(Delta("", (6,), reason, ("told",))))
+        pieces.append(listing.add(Delta("", (6,), reason, ("told",), cached_tokens=4)))
     results = [result(r, "".join(t), (), e) for r, t, e in zip(requests, texts, reasons, strict=True)]
     assert "".join(piece.text for piece in pieces) == Listing(requests).result(results).text
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [whole]
     assert [piece.degraded for piece in pieces] == [()] * (len(pieces) - 1) + [("told",)]
     assert sum(len(piece.ids) for piece in pieces) == len(pieces)
+    assert sum(piece.cached_tokens for piece in pieces) == 8
 
 
 # --- not now ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_an_answer(client, fake):
         "prompt_tokens": 8,
         "completion_tokens": 3,
         "total_tokens": 11,
-        "prompt_tokens_details": {"audio_tokens": 0, "image_tokens": 0, "text_tokens": 8},
+        "prompt_tokens_details": {"audio_tokens": 0, "image_tokens": 0, "text_tokens": 8, "cached_tokens": 0},
     }
     news = answer["memphi"]
     assert (news["ignored"], news["degraded"]) == ([], [])
@@ -101,6 +101,13 @@ def test_a_question_without_a_seed_is_drawn_anew(client, fake):
     ask(client, temperature=1)
     first, second = fake.requests
     assert first.sampling.seed != second.sampling.seed
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_was_cached_is_counted_once_for_each_prompt(client, fake, n):
+    fake.worker.say = lambda request: [*said("It is.")[:-1], Delta("", (), FinishReason.STOP, cached_tokens=5)]
+    usage = ask(client, n=n).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 5 < usage["prompt_tokens"]
 
 
 def test_choices_have_seeds_of_their_own(client, fake):

@@ -67,6 +67,7 @@ def test_a_text(client, fake):
     assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
     assert response["status"] == "completed"
     assert response["usage"]["total_tokens"] == response["usage"]["input_tokens"] + 3
+    assert response["usage"]["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
     assert response["memphi"]["ignored"] == ["metadata"]
     assert {
         name: response[name] for name in ("instructions", "temperature", "max_output_tokens", "metadata", "store")
