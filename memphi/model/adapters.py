@@ -108,7 +108,7 @@ def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: Uses) -> Tensor:
         return torch.cat((y[: tokens.start], y[tokens] + adapter(x[tokens]), y[tokens.stop :]))
     if tokens.dtype is torch.bool:
         return torch.where(tokens[:, None], y + adapter(x), y)
-    return y.index_add(0, tokens, adapter(x.index_select(0, tokens)))  # Unlike x[tokens], quick to differentiate.
+    return y.index_add(0, tokens, adapter(x.index_select(0, tokens)))  # On CUDA the gradient of x[tokens] would sort.
 
 
 def remove_adapters(model: nn.Module) -> None:

@@ -60,6 +60,13 @@ def kinds(told):
     return [event["type"].removeprefix("response.") for event in told]
 
 
+@pytest.mark.parametrize("cached", [0, 5])
+def test_usage_tells_what_was_cached(client, fake, cached):
+    fake.worker.say = lambda request: [Delta("It is.", (1,), FinishReason.STOP, cached_tokens=cached)]
+    details = answer(client)["usage"]["input_tokens_details"]
+    assert details == {"cached_tokens": cached, "cache_write_tokens": 0}
+
+
 def test_a_text(client, fake):
     response = answer(client, instructions="Be brief.", temperature=0.5, max_output_tokens=9, metadata={"a": "b"})
     (item,) = response["output"]
@@ -67,7 +74,6 @@ def test_a_text(client, fake):
     assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
     assert response["status"] == "completed"
     assert response["usage"]["total_tokens"] == response["usage"]["input_tokens"] + 3
-    assert response["usage"]["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
     assert response["memphi"]["ignored"] == ["metadata"]
     assert {
         name: response[name] for name in ("instructions", "temperature", "max_output_tokens", "metadata", "store")
