@@ -30,7 +30,7 @@ from memphi.request import ImageInput, InputMode, MediaSpan, Message, Prompt, Re
 
 T = TypeVar("T", bound=np.generic)
 
-CLIP_STEPS = ((512, 64), (1024, 128), (6000, 256))
+CLIP_STEPS = ((512, 128), (1024, 256), (6000, 512))
 """Up to so many frames, a clip is lengthened to a multiple of the second: of few lengths, each goes as one call."""
 WITHOUT_ADAPTER = {
     InputMode.VISION: "I cannot see without my vision adapter.",
@@ -59,7 +59,7 @@ class Lesson:
     answers: Tensor  # [answer tokens]
     answer_rows: Tensor  # [answer tokens]: whose answer it is
     crops: Tensor  # [crops, 3, crop_size, crop_size] uint8
-    patch_mask: Tensor  # [crops, patches, patches]
+    patch_mask: Tensor  # [crops, patches, patches], always on the host
     order: Tensor  # [image tokens]
     image_places: Tensor  # [image tokens]
     clip_frames: list[int]
@@ -72,8 +72,9 @@ class Lesson:
     letters: list[list[int]]  # what each told picture says, as places in READ_LETTERS from 1
 
     def to(self, device: torch.device) -> "Lesson":
-        """The same lesson with its tensors on a device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        """The same lesson with its tensors on a device, but for the mask."""
+        tensors = self._tensors().items()
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors if name != "patch_mask"}
         return replace(self, **moved)
 
     def save(self, path: Path) -> None:
@@ -83,10 +84,10 @@ class Lesson:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Lesson":
-        """Read what save wrote, straight to a device."""
-        with safe_open(path, "pt", device=str(device)) as file:
+        """Read what save wrote, to a device but for the mask."""
+        with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(**tensors, **json.loads(file.metadata()["others"]))
+            return cls(**tensors, **json.loads(file.metadata()["others"])).to(device)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -11,8 +11,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from memphi.demo.supply import Source, Supply, held_out_lessons
 from memphi.demo.vocabulary import READ_LETTERS, SPOKEN_WORDS
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row, pack
+from memphi.model.upload import upload
 
 WARMUP_STEPS = 200
 WORD_LOSS_WEIGHT = 0.3
@@ -38,6 +41,10 @@ LETTER_LOSS_WEIGHT = 0.3
 COLUMN_FRAMES = 2
 """In how many steps the letter head reads a column of patches; a small letter is narrower than a patch."""
 ANCHOR_STEPS = 100
+SHORT_FRAMES = 1024
+"""Clips of no more frames are encoded apart from longer ones, beside which they would be mostly padding."""
+GROUP_FRAMES = 4096
+"""Clips of one length are filled up to about a multiple of so many frames: cuDNN keeps what it planned for a shape."""
 STATE_PART_BYTES = 15_000_000
 
 
@@ -89,7 +96,7 @@ class Student(nn.Module):
         scores = self.letter_head(features.flatten(0, 1), lesson.letter_places, lesson.letter_columns)
         said = torch.tensor([len(letters) for letters in lesson.letters])
         frames = COLUMN_FRAMES * torch.tensor(lesson.letter_columns)
-        targets = torch.tensor([letter for letters in lesson.letters for letter in letters], device=scores.device)
+        targets = upload(np.concatenate(lesson.letters), scores.device)
         loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, frames, said, zero_infinity=True)
         return loss
 
@@ -99,15 +106,15 @@ class Student(nn.Module):
             return None, silent
         features = lesson.features.float()
         clips = (_disturbed(features, lesson.clip_frames) if augment else features).split(lesson.clip_frames)
-        # Clips of one length go as one call, so they are sorted, and put back afterwards.
-        by_length = sorted(range(len(clips)), key=lambda i: lesson.clip_frames[i])
-        encoded = self.model.audio([clips[i] for i in by_length], window_batch=64)
-        heard = [clip for _, clip in sorted(zip(by_length, encoded, strict=True), key=lambda pair: pair[0])]
-        features = torch.cat(heard)
-        counts = np.array([len(clip) for clip in heard])
+        heard: dict[int, Tensor] = {}
+        for places in _classes(lesson.clip_frames):
+            encoded = self.model.audio([clips[i] for i in places], window_batch=2 * len(places))
+            heard |= dict(zip(places, encoded, strict=True))
+        features = torch.cat([heard[i] for i in range(len(clips))])
+        counts = np.array([len(heard[i]) for i in range(len(clips))])
         with_images = np.repeat([head == "vision" for head in lesson.heads], counts)
         speech, vision = (projector(features) for projector in self.model.audio_projectors.values())
-        rows = torch.where(torch.from_numpy(with_images).to(features.device)[:, None], vision, speech)
+        rows = torch.where(upload(with_images, features.device)[:, None], vision, speech)
         return rows, self._word_loss(features, counts, lesson.words)
 
     def _word_loss(self, features: Tensor, counts: NDArray[np.int64], words: list[list[int]]) -> Tensor:
@@ -120,8 +127,8 @@ class Student(nn.Module):
             return torch.zeros((), device=features.device)
         starts, lengths = (counts.cumsum() - counts)[told], counts[told]
         places = (starts[:, None] + np.arange(lengths.max())).clip(max=len(features) - 1)
-        scores = self.word_head(features).float().log_softmax(-1)[torch.from_numpy(places).to(features.device)]
-        targets = torch.tensor([word for i in told for word in words[i]], device=scores.device)
+        scores = self.word_head(features).float().log_softmax(-1)[upload(places, features.device)]
+        targets = upload(np.concatenate([words[i] for i in told]), scores.device)
         said = torch.tensor([len(words[i]) for i in told])
         lengths_heard = torch.from_numpy(lengths)
         loss: Tensor = F.ctc_loss(scores.transpose(0, 1), targets, lengths_heard, said, zero_infinity=True)
@@ -146,7 +153,7 @@ class LetterHead(nn.Module):
         each picture. Returns log probabilities [pictures, frames, 1 + letters] in fp32.
         """
         seen = self.norm(self._columns(self.patch(features), places))
-        seen = _rows_at(seen, torch.from_numpy(_places_apart(columns)).to(seen.device))  # [pictures, columns, width]
+        seen = _rows_at(seen, upload(_places_apart(columns), seen.device))  # [pictures, columns, width]
         near = F.gelu(self.neighbours(seen.transpose(1, 2)).transpose(1, 2))
         scores: Tensor = self.frames(near).unflatten(2, (COLUMN_FRAMES, -1)).flatten(1, 2).float().log_softmax(-1)
         return scores
@@ -157,6 +164,22 @@ class LetterHead(nn.Module):
         taken = _rows_at(patches, places)  # [columns, rows, width]
         scores = self.row_score(taken).squeeze(2).masked_fill(places == NO_PATCH, -math.inf)
         return torch.matmul(scores.softmax(1)[:, None], taken).squeeze(1)
+
+
+def _classes(clip_frames: Sequence[int]) -> Iterator[list[int]]:
+    """The places of clips to encode together, shortest first; some come twice, to fill up those of their length."""
+    by_length = sorted(range(len(clip_frames)), key=lambda place: clip_frames[place])
+    for _, some in groupby(by_length, key=lambda place: clip_frames[place] > SHORT_FRAMES):
+        yield [
+            place
+            for _, alike in groupby(some, key=lambda p: clip_frames[p])
+            for place in _filled(list(alike), clip_frames)
+        ]
+
+
+def _filled(alike: list[int], clip_frames: Sequence[int]) -> list[int]:
+    """Places of clips of one length, the first once more until they are a multiple of what goes into GROUP_FRAMES."""
+    return alike + alike[:1] * (-len(alike) % max(1, GROUP_FRAMES // clip_frames[alike[0]]))
 
 
 def _rows_at(table: Tensor, places: Tensor) -> Tensor:
@@ -180,7 +203,7 @@ def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
     level, tilt, start, width = torch.rand(4, len(clip_frames), 1, device=device)
     change = (level - 0.5) * 2 + (tilt - 0.5) * 2 * (bins / mel_bins - 0.5)
     missing = (bins >= start * mel_bins) & (bins < start * mel_bins + 12 * width)
-    clip_of_frame = torch.from_numpy(np.repeat(np.arange(len(clip_frames)), clip_frames)).to(device)
+    clip_of_frame = upload(np.repeat(np.arange(len(clip_frames)), clip_frames), device)
     changed: Tensor = (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
     return changed
 
@@ -193,17 +216,19 @@ class Settings:
     finish: bool
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    lessons: int = 24
-    workers: int = 14
+    lessons: int = 12
+    workers: int = 7
     capacity: int = 2500
     first_lessons: int = 100
 
 
-def train(student: Student, supply: Supply, settings: Settings, progress: dict[str, int], log: "Log") -> None:
+def train(
+    student: Student, weights: "Weights", supply: Supply, settings: Settings, progress: dict[str, int], log: "Log"
+) -> None:
     """Train until the minutes are over; progress holds the steps and lessons of all runs and is kept up to date."""
-    optimiser = _optimiser(student, settings)
+    optimiser = _optimiser(weights, settings)
     chance = np.random.default_rng(progress["steps"])
-    anchor = Anchor(student)
+    anchor = Anchor(weights)
     started, warm, seen = time.monotonic(), 0, progress["lessons"]
     while (share := (time.monotonic() - started) / (60 * settings.minutes)) < 1:
         warmth = min(1, (warm + 1) / WARMUP_STEPS)
@@ -212,12 +237,13 @@ def train(student: Student, supply: Supply, settings: Settings, progress: dict[s
             group["lr"] = rate
         lesson = supply.draw(settings.lessons, chance)
         losses = _losses(student, lesson)
-        optimiser.zero_grad(set_to_none=True)
         losses.total().backward()
-        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        weights.take_gradients()
+        norm = nn.utils.clip_grad_norm_(weights.parts, 1.0)
         # The fused optimiser skips a step whose gradient overflowed, without a word from the host.
         optimiser.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimiser.step()
+        weights.round()
         warm += 1
         progress["steps"] += 1
         progress["lessons"] = seen + supply.made
@@ -226,25 +252,69 @@ def train(student: Student, supply: Supply, settings: Settings, progress: dict[s
         log.step(progress, share, losses, rate, lesson)
 
 
+class Weights:
+    """A student's weights in fp32, which the optimiser moves, end to end; the student computes with rounded ones.
+
+    One tensor of each dtype makes a step of the optimiser a few launches, where a launch for each weight would keep a
+    slow host longer than the device needs for the rest.
+    """
+
+    def __init__(self, student: Student, dtype: torch.dtype) -> None:
+        self._student = student
+        self._weights = sorted(student.parameters(), key=lambda weight: weight.dim() < 2)
+        matrices = sum(weight.numel() for weight in self._weights if weight.dim() >= 2)
+        self.exact = torch.cat([weight.detach().flatten() for weight in self._weights])
+        self.parts = [nn.Parameter(self.exact[:matrices]), nn.Parameter(self.exact[matrices:])]
+        """Matrices, and the other weights, which do not decay."""
+        self._rounded = self.exact.to(dtype)
+        self._buffers = {buffer: buffer.clone() for buffer in student.buffers()}
+        self._place(self._rounded)
+
+    def take_gradients(self) -> None:
+        """Move the student's gradients to the optimiser's tensors."""
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
+        gradient = torch.cat([some.flatten() for some in gradients]).float()
+        for part, some in zip(self.parts, gradient.split([len(part) for part in self.parts]), strict=True):
+            part.grad = some
+        for weight in self._weights:
+            weight.grad = None
+
+    def round(self) -> None:
+        """Let the student compute with what the weights are now."""
+        self._rounded.copy_(self.exact)
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Meanwhile the student's weights are those of the optimiser."""
+        self._place(self.exact)
+        yield
+        self._place(self._rounded)
+
+    def _place(self, values: Tensor) -> None:
+        pieces = values.split([weight.numel() for weight in self._weights])
+        for weight, piece in zip(self._weights, pieces, strict=True):
+            weight.data = piece.view_as(weight)
+        for buffer, exact in self._buffers.items():
+            buffer.data = exact.to(values.dtype)
+
+
 class Anchor:
     """The last weights that were sound, to fall back on at a lower rate should training diverge."""
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, weights: Weights) -> None:
         self.rate_scale = 1.0
-        self._student = student
-        self._weights = self._copied()
+        self._weights = weights
+        self._kept = weights.exact.clone()
 
     def check(self, loss: Tensor) -> None:
         """Keep the weights while the loss is a number; else go back to those kept, and halve the rate."""
         if math.isfinite(loss.item()):
-            self._weights = self._copied()
+            self._kept.copy_(self._weights.exact)
             return
-        self._student.load_state_dict(self._weights)
+        self._weights.exact.copy_(self._kept)
+        self._weights.round()
         self.rate_scale /= 2
         print(f"training diverged; going back, at {self.rate_scale} of the rate", flush=True)
-
-    def _copied(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self._student.state_dict().items()}
 
 
 def _fall(share: float, finish: bool) -> float:
@@ -265,25 +335,22 @@ class Losses:
 
 
 def _losses(student: Student, lesson: Lesson) -> Losses:
-    device = lesson.ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits, word_loss, letter_loss = student(lesson, augment=True)
+    logits, word_loss, letter_loss = student(lesson, augment=True)
     return Losses(F.cross_entropy(logits, lesson.answers), word_loss, letter_loss)
 
 
-def _optimiser(student: Student, settings: Settings) -> torch.optim.Optimizer:
-    matrices = [p for p in student.parameters() if p.dim() >= 2]
-    others = [p for p in student.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+def _optimiser(weights: Weights, settings: Settings) -> torch.optim.Optimizer:
+    matrices, others = (
+        {"params": [part], "weight_decay": decay}
+        for part, decay in zip(weights.parts, (settings.weight_decay, 0.0), strict=True)
+    )
+    return torch.optim.AdamW([matrices, others], lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 @torch.no_grad()
 def exact_share(student: Student, lesson: Lesson) -> float:
     """The share of answers that greedy decoding would give exactly."""
-    device = lesson.ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits, *_ = student(lesson, augment=False)
+    logits, *_ = student(lesson, augment=False)
     right = logits.argmax(-1) == lesson.answers
     wrong_rows = set(lesson.answer_rows[~right].tolist())
     return 1 - len(wrong_rows) / len(lesson.lengths)
@@ -399,8 +466,10 @@ def run(bank: Path, out: Path, settings: Settings, device: torch.device, start: 
         watched = {task: lesson.to(device) for task, lesson in held_out_lessons(source, 64)}
         supply.wait_for(settings.first_lessons)
         log = Log(student, watched)
-        train(student, supply, settings, progress, log)
-        save_state(student, progress, out)
+        weights = Weights(student, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        train(student, weights, supply, settings, progress, log)
+        with weights.unrounded():
+            save_state(student, progress, out)
         scores = log.scores()
         (out / "scores.json").write_text(json.dumps(scores, indent=1))
         print(json.dumps(scores, indent=1))

@@ -251,10 +251,48 @@ def test_the_loss_falls(source, samples, monkeypatch):
     before = train._losses(student, lesson).total().item()
     progress = {"steps": 0, "lessons": 5}
     settings = train.Settings(minutes=10.5 / 60, finish=True, learning_rate=1e-3)
-    train.train(student, FewLessons(lesson), settings, progress, train.Log(student, {}))
+    weights = train.Weights(student, torch.float32)
+    train.train(student, weights, FewLessons(lesson), settings, progress, train.Log(student, {}))
     after = train._losses(student, lesson).total().item()
     assert progress == {"steps": 10, "lessons": 8}
     assert after < 0.7 * before
+
+
+def test_a_student_computes_in_bf16_while_its_weights_move_in_fp32(source, samples):
+    student = new_student(source)
+    before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    weights = train.Weights(student, torch.bfloat16)
+    optimiser = train._optimiser(weights, train.Settings(1, finish=False, learning_rate=1e-6))
+    lesson = make_lesson(samples[:6], source.config, source.tokenizer, OFF[:6])
+    losses = train._losses(student, lesson)
+    losses.total().backward()
+    by_weight = {name: weight.grad for name, weight in student.named_parameters()}
+    assert all(gradient is None or gradient.isfinite().all() for gradient in by_weight.values())
+    weights.take_gradients()
+    optimiser.step()
+    weights.round()
+    rounded = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    with weights.unrounded():
+        moved = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+        assert student.model.audio.mean.dtype is torch.float32
+    for name, weight in before.items():
+        assert moved[name].dtype is torch.float32
+        assert moved[name].shape == weight.shape
+        assert torch.equal(rounded[name], moved[name].bfloat16())
+        gradient = torch.zeros_like(weight) if by_weight[name] is None else by_weight[name]
+        steep = gradient.abs() > 1e-6  # There a first step of Adam goes the rate's length; decay is small beside it.
+        torch.testing.assert_close(
+            (moved[name] - weight)[steep], -1e-6 * gradient[steep].sign().float(), atol=4e-7, rtol=0
+        )
+
+
+def test_clips_that_are_encoded_together_are_all_there_and_fill_a_shape():
+    frames = [1500, 384, 128, 2560, 384, 900, 4352, 128, 128]
+    classes = [list(places) for places in train._classes(frames)]
+    assert [sorted(set(places)) for places in classes] == [[1, 2, 4, 5, 7, 8], [0, 3, 6]]
+    counts = [[places.count(place) for place in sorted(set(places))] for places in classes]
+    assert counts == [[9, 30, 1, 4, 1, 1], [2, 1, 1]]
+    assert all([frames[place] for place in places] == sorted(frames[place] for place in places) for places in classes)
 
 
 def test_a_state_comes_back_as_it_was(source, tmp_path, monkeypatch):
