@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +29,7 @@ from memphi.cache.pool import CODE_DTYPES
 from memphi.config import LanguageConfig, ModelConfig
 from memphi.memory.costs import SCALE_BYTES
 from memphi.model.kept import quantise
-from memphi.model.kernels import choice, codes, division, gate, launch, norm, paged, rotary
+from memphi.model.kernels import choice, codes, division, gate, launch, norm, paged, rotary, skinny
 from memphi.model.kernels.division import Division, Tiling
 
 Launch = Callable[[], None]
@@ -63,6 +64,14 @@ TILINGS = {
 """By keys at once and stages; four programs a multiprocessor and four warps where nothing is said."""
 
 
+NARROW_TILES = [
+    *product((16,), (16, 32), (128, 256), (4,), (1, 2)),
+    *product((32,), (16, 32), (128, 256), (4,), (2, 4)),
+    *product((64,), (16, 32, 64), (128,), (4,), (4,)),
+]
+"""Rows, outputs and inputs of a program that multiplies by an adapter's A, its stages and warps."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is measured: the official sizes, or ones that the interpreter gets through."""
@@ -77,6 +86,8 @@ class Sizes:
     chain: tuple[int, ...]
     tilings: Mapping[str, Tiling]
     """Of attention over pages, beside the one that is chosen."""
+    ranks: tuple[int, int]
+    """Of the two adapters."""
     copied_bytes: int
     """What the copies of a kernel's tensors take together at least: more than any card's cache."""
     dtype: torch.dtype
@@ -132,6 +143,7 @@ def official_sizes() -> Sizes:
         drafts={"1 x 2048": (2048,), "16 x 1024": (1024,) * 16},
         chain=(1, 8, 64),
         tilings=TILINGS,
+        ranks=(256, 320),
         copied_bytes=256 * 2**20,
         dtype=torch.bfloat16,
     )
@@ -143,11 +155,12 @@ def small_sizes() -> Sizes:
     import_module("tests.kernels.interpreter")
     return Sizes(
         config=tiny_config(hidden_size=96).language,
-        rows=(1, 3),
+        rows=(1, 3, 6),
         lengths={"1 x 20": (20,), "2 uneven": (5, 40)},
         drafts={"1 x 20": (20,)},
         chain=(1,),
         tilings={"32x5, early": TILINGS["32x5, early"]},
+        ranks=(6, 9),
         copied_bytes=2,
         dtype=torch.float32,
     )
@@ -260,7 +273,7 @@ def norm_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         )
 
 
-def with_constant(module: Any, name: str, value: int, run: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
+def with_constant(module: Any, name: str, value: Any, run: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
     """Run a kernel as if a constant of its module had another value."""
     with patch.object(module, name, value):
         run(*arguments)
@@ -383,6 +396,46 @@ def make_pool(pages: int, layers: int, sizes: Sizes, device: torch.device) -> Te
 
 def layer_of(pool: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     return pool[:, layer, 0], pool[:, layer, 1]
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def narrow_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """What adapters make of x: a third of the rows under none, then as many under the one, then under the other."""
+    for rows in sizes.rows:
+        if rows > skinny.MOST_NARROW_ROWS:
+            continue
+        for n_in in (sizes.config.hidden_size, sizes.config.intermediate_size):
+            yield narrow_case(rows, n_in, sizes, device)
+
+
+def narrow_case(rows: int, n_in: int, sizes: Sizes, device: torch.device) -> Case:
+    make, border, n_out = partial(torch.randn, device=device, dtype=sizes.dtype), sizes.ranks[0], sum(sizes.ranks)
+    n_bytes = (n_out * n_in + rows * (n_in + n_out)) * sizes.dtype.itemsize
+    thirds = torch.arange(rows, device=device) * 3 // rows
+    sets = []
+    for _ in copies_of(n_bytes, sizes):
+        a, operand = make(n_out, n_in) / n_in**0.5, make(rows, n_in + n_out)
+        first = skinny.Narrow(a[:border], 2.0, thirds == 1, operand[:, :border])
+        second = skinny.Narrow(a[border:], 1.0, thirds == 2, operand[:, border + n_in :])
+        sets.append((operand[:, border : border + n_in], [first, second]))
+    found = []
+    for run in (skinny.plain_narrow, skinny.narrow):
+        run(*sets[0])
+        found.append([part.t.clone() for part in sets[0][1]])
+
+    def launches(run: Callable[..., None]) -> list[Launch]:
+        return [partial(run, x, parts) for x, parts in sets]
+
+    ways = {"plain": launches(skinny.plain_narrow), "as chosen": launches(skinny.narrow)}
+    if rows > skinny.VECTOR_ROWS:
+        ways["number by number"] = launches(partial(with_constant, skinny, "NARROW_VECTOR_ROWS", rows, skinny.narrow))
+        for tile in NARROW_TILES:
+            on_tiles = partial(with_constant, skinny, "NARROW_TILES", ((rows, tile),), skinny.narrow)
+            run = partial(with_constant, skinny, "NARROW_VECTOR_ROWS", 0, on_tiles)
+            ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
+    return Case("narrow", f"{rows} rows, {n_in}", n_bytes, error_of(found[1], found[0]), ways)
 
 
 # --- attention over pages --------------------------------------------------------------------------------------------
@@ -548,6 +601,7 @@ CASES: Mapping[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "gate": gate_cases,
     "rotary": rotary_cases,
     "choice": choice_cases,
+    "narrow": narrow_cases,
     "divide": divide_cases,
     "attention": attention_cases,
     "codes": coded_cases,

@@ -45,11 +45,14 @@ def test_every_product_fits(capability):
         launch_narrow(dtype, rows=skinny.VECTOR_ROWS, is_coded=True)
         if capability >= TENSOR_CAPABILITY:
             launch_products(dtype, rows=skinny.MOST_ROWS, places=slice(1, 3))
+            for rows, _ in skinny.NARROW_TILES:
+                launch_narrow(dtype, rows)
+                launch_narrow(dtype, rows, is_coded=True)
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
     assert {made.name for made in compiled} == {"_multiply_vectors", "_narrow"} | (
-        {"_multiply_tiles"} if capability >= TENSOR_CAPABILITY else set()
+        {"_multiply_tiles", "_narrow_tiles"} if capability >= TENSOR_CAPABILITY else set()
     )
 
 

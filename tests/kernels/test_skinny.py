@@ -58,7 +58,7 @@ def make_parts(operand, matrix, ranks, scales, masks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11, 35, 130])
 @pytest.mark.parametrize("first", ["all", "some", "none", None])
 @pytest.mark.parametrize("second", ["all", "some", "none", None])
 def test_what_adapters_make_of_x(device, rows, first, second, dtype):
@@ -85,10 +85,10 @@ def test_what_adapters_make_of_x(device, rows, first, second, dtype):
 
 
 def make_mask(name, rows, device):
-    return torch.tensor((MASKS[name] * 3)[:rows], device=device)
+    return torch.tensor((MASKS[name] * 26)[:rows], device=device)
 
 
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 40])
 def test_an_adapter_that_no_row_uses_is_not_read(device, rows):
     """It is NaN, and so would be what is made of it."""
     matrix = numbers(15, 64, device=device, dtype=torch.float32)

@@ -27,12 +27,17 @@ from memphi.model.kernels.launch import (
     tl,
 )
 
-MOST_ROWS, MOST_NARROW_ROWS = 16, 64
-"""Beyond, torch's own products are as fast: of weights; of an adapter's A, which is read once for every few rows."""
+MOST_ROWS, MOST_NARROW_ROWS = 16, 512
+"""Beyond, torch's own products are as fast: of weights; of an adapter's A."""
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
+NARROW_VECTOR_ROWS = 32
+"""The same of an adapter's A, which then is read once for every VECTOR_ROWS."""
 NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
+NARROW_TILES = ((128, (16, 16, 256, 4, 1)), (MOST_NARROW_ROWS, (64, 16, 128, 4, 4)))
+"""Up to so many rows, the rows, outputs, inputs, stages and warps of such a program on tensor cores: the best that were
+measured on an H200 at 64 and at 256 rows."""
 SUMS = 64
 """Sums that a thread keeps at most."""
 BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (2, 2048, 4), (16384, 3): (2, 2048, 8), (3072, 8): (4, 4096, 4)}
@@ -71,7 +76,9 @@ def most_rows(device: torch.device) -> int:
 @functools.cache
 def most_narrow_rows(device: torch.device) -> int:
     """The same of `narrow`."""
-    return MOST_NARROW_ROWS if is_available(device) else 0
+    if not is_available(device):
+        return 0
+    return MOST_NARROW_ROWS if capability(device) >= TENSOR_CAPABILITY else NARROW_VECTOR_ROWS
 
 
 def plain_multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -137,29 +144,52 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     """As `plain_narrow`, of one part or of two whose As, and their scales, follow each other in memory. What codes
     stand for is not rounded.
 
-    Few rows at once, so that an A is not read for rows of which none uses it. Masks are read without waiting for what
-    was launched before, which must not have written them.
+    An A is not read for a program's rows where none of them uses it, so rows are best sorted by their adapters. Masks
+    are read without waiting for what was launched before, which must not have written them.
     """
     first, last = parts[0], parts[-1]
     border, n_out = len(first.a), sum(len(part.a) for part in parts)
     gap = last.t.storage_offset() - first.t.storage_offset() - border if last is not first else 0
     assert last is first or last.a.data_ptr() == first.a.data_ptr() + first.a.nbytes, "As must follow each other"
-    rows = min(len(x), VECTOR_ROWS)
-    block_out, block_in, warps = NARROW_BLOCK
-    _narrow[(-(-n_out // block_out), -(-len(x) // rows))](
+    arguments = (
         *(x, first.a, x if first.a_scale is None else first.a_scale, first.t),
         *(x if first.uses is None else first.uses, x if last.uses is None else last.uses),
         *(x.stride(0), first.a.stride(0), first.t.stride(0), len(x), n_out, border, gap, first.scale, last.scale),
-        n_in=x.shape[1],
+    )
+    options = {
+        "n_in": x.shape[1],
+        "first_masked": first.uses is not None,
+        "last_masked": last.uses is not None,
+        "is_coded": first.a_scale is not None,
+        **launch_options(x.device),
+    }
+    if len(x) > NARROW_VECTOR_ROWS and capability(x.device) >= TENSOR_CAPABILITY:
+        block_rows, block_out, block_in, stages, warps = choose_narrow_tile(len(x))
+        _narrow_tiles[(-(-n_out // block_out), -(-len(x) // block_rows))](
+            *arguments,
+            block_rows=block_rows,
+            block_out=block_out,
+            block_in=block_in,
+            num_stages=stages,
+            num_warps=warps,
+            **options,
+        )
+        return
+    rows = min(len(x), VECTOR_ROWS)
+    block_out, block_in, warps = NARROW_BLOCK
+    _narrow[(-(-n_out // block_out), -(-len(x) // rows))](
+        *arguments,
         rows=rows,
-        first_masked=first.uses is not None,
-        last_masked=last.uses is not None,
-        is_coded=first.a_scale is not None,
         block_out=block_out,
         block_in=min(block_in, power_of_two(x.shape[1])),
         num_warps=warps,
-        **launch_options(x.device),
+        **options,
     )
+
+
+def choose_narrow_tile(rows: int) -> tuple[int, int, int, int, int]:
+    """Rows, outputs, inputs, stages and warps of a program that multiplies by an adapter's A on tensor cores."""
+    return next(tile for most, tile in NARROW_TILES if rows <= most)
 
 
 @jit
@@ -329,6 +359,61 @@ def _narrow(
     for number in tl.static_range(rows):
         values = tl.where(uses[number] > 0, sums[number] * scale, 0).to(t.dtype.element_ty)
         tl.store(to + (row + number) * t_stride, values, inside & (row + number < n_rows))
+
+
+@jit
+def _narrow_tiles(
+    x: Tile,
+    a: Tile,
+    a_scale: Tile,
+    t: Tile,
+    first_uses: Tile,
+    last_uses: Tile,
+    x_stride: Tile,
+    a_stride: Tile,
+    t_stride: Tile,
+    n_rows: Tile,
+    n_out: Tile,
+    border: Tile,
+    gap: Tile,
+    first_scale: Tile,
+    last_scale: Tile,
+    n_in: constexpr,
+    first_masked: constexpr,
+    last_masked: constexpr,
+    is_coded: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    inside, exists, is_first = outs < n_out, rows < n_rows, outs < border
+    ones = exists.to(tl.int32)
+    first = tl.load(first_uses + rows, exists, other=0).to(tl.int32) if first_masked else ones
+    last = tl.load(last_uses + rows, exists, other=0).to(tl.int32) if last_masked else ones
+    uses = tl.where(is_first[None, :], first[:, None], last[:, None]) > 0  # [block_rows, block_out]
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([block_rows, block_out], tl.float32)
+    if tl.max(tl.max(uses.to(tl.int32), 1), 0) > 0:
+        columns = tl.arange(0, block_in)
+        lines, asked = a + outs[:, None] * a_stride, x + rows[:, None] * x_stride
+        for start in range(0, n_in, block_in):
+            places = start + columns
+            there = (places < n_in)[None, :]
+            values = tl.load(asked + places[None, :], exists[:, None] & there, other=0)
+            weights = tl.load(lines + places[None, :], inside[:, None] & there, other=0).to(values.dtype)
+            sums = tl.dot(values, tl.trans(weights), sums, input_precision="ieee")
+    scale = tl.where(is_first, first_scale, last_scale)
+    if is_coded:
+        scale *= tl.load(a_scale + outs, inside, other=0).to(tl.float32)
+    to = t + rows[:, None] * t_stride + tl.where(is_first, outs, outs + gap)[None, :]
+    made = tl.where(uses, sums * scale[None, :], 0).to(t.dtype.element_ty)
+    tl.store(to, made, exists[:, None] & inside[None, :])
 
 
 @jit
