@@ -67,10 +67,14 @@ def device_facts(device: torch.device) -> DeviceFacts:
     )
 
 
-def cap_allocator(device: torch.device, n_bytes: int) -> None:
-    """Let torch's allocator take no more than this of a CUDA device; beyond, it raises an out-of-memory error."""
+def cap_allocator(device: torch.device, n_bytes: int | None) -> None:
+    """Let torch's allocator take no more than this of a CUDA device, or all there is (None).
+
+    Beyond, it raises an out-of-memory error.
+    """
     if device.type == "cuda":
         total_bytes = torch.cuda.mem_get_info(device)[1]
+        share = 1.0 if n_bytes is None else min(n_bytes / total_bytes, 1.0)
         # Unlike the rest of torch, this call takes no device without a number.
         index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.set_per_process_memory_fraction(min(n_bytes / total_bytes, 1.0), index)
+        torch.cuda.set_per_process_memory_fraction(share, index)

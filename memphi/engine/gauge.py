@@ -67,6 +67,10 @@ class Gauge:
         """Leave to the allocator what the pool does not hold."""
         cap_allocator(self._device, max(self._allowed_bytes - self._pool_bytes, 0))
 
+    def uncap(self) -> None:
+        """Leave the device to whoever comes after: the cap is the process', and would outlast the engine."""
+        cap_allocator(self._device, None)
+
     def unused_bytes(self) -> int:
         """What the allocator holds without a tensor in it; 0 where nothing counts."""
         if self._device.type != "cuda":

@@ -179,9 +179,10 @@ class Loop:
         return events
 
     def close(self) -> list[Event]:
-        """End all requests."""
+        """End all requests, and what the allocator is held to."""
         events = [event for number in list(self._answers) for event in self.cancel(number)]
         self._preparation.close()
+        self.runner.gauge.uncap()
         return events
 
     def _admit(self) -> list[Running]:

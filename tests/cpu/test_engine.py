@@ -7,6 +7,7 @@ import torch
 
 from memphi.checkpoint.loader import load_model
 from memphi.config import EngineConfig
+from memphi.engine import gauge
 from memphi.engine.engine import Engine
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.inputs.prompt import prepare
@@ -134,3 +135,12 @@ def test_ids_without_a_token_are_never_sampled(plain):
     known = plain.tokenizer.known_ids(plain.model.config.language.vocab_size)
     sampling = SamplingParams(max_tokens=200, ignore_eos=True, temperature=100.0)
     assert all(known[i] for i in plain.generate(Request.ask("x", sampling=sampling)).ids)
+
+
+def test_a_closed_engine_leaves_the_device_to_others(folder, monkeypatch):
+    caps = []
+    monkeypatch.setattr(gauge, "cap_allocator", lambda _device, n_bytes: caps.append(n_bytes))
+    closed = engine(folder)
+    assert caps[-1] > 0
+    closed.close()
+    assert caps[-1] is None

@@ -1,7 +1,20 @@
 """What tests do to a card on purpose is nothing that the next plan for it should know; fp32 is fp32 in all of them."""
 
+import gc
+
 import pytest
 import torch
+
+from memphi.engine.device import cap_allocator
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Other tests' memory is given back before each, and the allocator's cap goes with it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    cap_allocator(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,9 @@
 """The neighbour of the dials' benchmark takes a real card, and gives it back."""
 
-import gc
-
 import pytest
 import torch
 
 from benchmarks.dials.neighbour import TorchCard, take
-from memphi.engine.device import cap_allocator
 from memphi.memory.sizing import reserve_bytes
 
 MIB = 2**20
@@ -18,9 +15,6 @@ pytestmark = [
 
 
 def test_a_neighbour_takes_so_much_that_an_engine_makes_way_and_gives_it_back():
-    gc.collect()
-    torch.cuda.empty_cache()
-    cap_allocator(torch.device("cuda"), torch.cuda.mem_get_info()[1])
     card = TorchCard("cuda")
     before_bytes, total_bytes = card.memory()
     held = take(card)

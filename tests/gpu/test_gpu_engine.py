@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import memphi
 from memphi.cache.pool import MappedPool
 from memphi.config import EngineConfig
 from memphi.engine.device import cap_allocator
@@ -71,15 +72,6 @@ def model(neighbour):
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """Other tests' memory is given back before each, and the allocator's cap goes with it."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    cap_allocator(DEVICE, torch.cuda.mem_get_info()[1])
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +143,14 @@ def test_a_real_cap_is_recovered_from(stage, expected, long_request):
     assert struck.ids(mixed_requests(LONG)) == expected
     assert torch.cuda.memory_reserved() <= cap_bytes
     struck.check_empty()
+
+
+def test_a_closed_engine_leaves_the_card_to_others():
+    held = memphi.load("demo", "cuda", config=EngineConfig(memory_bytes=DIAL_BYTES))
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(DIAL_BYTES, dtype=torch.uint8, device=DEVICE)
+    held.close()
+    assert torch.empty(DIAL_BYTES, dtype=torch.uint8, device=DEVICE).is_cuda
 
 
 def test_an_idle_engine_gives_its_memory_back(stage, long_request):

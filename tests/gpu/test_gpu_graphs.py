@@ -1,13 +1,11 @@
 """On CUDA a decode step in a graph equals the same step launched kernel by kernel, and both equal the definition."""
 
-import gc
 from dataclasses import replace
 
 import pytest
 import torch
 
 from memphi.cache.pool import MappedPool, make_pool
-from memphi.engine.device import cap_allocator
 from memphi.engine.graphs import Graphs
 from memphi.engine.runner import Flight, Runner
 from memphi.memory import costs
@@ -47,15 +45,6 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """Other tests' memory is given back before each, and the allocator's cap goes with it."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    cap_allocator(DEVICE, torch.cuda.mem_get_info()[1])
 
 
 @pytest.fixture
