@@ -85,7 +85,7 @@ def main() -> int:
     for name in options.workloads:
         figures.append(look(engine, WORKLOADS[name]))
         show(figures[-1])
-    write_document(options.out, engine.model.device, options.commit, {"workloads": figures})
+        write_document(options.out, engine.model.device, options.commit, {"workloads": figures})
     engine.close()
     return 0
 
