@@ -45,6 +45,8 @@ SHORT_FRAMES = 1024
 """Clips of no more frames are encoded apart from longer ones, beside which they would be mostly padding."""
 GROUP_FRAMES = 4096
 """Clips of one length are filled up to about a multiple of so many frames: cuDNN keeps what it planned for a shape."""
+THROAT_RANGE = 0.24
+"""By how much of itself a voice's formants are moved, from the lowest to the highest."""
 STATE_PART_BYTES = 15_000_000
 
 
@@ -197,14 +199,21 @@ def _places_apart(lengths: list[int]) -> NDArray[np.int64]:
 
 
 def _disturbed(features: Tensor, clip_frames: list[int]) -> Tensor:
-    """Each clip at another level and tone, a band of mel bins missing (after SpecAugment, Park et al. 2019)."""
+    """Each clip from another throat, at another level and tone, a band of mel bins missing.
+
+    After vocal tract length perturbation (Jaitly and Hinton 2013) and SpecAugment (Park et al. 2019).
+    """
     device, mel_bins = features.device, features.shape[1]
     bins = torch.arange(mel_bins, device=device)
-    level, tilt, start, width = torch.rand(4, len(clip_frames), 1, device=device)
+    throat, level, tilt, start, width = torch.rand(5, len(clip_frames), 1, device=device)
     change = (level - 0.5) * 2 + (tilt - 0.5) * 2 * (bins / mel_bins - 0.5)
     missing = (bins >= start * mel_bins) & (bins < start * mel_bins + 12 * width)
     clip_of_frame = upload(np.repeat(np.arange(len(clip_frames)), clip_frames), device)
-    changed: Tensor = (features + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
+    sources = (bins * (1 + (throat - 0.5) * THROAT_RANGE)).clamp(max=mel_bins - 1)[clip_of_frame]  # [frames, bins]
+    below = sources.long()
+    above, share = (below + 1).clamp(max=mel_bins - 1), sources - below
+    warped = features.gather(1, below) * (1 - share) + features.gather(1, above) * share
+    changed: Tensor = (warped + change[clip_of_frame]).clamp(min=0).masked_fill(missing[clip_of_frame], 8.0)
     return changed
 
 

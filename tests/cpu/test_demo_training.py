@@ -295,6 +295,17 @@ def test_clips_that_are_encoded_together_are_all_there_and_fill_a_shape():
     assert all([frames[place] for place in places] == sorted(frames[place] for place in places) for places in classes)
 
 
+def test_a_disturbed_clip_has_its_formants_elsewhere_and_everywhere_alike():
+    torch.manual_seed(1)
+    features = torch.full((60, 80), 2.0)
+    features[:, 40] = 20.0
+    disturbed = train._disturbed(features, [10] * 6).split(10)
+    peaks = [clip.argmax(1).unique().tolist() for clip in disturbed]
+    assert all(len(of_clip) == 1 for of_clip in peaks)
+    assert len({of_clip[0] for of_clip in peaks}) > 2
+    assert all(40 / 1.12 - 1 <= of_clip[0] <= 40 / 0.88 + 1 for of_clip in peaks)
+
+
 def test_a_state_comes_back_as_it_was(source, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STATE_PART_BYTES", 4_000_000)
     student, other = new_student(source), train.Student(source.config)
