@@ -108,7 +108,7 @@ def training_facts(progress: Document, minutes: float | None, device: str | None
         sentence += f", in {minutes:g} minutes"
     if device is not None:
         sentence += f" on {device}"
-    step = f"A step takes {Settings.lessons} lessons of {LESSON_SAMPLES} samples."
+    step = f"A step of the last run took {Settings.lessons} lessons of {LESSON_SAMPLES} samples."
     end = "The learning rate fell to zero." if finished else UNFINISHED
     return f"{sentence}. {step} {end}"
 

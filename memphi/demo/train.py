@@ -269,7 +269,6 @@ class Weights:
     """
 
     def __init__(self, student: Student, dtype: torch.dtype) -> None:
-        self._student = student
         self._weights = sorted(student.parameters(), key=lambda weight: weight.dim() < 2)
         matrices = sum(weight.numel() for weight in self._weights if weight.dim() >= 2)
         self.exact = torch.cat([weight.detach().flatten() for weight in self._weights])
