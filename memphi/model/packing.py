@@ -128,7 +128,9 @@ class PackedLinear(AdaptedLinear):
         names = [name for name in self.adapters if name in adapter_tokens]
         few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
         masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])] if few else []
-        if names and len(masks) == len(names):
+        # What all of many tokens use, torch's own product makes at less expense of the host.
+        pays = len(operand) <= skinny.NARROW_VECTOR_ROWS or any(mask is not None for mask in masks)
+        if names and pays and len(masks) == len(names):
             parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
             skinny.narrow(self.x_of(operand), parts)
             return

@@ -21,6 +21,7 @@ def test_the_benchmark_writes_one_document(tmp_path):
             "tabulate",
             "rotate_and_keep",
             "choose",
+            "narrow",
             "divide",
             "attend_new",
             "attend_new, 8 bits",
