@@ -48,6 +48,7 @@ def test_every_product_fits(capability):
             for rows, _ in skinny.NARROW_TILES:
                 launch_narrow(dtype, rows)
                 launch_narrow(dtype, rows, is_coded=True)
+                launch_narrow(torch.float32, rows)
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))

@@ -36,8 +36,8 @@ NARROW_VECTOR_ROWS = 32
 NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
 NARROW_TILES = ((128, (16, 16, 256, 4, 1)), (MOST_NARROW_ROWS, (64, 16, 128, 4, 4)))
-"""Up to so many rows, the rows, outputs, inputs, stages and warps of such a program on tensor cores: the best that were
-measured on an H200 at 64 and at 256 rows."""
+"""Up to so many rows, the rows, outputs, inputs of 2 bytes, stages and warps of such a program on tensor cores: the
+best that were measured on an H200 at 64 and at 256 rows."""
 SUMS = 64
 """Sums that a thread keeps at most."""
 BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (2, 2048, 4), (16384, 3): (2, 2048, 8), (3072, 8): (4, 4096, 4)}
@@ -164,7 +164,7 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
         **launch_options(x.device),
     }
     if len(x) > NARROW_VECTOR_ROWS and capability(x.device) >= TENSOR_CAPABILITY:
-        block_rows, block_out, block_in, stages, warps = choose_narrow_tile(len(x))
+        block_rows, block_out, block_in, stages, warps = choose_narrow_tile(len(x), x.itemsize)
         _narrow_tiles[(-(-n_out // block_out), -(-len(x) // block_rows))](
             *arguments,
             block_rows=block_rows,
@@ -187,9 +187,13 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     )
 
 
-def choose_narrow_tile(rows: int) -> tuple[int, int, int, int, int]:
-    """Rows, outputs, inputs, stages and warps of a program that multiplies by an adapter's A on tensor cores."""
-    return next(tile for most, tile in NARROW_TILES if rows <= most)
+def choose_narrow_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Rows, outputs, inputs, stages and warps of a program that multiplies by an adapter's A on tensor cores.
+
+    Wider numbers are fewer at once: what a program stages has to fit into a multiprocessor.
+    """
+    block_rows, block_out, block_in, stages, warps = next(tile for most, tile in NARROW_TILES if rows <= most)
+    return block_rows, block_out, 2 * block_in // itemsize, stages, warps
 
 
 @jit
