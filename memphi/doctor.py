@@ -307,9 +307,10 @@ def _check_tensors(folder: Path, config: ModelConfig) -> int:
     import torch
 
     from memphi.checkpoint.loader import check_tensors, empty_model
+    from memphi.model.meta import on_meta
 
     stored = find_tensors(folder, config)
-    with torch.device("meta"):
+    with on_meta():
         expected = empty_model(config, torch.bfloat16).state_dict()
     check_tensors(folder, stored, expected)
     return len(stored)

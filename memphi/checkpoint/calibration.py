@@ -24,6 +24,7 @@ from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.adapters import remove_adapters
 from memphi.model.attention import select_attention
 from memphi.model.language import DecoderLayer
+from memphi.model.meta import on_meta
 from memphi.model.quant.examples import CalibratedLinear, Examples, adapted_linears, put_in_place
 from memphi.model.quant.swap import checked
 from memphi.model.quant.weights import WEIGHTS, Int8Weight
@@ -137,7 +138,7 @@ class Calibration:
     @torch.no_grad()
     def _layer(self, number: int, shard: Path | None = None) -> DecoderLayer:
         """A layer without its adapters, as it is stored, or as a shard has it: what its codes stand for."""
-        with torch.device("meta"):
+        with on_meta():
             layer = DecoderLayer(self._config, number, select_attention("auto")).to(self._dtype)
             remove_adapters(layer)
         layer.to_empty(device=self._device).requires_grad_(False)

@@ -20,6 +20,7 @@ from memphi.config import AdapterName, ModelConfig, Placement, Scheme
 from memphi.errors import CheckpointError
 from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
+from memphi.model.meta import on_meta
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant.swap import fill, quantised_weights
 
@@ -48,13 +49,13 @@ def load_model(
     """
     config = read_config(folder)
     stored = find_tensors(folder, config)
-    with torch.device("meta"):
+    with on_meta():
         model = empty_model(config, dtype, attention)
     check_tensors(folder, stored, _as_stored(model, stored))
     if config.scheme != "bf16":
         _refuse_changes(folder, config.scheme, merge, scheme)
     elif scheme is not None:
-        with torch.device("meta"):
+        with on_meta():
             model.quantise(scheme)
     model.keep_adapters(packed, merge)
     device = torch.device(device)
@@ -76,7 +77,7 @@ def _as_stored(model: Phi4MM, stored: Mapping[str, StoredTensor]) -> dict[str, T
     expected = model.state_dict()
     late = {name: weight for name, weight in quantised_weights(model).items() if name in stored}
     if late:
-        with torch.device("meta"):
+        with on_meta():
             whole = Phi4MM(replace(model.config, scheme="bf16")).to(model.dtype).state_dict()
     for name, weight in late.items():
         for part, _ in weight.named_buffers():

@@ -30,6 +30,7 @@ from memphi.checkpoint.writer import copy_tokenizer, header_bytes, synced, write
 from memphi.config import ModelConfig, Scheme
 from memphi.errors import CheckpointError
 from memphi.inputs.tokenizer import Tokenizer
+from memphi.model.meta import on_meta
 from memphi.model.quant.swap import checked, pieces, quantised_weights
 from memphi.model.quant.weights import QuantisedWeight
 
@@ -120,7 +121,7 @@ class _Run:
                 f"{source} holds weights in {self._config.scheme} already; give the folder that it was made from"
             )
         self._stored = find_tensors(source, self._config)
-        with torch.device("meta"):
+        with on_meta():
             model = empty_model(self._config, torch.bfloat16)
             check_tensors(source, self._stored, model.state_dict())
             model.quantise(scheme)

@@ -16,6 +16,7 @@ from memphi.checkpoint.reader import Progress
 from memphi.config import AdapterName, ModelConfig, Placement, Scheme
 from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
+from memphi.model.meta import on_meta
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant.swap import quantised_weights, store
 
@@ -46,7 +47,7 @@ def random_model(
     Device memory: the model, and where adapters are packed or merged, for a while the largest of its tensors, of which
     those of more than DRAWN_NUMBERS are drawn in parts.
     """
-    with torch.device("meta"):
+    with on_meta():
         model = Phi4MM(config, attention).to(dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.quantise(scheme)

@@ -104,7 +104,10 @@ class Phi4MM(nn.Module):
             return
 
         def move(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+            if not tensor.is_meta:
+                return tensor
+            # Not `empty_like`: of a tensor on the meta device it brings sympy along, half a second.
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
 
         self._apply(move)  # type: ignore[no-untyped-call]  # nn.Module's has no types
 

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 
 from memphi.model.kept import Kept
 from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, recurs
@@ -105,6 +103,8 @@ def varlen(
         flash = torch.ops.aten._flash_attention_forward
         window = {"window_size_left": -1, "window_size_right": 0}
         return cast(Tensor, flash(query, key, value, *bounds, *longest, 0.0, False, False, **window)[0])
+    from torch.nn.attention.varlen import varlen_attn  # Brings torch's compiler along: a second of every start.
+
     # Gradients of shared heads are untried.
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     return cast(Tensor, varlen_attn(query, key, value, *bounds, *longest, window_size=(-1, 0)))
@@ -129,8 +129,6 @@ def _takes_cudnn(query: Tensor, keys: int) -> bool:
 
 
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:
-    """The causal mask of a chunk over its past; torch's own mask type keeps the flash kernels on CUDA."""
-    if _has_flash(query):
-        return causal_lower_right(query.shape[-2], key.shape[-2])
+    """The causal mask of a chunk over its past, where there are no flash kernels: `varlen` needs none."""
     past = key.shape[-2] - query.shape[-2]
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(past)
