@@ -42,15 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dial:
         print(json.dumps(answer(options)))
         return 0
-    if options.dry:
-        runs = [plan_for(dial, options) for dial in options.memory]
-    else:
-        meter = find_meter(options.device)
-        runs = [_watch(dial, options, meter) for dial in options.memory]
-    for run in runs:
-        print(_line(run), file=sys.stderr)
-    if options.out:
-        _write(options, runs)
+    meter = None if options.dry else find_meter(options.device)
+    runs = list[dict[str, Any]]()
+    for dial in options.memory:
+        runs.append(plan_for(dial, options) if options.dry else _watch(dial, options, meter))
+        print(_line(runs[-1]), file=sys.stderr)
+        if options.out:  # After each: to answer under a small dial takes a minute.
+            _write(options, runs)
     return 0 if all(not run["wrong"] for run in runs) else 1
 
 

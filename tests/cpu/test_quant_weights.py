@@ -165,6 +165,16 @@ def test_a_product_is_that_with_what_is_meant(scheme, size, rows, numbers, seed)
     assert torch.allclose(real, x @ meant(weight).t(), atol=1e-4)
 
 
+@given(rows=st.integers(1, 20_000), columns=st.integers(1, 20_000_000))
+def test_blocks_cover_all_rows_and_begin_where_cards_multiply_fast(rows, columns):
+    most, even = weights.BLOCK_NUMBERS, weights.EVEN_ROWS
+    cuts = list(weights.blocks(rows, columns))
+    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
+    assert cuts[-1][1] == rows
+    assert all(last - first == 1 or 0 < (last - first) * columns <= most for first, last in cuts)
+    assert most // columns < even or all(first % even == 0 for first, _ in cuts)
+
+
 @SCHEMES
 def test_a_row_does_not_depend_on_its_company(scheme):
     x, weight = normal(7, 200), stored(scheme, normal(30, 200))

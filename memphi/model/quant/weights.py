@@ -26,6 +26,8 @@ from memphi.model.quant.gptq import gptq, importance
 
 BLOCK_NUMBERS = 8 * 2**20
 """Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
+EVEN_ROWS = 256
+"""A block has a multiple of so many rows where it has that many: cards multiply odd ones at half the rate."""
 CODES_A_WORD = 8
 """In int4."""
 
@@ -276,8 +278,9 @@ WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Wei
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another, so many that a block has BLOCK_NUMBERS at most, or is one row."""
+    """Rows from one to before another: as many whole EVEN_ROWS as BLOCK_NUMBERS hold, or less, one at least."""
     most = max(BLOCK_NUMBERS // columns, 1)
+    most -= most % EVEN_ROWS if most > EVEN_ROWS else 0
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
 
