@@ -31,6 +31,7 @@ from memphi.memory.costs import SCALE_BYTES
 from memphi.model.kept import quantise
 from memphi.model.kernels import choice, codes, division, gate, launch, norm, paged, rotary, skinny
 from memphi.model.kernels.division import Division, Tiling
+from memphi.model.rotary import rotary_frequencies
 
 Launch = Callable[[], None]
 
@@ -331,7 +332,7 @@ def choice_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 def rotary_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     config, itemsize = sizes.config, sizes.dtype.itemsize
-    frequencies = rotary.rotary_frequencies(config, device)
+    frequencies = rotary_frequencies(config, device)
     for rows in sizes.rows:
         positions = torch.randint(0, config.max_tokens, (rows,), device=device)
         long = positions > config.short_tokens

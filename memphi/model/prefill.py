@@ -18,8 +18,9 @@ from memphi.model.kernels.division import Division, choose_tiling, divide, make_
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend
-from memphi.model.kernels.rotary import rotary_frequencies, rotate_and_keep, tabulate
+from memphi.model.kernels.rotary import rotate_and_keep, tabulate
 from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, Norm, RMSNorm, SelfAttention
+from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import Lines, Packing
 
 

@@ -1,9 +1,18 @@
 """Partial rotary embedding with the two longrope regimes (spec 3.1)."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memphi.config import LanguageConfig
+from memphi.model.upload import upload
+
+
+def rotary_frequencies(config: LanguageConfig, device: torch.device) -> Tensor:
+    """Radians per position under the short factors and under the long ones: [2, rotary_dim / 2] fp32."""
+    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
+    factors = upload(np.array((config.short_factor, config.long_factor), dtype=np.float32), device)
+    return 1.0 / (factors * config.rope_theta**steps)
 
 
 def rotary_table(config: LanguageConfig, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -12,11 +21,7 @@ def rotary_table(config: LanguageConfig, positions: Tensor, long: Tensor, dtype:
     positions [tokens] and long [tokens] say where each token stands and which factors apply to it.
     Returns two tensors [tokens, 1, rotary_dim] of the given dtype.
     """
-    device = positions.device
-    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
-    powers = config.rope_theta**steps
-    factors = torch.tensor((config.short_factor, config.long_factor), dtype=torch.float32, device=device)
-    frequencies = (1.0 / (factors * powers))[long.long()]  # [tokens, rotary_dim / 2]
+    frequencies = rotary_frequencies(config, positions.device)[long.long()]  # [tokens, rotary_dim / 2]
     angles = positions[:, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return (angles.cos() * config.rope_scale).to(dtype), (angles.sin() * config.rope_scale).to(dtype)

@@ -9,6 +9,7 @@ from memphi.config import ModelConfig
 pytest.importorskip("triton")
 
 from memphi.model.kernels import choice, codes, division, gate, norm, paged, rotary
+from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import LINE_TOKENS
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
@@ -28,7 +29,7 @@ def launch_simple(dtype, rows=4):
     gate.gate(wide, wide[:, : CONFIG.intermediate_size])
     numbers, long = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
     cos, sin = (torch.empty(rows, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
-    rotary.tabulate(numbers, long, rotary.rotary_frequencies(CONFIG, CPU), 1.2, cos, sin)
+    rotary.tabulate(numbers, long, rotary_frequencies(CONFIG, CPU), 1.2, cos, sin)
     logits, pieces = torch.empty(rows, CONFIG.vocab_size, dtype=dtype), choice.pieces_of(CONFIG.vocab_size)
     best, places = (torch.empty(rows, pieces, dtype=dtype) for dtype in (torch.float32, torch.int32))
     choice.choose(logits, torch.empty(CONFIG.vocab_size, dtype=torch.bool), numbers.int(), best, places, numbers)

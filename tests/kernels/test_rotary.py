@@ -10,11 +10,10 @@ from memphi.model.kept import Kept
 from memphi.model.kernels.rotary import (
     plain_rotate_and_keep,
     plain_tabulate,
-    rotary_frequencies,
     rotate_and_keep,
     tabulate,
 )
-from memphi.model.rotary import rotary_table
+from memphi.model.rotary import rotary_frequencies, rotary_table
 from memphi.model.rows import Row, pack
 from tests.kernels.samples import (
     CODES,

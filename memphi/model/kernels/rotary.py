@@ -5,21 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memphi.config import LanguageConfig
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.codes import as_bytes, code_limit, decode, encode
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
 from memphi.model.rotary import rotate
-
-
-def rotary_frequencies(config: LanguageConfig, device: torch.device) -> Tensor:
-    """Radians per position under the short factors and under the long ones, as `rotary_table` has them.
-
-    Returns [2, rotary_dim / 2] fp32, made once: it copies from the host.
-    """
-    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float() / config.rotary_dim
-    factors = torch.tensor((config.short_factor, config.long_factor), dtype=torch.float32, device=device)
-    return 1.0 / (factors * config.rope_theta**steps)
 
 
 def plain_tabulate(
