@@ -1,6 +1,9 @@
 """The vision tower: crops and their patch masks in, patch features out (spec 4.1)."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import cast
 
 import numpy as np
@@ -15,11 +18,24 @@ from memphi.model.attention import Attention
 from memphi.model.upload import upload
 
 
-class VisionAttention(nn.Module):
-    """Bidirectional attention within one crop; masked patches are not seen and see nothing.
+@dataclass(frozen=True)
+class Patches:
+    """Patches of crops end to end: what the tower computes, without what padding alone decides.
 
-    x [crops, patches, hidden]; valid [padded crops, patches] is the mask of the last of them. The others have no
-    padding, and no mask: kernels without one are faster.
+    The pictures' own stand crop by crop, and crops of equally many side by side; after them those of padding that are
+    pooled with them.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    """Crops that follow one another, and how many patches each of them has, padding aside."""
+    places: Tensor | None
+    """[patches] int64: which of all crops' patches each one is; None: all of them, as they come."""
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention within one crop; patches of padding are not seen and see nothing.
+
+    x [patches, hidden] stands as Patches has it, whose runs are given.
     """
 
     def __init__(self, config: VisionConfig, attention: Attention) -> None:
@@ -29,23 +45,22 @@ class VisionAttention(nn.Module):
         self.heads = config.heads
         self.attention = attention
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
         mixed = torch.empty_like(x)
-        self._mix(x, valid, mixed.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        self._mix(x, runs, mixed.unflatten(-1, (self.heads, -1)))
         return cast(Tensor, self.out(mixed))
 
-    def _mix(self, x: Tensor, valid: Tensor | None, mixed: Tensor) -> None:
-        """Put into mixed, [crops, heads, patches, head_dim], what patches see of one another."""
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
-        )
-        whole = len(x) if valid is None else len(x) - len(valid)
-        if whole:
-            mixed[:whole] = self.attention.full(query[:whole], key[:whole], value[:whole], None)
-        if valid is not None:
-            mixed[whole:] = self.attention.full(query[whole:], key[whole:], value[whole:], valid[:, None, None, :])
-            # The reference's flash path leaves zeros here, and odd masks let them into the pooling (spec 4.1).
-            mixed[whole:].mul_(valid[:, None, :, None])
+    def _mix(self, x: Tensor, runs: Sequence[tuple[int, int]], mixed: Tensor) -> None:
+        """Put into mixed, [patches, heads, head_dim], what patches see of one another."""
+        sides = [linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value)]
+        first = 0
+        for run in runs:
+            last = first + math.prod(run)
+            query, key, value = (side[first:last].unflatten(0, run).transpose(1, 2) for side in sides)
+            seen = self.attention.full(query, key, value, None)  # [crops, heads, patches, head_dim]
+            mixed[first:last].unflatten(0, run).copy_(seen.transpose(1, 2))
+            first = last
+        mixed[first:] = 0  # As the reference's flash path leaves it; odd masks let it into the pooling (spec 4.1).
 
 
 class VisionMLP(nn.Module):
@@ -76,8 +91,8 @@ class VisionLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = VisionMLP(config)
 
-    def attend(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return cast(Tensor, self.attention(self.attention_norm(x), valid))
+    def attend(self, x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+        return cast(Tensor, self.attention(self.attention_norm(x), runs))
 
     def transform(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.mlp(self.mlp_norm(x)))
@@ -99,19 +114,20 @@ class VisionTower(nn.Module):
 
         crops [crops, 3, crop_size, crop_size]; patch_mask [crops, patches, patches], a rectangle of True at the top
         left. Either may lie on the host; a mask that does makes nobody wait for the device. Returns features
-        [crops, patches ** 2, hidden].
+        [crops, patches ** 2, hidden], zeros where only padding is pooled.
         """
         mask = patch_mask.numpy(force=True)
-        whole = mask.all(axis=(1, 2))
-        order = None if whole.all() else np.argsort(~whole, kind="stable")
-        x, valid = self._embed(crops, mask), None
-        if order is not None:
-            x = x[upload(order, x.device)]
-            valid = upload(mask[order[whole.sum() :]].reshape(-1, mask[0].size), x.device)
+        x = self._embed(crops, mask)
+        shape, patches = x.shape, pack_patches(mask, x.device)
+        x = x.flatten(0, 1)
+        if patches.places is not None:
+            x = x[patches.places]
         for layer in cast(Iterable[VisionLayer], self.layers):
-            x = x + layer.attend(x, valid)
+            x = x + layer.attend(x, patches.runs)
             x = x + layer.transform(x)
-        return x if order is None else x[upload(np.argsort(order), x.device)]
+        if patches.places is not None:
+            x = x.new_zeros(shape).flatten(0, 1).index_copy_(0, patches.places, x)
+        return x.view(shape)
 
     def _embed(self, crops: Tensor, mask: NDArray[np.bool_]) -> Tensor:
         """Patches and their places: [crops, patches ** 2, hidden]."""
@@ -124,6 +140,19 @@ class VisionTower(nn.Module):
         rows, columns = self._buckets[mask[:, :, 0].sum(1)], self._buckets[mask[:, 0].sum(1)]  # [crops, patches]
         places: NDArray[np.int64] = (rows[:, :, None] * self.config.patches + columns[:, None, :]) * mask
         return places.reshape(len(mask), -1)
+
+
+def pack_patches(mask: NDArray[np.bool_], device: torch.device) -> Patches:
+    """The patches to be computed of crops with such masks [crops, patches, patches]; 2 x 2 of them are pooled."""
+    counts = mask.sum(axis=(1, 2))
+    if mask.all():
+        return Patches(((len(mask), int(counts[0])),), None)
+    own = np.arange(mask.size).reshape(mask.shape)
+    order = np.argsort(-counts, kind="stable")
+    pooled = mask[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)
+    places = [*(own[crop][mask[crop]] for crop in order), own[pooled & ~mask]]
+    runs = tuple((len(list(group)), int(count)) for count, group in groupby(counts[order]) if count)
+    return Patches(runs, upload(np.concatenate(places), device))
 
 
 def _bucket_table(side: int) -> NDArray[np.int64]:

@@ -75,28 +75,35 @@ def test_a_full_mask_equals_none(model):
 
 
 class Noting(SdpaAttention):
-    """Notes how many crops came with a mask, and how many without."""
+    """Notes how many crops came at once, and how many patches each had."""
 
     def __init__(self):
-        self.masked = []
+        self.runs = []
 
     def full(self, query, key, value, mask):
-        self.masked.append((len(query), mask is not None))
+        assert mask is None
+        self.runs.append((len(query), query.shape[2]))
         return super().full(query, key, value, mask)
 
 
-@pytest.mark.parametrize("valid", [[None, None], [(3, 4), (1, 1)], [(3, 4), None, (1, 4), None, None, (4, 1)]])
+@pytest.mark.parametrize(
+    ("valid", "padded"),
+    [
+        ([None, None], []),
+        ([(3, 4), (1, 1)], [(1, 12), (1, 1)]),
+        ([(3, 4), None, (2, 6), None, None, (4, 1), (5, 7)], [(1, 35), (2, 12), (1, 4)]),
+    ],
+)
 @torch.inference_mode()
-def test_crops_without_padding_take_no_mask_and_are_what_each_is_alone(model, valid):
+def test_crops_see_no_padding_and_are_what_each_is_alone(model, valid, padded):
     """In any order; each view of an image is a crop, its global view without padding."""
     noting = Noting()
     tower = with_attention(model, noting).vision
     images = [make_image(model.config, valid=part, seed=seed) for seed, part in enumerate(valid)]
     pixels, mask = (torch.cat([torch.from_numpy(part(i)) for i in images]) for part in (crops, masks))
     together = tower(pixels, mask)
-    padded = sum(part is not None for part in valid)
-    groups = [(len(pixels) - padded, False), (padded, True)]
-    assert noting.masked == [group for group in groups if group[0]] * model.config.vision.layers
+    whole = len(pixels) - sum(crops for crops, _ in padded)
+    assert noting.runs == [(whole, mask[0].numel()), *padded] * model.config.vision.layers
     eager = with_attention(model, EagerAttention()).vision
     for place in range(len(pixels)):
         alone = eager(pixels[place : place + 1], mask[place : place + 1])
@@ -119,16 +126,27 @@ def test_what_layers_add_to_lies_in_order(model, valid):
 
 @torch.inference_mode()
 def test_a_mask_on_all_crops_is_the_definition(model):
-    """Crops with and without padding through one mask, as the definition has it, layer by layer."""
-    images = [make_image(model.config, valid=part, seed=seed) for seed, part in enumerate([None, (3, 4), None, (2, 2)])]
+    """Every patch of crops with and without padding through one mask, as the definition has it, layer by layer."""
+    valid = [None, (3, 4), None, (2, 2), (5, 7), (1, 3)]
+    images = [make_image(model.config, valid=part, seed=seed) for seed, part in enumerate(valid)]
     pixels, mask = (torch.cat([torch.from_numpy(part(i)) for i in images]) for part in (crops, masks))
-    tower, valid = with_attention(model, EagerAttention()).vision, mask.flatten(1)
+    tower, seen = model.vision, mask.flatten(1)
     x = tower.patch_embedding(pixels).flatten(2).transpose(1, 2)
     x = x + tower.position_embedding(torch.from_numpy(tower._positions(mask.numpy())))
     for layer in tower.layers:
-        x = x + layer.attend(x, valid)
+        attention, normed = layer.attention, layer.attention_norm(x)
+        parts = (
+            part(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for part in (attention.query, attention.key, attention.value)
+        )
+        mixed = EagerAttention().full(*parts, seen[:, None, None, :]).transpose(1, 2).flatten(2)
+        x = x + attention.out(mixed * seen[:, :, None])
         x = x + layer.transform(x)
-    assert largest_difference(model.vision(pixels, mask), x) <= TOLERANCE
+    pooled = mask[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    features = model.vision(pixels, mask)
+    assert (pooled & ~seen).any()
+    assert largest_difference(features[pooled], x[pooled]) <= TOLERANCE
+    assert not features[~pooled].any()
 
 
 def crops(image):

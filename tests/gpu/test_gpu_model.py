@@ -150,6 +150,24 @@ def test_a_layer_never_waits_for_the_device(source, prompts, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@torch.inference_mode()
+def test_a_step_of_prompts_never_waits_for_the_device(source, prompts, kernels):
+    """From ids on the device to scores, once what is compiled and kept is there."""
+    model = on_device(source, torch.bfloat16)
+    model.use_kernels(kernels)
+    pool = PlainPool(model, page_tokens=16)
+    parts = zip(prompts, (9, 5, 1, 1), (0, 6, 10, 11), strict=True)
+    rows = [make_row(model, prompt, tokens, past, pool.take(past + tokens)) for prompt, tokens, past in parts]
+    ids = torch.arange(16, device=DEVICE)
+    model(ids, rows, cache=pool, logits_at=[8, 13])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids, rows, cache=pool, logits_at=[8, 13])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, FP32_TOLERANCE), (torch.bfloat16, BF16_ERROR)])
 @torch.inference_mode()
 def test_crops_with_and_without_padding_equal_the_cpus_and_nobody_waits(source, dtype, limit):
