@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.writer import write_checkpoint
 from memphi.config import ModelConfig
+from memphi.demo.evaluate import weights_digest
 from memphi.demo.lesson import NO_PATCH, Lesson
 from memphi.demo.shape import tokenizer_document
 from memphi.demo.supply import Source, Supply, held_out_lessons
@@ -47,6 +48,8 @@ GROUP_FRAMES = 4096
 """Clips of one length are filled up to about a multiple of so many frames: cuDNN keeps what it planned for a shape."""
 THROAT_RANGE = 0.24
 """By how much of itself a voice's formants are moved, from the lowest to the highest."""
+LESSON_NUMBERS = 10**9
+"""Of which a run from a checkpoint begins somewhere."""
 STATE_PART_BYTES = 15_000_000
 
 
@@ -453,14 +456,22 @@ def load_start(student: Student, folder: Path) -> None:
     student.model.load_state_dict(load_model(folder, "cpu", torch.float32).state_dict())
 
 
+def beginning(start: Path | None) -> dict[str, int]:
+    """The progress of a run that begins: no steps, no lessons, and the number of its first lesson.
+
+    From a checkpoint lessons are others than those that made it, which began at 0, or elsewhere likewise.
+    """
+    return {"steps": 0, "lessons": 0, "first": 0 if start is None else int(weights_digest(start), 16) % LESSON_NUMBERS}
+
+
 def run(bank: Path, out: Path, settings: Settings, device: torch.device, start: Path | None = None) -> None:
     """One run: go on from `out` or begin, train, write the state, the demo checkpoint and the held-out scores there.
 
     `start` is a demo checkpoint whose weights a beginning takes instead of random ones.
     """
     resumed = (out / "progress.json").exists()
-    progress = json.loads((out / "progress.json").read_text()) if resumed else {"steps": 0, "lessons": 0}
-    supply = Supply(bank, settings.workers, progress["lessons"], settings.capacity, device)
+    progress = json.loads((out / "progress.json").read_text()) if resumed else beginning(start)
+    supply = Supply(bank, settings.workers, progress["first"] + progress["lessons"], settings.capacity, device)
     try:
         source = Source.open(bank)
         student = Student(source.config)

@@ -378,3 +378,11 @@ def test_training_can_begin_from_a_checkpoint(tmp_path):
     again = memphi.load(str(tmp_path / "again"), "cpu").model.state_dict()
     for name, tensor in memphi.load("demo", "cpu").model.state_dict().items():
         assert torch.equal(tensor, again[name]), name
+
+
+def test_from_a_checkpoint_lessons_are_others(source):
+    begun, random = train.beginning(Path("memphi/demo/checkpoint")), train.beginning(None)
+    assert random == {"steps": 0, "lessons": 0, "first": 0}
+    assert begun == {"steps": 0, "lessons": 0, "first": begun["first"]}
+    assert 10**5 < begun["first"] < 10**9
+    assert len(source.training_lesson(begun["first"]).lengths) == 64
