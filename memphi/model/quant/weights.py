@@ -27,7 +27,7 @@ from memphi.model.quant.gptq import gptq, importance
 BLOCK_NUMBERS = 8 * 2**20
 """Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
 EVEN_ROWS = 256
-"""A block has a multiple of so many rows where it has that many: cards multiply odd ones at half the rate."""
+"""A block has a multiple of so many rows where it has that many: others lie across what a card's fast kernels want."""
 CODES_A_WORD = 8
 """In int4."""
 
