@@ -105,12 +105,6 @@ class Kernels:
         _needed = _flash_room(*query.shape[:3], query.shape[3], key.shape[2], query.device)
         return _result(query)
 
-    @staticmethod
-    def varlen(query: Tensor, *_: object, **__: object) -> Tensor:
-        """query [tokens, heads, head_dim]; never cut into pieces by its keys."""
-        _sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-        return torch.empty_like(query)
-
 
 def _result(query: Tensor) -> Tensor:
     """Laid out by token, then head, as both kernels do."""
@@ -154,8 +148,6 @@ def as_on_a_card() -> Iterator[None]:
     """Let what runs on the meta device take the ways that it takes on a card; what the host reads of it is zero."""
     with (
         patch("memphi.model.attention.sdpa._has_flash", lambda query: True),
-        patch("memphi.model.attention.sdpa.varlen_attn", Kernels.varlen),
-        patch("memphi.model.attention.sdpa.causal_lower_right", lambda *_: None),  # Holds two numbers, no mask.
         patch("torch.nn.functional.scaled_dot_product_attention", Kernels.sdpa),
         patch.object(Tensor, "tolist", lambda tensor: np.zeros(tuple(tensor.shape)).tolist()),
     ):
