@@ -63,8 +63,8 @@ def test_images_together_equal_each_alone(model):
 
 
 @torch.inference_mode()
-def test_a_full_mask_equals_none(model):
-    """A crop without padding is computed alike beside padded crops, where there is a mask, and beside full ones."""
+def test_a_crop_without_padding_is_the_same_beside_padded_ones(model):
+    """Of the crops here some are, and alone there are none: their patches stand elsewhere."""
     full = make_image(model.config)
     padded = make_image(model.config, valid=(3, 4), seed=1)
     features = model.vision(
