@@ -1,6 +1,7 @@
 """`memphi quantize`: a folder from a folder; interrupted, resumed, refused; memory while it is made."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -342,6 +343,10 @@ print(most - before)
 """
 
 
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
+"""What glibc keeps of freed memory differs from run to run, here by 120 MiB; what is asked for does not."""
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 def test_no_more_memory_than_a_buffer_whatever_the_model(source, tmp_path, scheme):
@@ -364,5 +369,6 @@ def test_no_more_memory_than_a_buffer_whatever_the_model(source, tmp_path, schem
         check=True,
         capture_output=True,
         text=True,
+        env=os.environ | FREED_AT_ONCE,
     )
     assert int(taken.stdout) <= stated, f"{int(taken.stdout) / 2**20:.0f} MiB of {stated / 2**20:.0f}"
