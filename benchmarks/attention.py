@@ -2,8 +2,9 @@
 
 Whole rows: variable-length flash, cuDNN row by row, cuDNN with equal rows as a batch; and how long the first call for
 a length takes, when cuDNN makes a kernel ready. Chunks over a past: all in one launch or row by row, their keys copied
-out of pages in either case, and what that copying takes. Every way is compared with flash attention row by row first,
-then timed under a CUDA graph.
+out of pages in either case, and what that copying takes; and block by block of the past, for cuDNN has no mask for a
+chunk over its past, but what it makes of each block can be joined. Crops: flash and cuDNN. Every way is compared with
+flash attention row by row first, then timed under a CUDA graph.
 cuDNN of copies is for TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1, which takes no views.
 Usage: python -m benchmarks.attention --out FILE. Without a GPU small sizes are tried, by the kernels of a CPU.
 """
@@ -26,12 +27,14 @@ from torch.nn.attention.bias import causal_lower_right
 from benchmarks.document import write_document
 from benchmarks.kernels import LARGEST_ERROR, PAGE_TOKENS, error_of, measure
 from memphi import official
-from memphi.config import LanguageConfig, ModelConfig
+from memphi.config import LanguageConfig, ModelConfig, VisionConfig
 from memphi.model.attention.sdpa import ANY_LENGTH, SdpaAttention, varlen
 from memphi.model.kept import Kept
 from memphi.model.rows import Packing, Row, pack
 
 Way = Callable[[], Tensor]
+Sides = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
 
 ENGINE_TOKENS = 8192
 """Of a step at most; so a batch of prompts is measured as the engine divides it, too."""
@@ -49,6 +52,8 @@ class Sizes:
     """(new tokens, past) of one row"""
     together: tuple[tuple[int, int], ...]
     """The same of several rows in one step."""
+    vision: VisionConfig
+    crops: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,35 +88,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def official_sizes() -> Sizes:
+    config = ModelConfig.from_folder(official.folder())
     return Sizes(
-        config=ModelConfig.from_folder(official.folder()).language,
+        config=config.language,
         dtype=torch.bfloat16,
         whole=(
             *((1, tokens) for tokens in (256, 512, 1024, 1713, 2048, 3072, 4096, 6144, 8192, 13704, 16384)),
             *((ENGINE_TOKENS // tokens, tokens) for tokens in (256, 512, 1024, 2048, 4096)),
             *((4, 1713), (8, 1713)),
         ),
-        chunks=(*((512, past) for past in (1024, 2048, 4096, 8192, 16384, 32768)), (2048, 8192), (8192, 8192)),
+        chunks=(
+            *((512, past) for past in (1024, 2048, 4096, 8192, 16384, 32768)),
+            *((2048, 8192), (4096, 4096), (4096, 12288)),
+            *((8192, past) for past in (8192, 24576, 57344, 122880)),
+        ),
         together=((373, 1340), (512, 2048), (512, 8192), (64, 4096)),
+        vision=config.vision,
+        crops=(1, 7, 14, 28, 56),
     )
 
 
 def small_sizes() -> Sizes:
     from tests.checkpoints import tiny_config
 
-    return Sizes(tiny_config().language, torch.float32, ((1, 20), (2, 16)), ((8, 20),), ((3, 40), (20, 5)))
+    config = tiny_config()
+    chunks = ((8, 20), (8, 24))
+    return Sizes(config.language, torch.float32, ((1, 20), (2, 16)), chunks, ((3, 40), (20, 5)), config.vision, (2,))
 
 
 def measure_all(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     for rows, tokens in sizes.whole:
         scene = make_scene(((tokens, 0),) * rows, sizes, device)
-        yield measure_scene(f"{rows} x {tokens}", scene, whole_ways(scene), device)
+        yield measure_ways(f"{rows} x {tokens}", scene.operations, whole_ways(scene), device)
     for new, past in sizes.chunks:
         scene = make_scene(((new, past),), sizes, device)
-        yield measure_scene(f"{new} over {past}", scene, chunk_ways(scene), device)
+        yield measure_ways(f"{new} over {past}", scene.operations, chunk_ways(scene) | block_ways(scene), device)
     scene = make_scene(sizes.together, sizes, device)
     name = " + ".join(f"{new} over {past}" for new, past in sizes.together)
-    yield measure_scene(name, scene, chunk_ways(scene), device)
+    yield measure_ways(name, scene.operations, chunk_ways(scene), device)
+    for crops in sizes.crops:
+        sides = make_crops(crops, sizes, device)
+        operations = 4 * sides[0].numel() * sides[0].shape[2]
+        yield measure_ways(f"{crops} crops", operations, crop_ways(sides), device)
 
 
 def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.device) -> Scene:
@@ -134,14 +152,22 @@ def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.dev
     return Scene(packing, query, key, value, keys, values)
 
 
+def make_crops(crops: int, sizes: Sizes, device: torch.device) -> Sides:
+    """Queries, keys and values of whole crops, [crops, heads, patches, head_dim], as the tower's linears leave them."""
+    config = sizes.vision
+    shape = crops, config.patches**2, config.heads, config.head_dim
+    query, key, value = (torch.randn(shape, device=device, dtype=sizes.dtype).transpose(1, 2) for _ in range(3))
+    return query, key, value
+
+
 # --- ways ------------------------------------------------------------------------------------------------------------
 
 
-def whole_ways(scene: Scene) -> Mapping[str, Way]:
-    """As memphi chooses; and each kernel by itself."""
+def whole_ways(scene: Scene) -> dict[str, Way]:
+    """As memphi chooses; and each kernel by itself. The first of all ways is what the others must equal."""
     ways: dict[str, Way] = {
-        "as chosen": partial(chosen, scene),
         "flash row by row": partial(row_by_row, scene, ANY_LENGTH),
+        "as chosen": partial(chosen, scene),
     }
     if scene.query.is_cuda:
         ways |= {
@@ -154,12 +180,30 @@ def whole_ways(scene: Scene) -> Mapping[str, Way]:
     return ways
 
 
-def chunk_ways(scene: Scene) -> Mapping[str, Way]:
+def chunk_ways(scene: Scene) -> dict[str, Way]:
     return {
-        "as chosen": partial(chosen, scene),
         "row by row": partial(chunk_by_chunk, scene),
+        "as chosen": partial(chosen, scene),
         "copying alone": partial(copy_all, scene),
     }
+
+
+def block_ways(scene: Scene) -> dict[str, Way]:
+    """Blocks of few lengths, where some end where the chunk begins."""
+    (row,) = scene.packing.rows
+    chunks, rest = divmod(row.past, row.tokens)
+    if rest:
+        return {}
+    sizes = (many for many in (1, 2, 4) if many <= chunks)
+    return {f"blocks of {many} chunks": partial(block_by_block, scene, many * row.tokens) for many in sizes}
+
+
+def crop_ways(sides: Sides) -> dict[str, Way]:
+    ways: dict[str, Way] = {"as chosen": partial(full, sides, ANY_LENGTH)}
+    if sides[0].is_cuda:
+        ways["cuDNN"] = partial(full, sides, [SDPBackend.CUDNN_ATTENTION])
+        ways["cuDNN, crop by crop"] = partial(one_by_one, sides)
+    return ways
 
 
 def chosen(scene: Scene) -> Tensor:
@@ -209,6 +253,45 @@ def chunk_by_chunk(scene: Scene) -> Tensor:
     return torch.cat(outputs)
 
 
+def block_by_block(scene: Scene, block_tokens: int) -> Tensor:
+    """One row: what blocks of the past give and what the chunk gives of itself, joined by how much each weighs."""
+    assert scene.packing.paging is not None
+    (rows,) = scene.packing.paging.continued
+    query, (key, value) = scene.query, (rows.gather(kept, scene.query.dtype) for kept in (scene.keys, scene.values))
+    past = len(key) - len(query)
+    joined, weight = attend(query, key[past:], value[past:], is_causal=True)
+    joined = joined.float()
+    for first in range(0, past, block_tokens):
+        seen = slice(first, min(first + block_tokens, past))
+        found, other = attend(query, key[seen], value[seen], is_causal=False)
+        both = torch.logaddexp(weight, other)
+        joined.mul_((weight - both).exp_()).addcmul_(found, (other - both).exp_())
+        weight = both
+    return joined.to(query.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """What queries find [tokens, heads, head_dim], and the logarithm of what it is divided by [tokens, heads, 1]."""
+    q, k, v = (part[None].transpose(1, 2) for part in (query, key, value))
+    if query.is_cuda:
+        out, weight, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)
+    else:
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+    return out[0].transpose(0, 1), weight.reshape(q.shape[1], -1, 1).transpose(0, 1)
+
+
+def full(sides: Sides, backends: list[SDPBackend]) -> Tensor:
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(*sides)
+
+
+def one_by_one(sides: Sides) -> Tensor:
+    """One kernel serves any number of crops."""
+    crops = zip(*(side.split(1) for side in sides), strict=True)
+    return torch.cat([full(crop, [SDPBackend.CUDNN_ATTENTION]) for crop in crops])
+
+
 def copy_all(scene: Scene) -> Tensor:
     """What attention over pasts copies out of the pages first."""
     assert scene.packing.paging is not None
@@ -223,26 +306,26 @@ def copy_all(scene: Scene) -> Tensor:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure_scene(name: str, scene: Scene, ways: Mapping[str, Way], device: torch.device) -> dict[str, Any]:
+def measure_ways(name: str, operations: int, ways: Mapping[str, Way], device: torch.device) -> dict[str, Any]:
     firsts, errors = {}, {}
-    whole = all(row.past == 0 for row in scene.packing.rows)
-    expected = row_by_row(scene, ANY_LENGTH) if whole else chunk_by_chunk(scene)
+    expected: Tensor | None = None
     for way, run in ways.items():
         started = time.perf_counter()
         found = run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         firsts[way] = time.perf_counter() - started
+        expected = found if expected is None else expected
         if found.shape == expected.shape:
             errors[way] = error_of([found], [expected])
     print(f"{name}: error {max(errors.values()):.1e}", flush=True)
     seconds = {way: measure([partial(discard, run)], device) for way, run in ways.items()}
     for way, taken in seconds.items():
-        rate = scene.operations / taken / 1e12
+        rate = operations / taken / 1e12
         print(f"    {way:28} {taken * 1e6:9.1f} us {rate:6.0f} TFLOP/s, first {firsts[way] * 1e3:.1f} ms", flush=True)
     return {
         "rows": name,
-        "operations": scene.operations,
+        "operations": operations,
         "relative_error": max(errors.values()),
         "microseconds": {way: round(taken * 1e6, 1) for way, taken in seconds.items()},
         "first_call_milliseconds": {way: round(taken * 1e3, 2) for way, taken in firsts.items()},
