@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memphi.config import AdapterConfig
 from memphi.model.kernels import skinny
+from memphi.model.kernels.gate import gate
 
 Uses = slice | Tensor | None
 """The packed tokens that an adapter applies to: all (None), those of a slice, those of an index [n] int64, or those of
@@ -86,6 +87,14 @@ class AdaptedLinear(nn.Module):
         assert not adapter_tokens, "a step with adapters needs them packed"
         return multiply(self.x_of(operand), self.weight, out, self.kernels)
 
+    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+        """`apply_to`, where what comes of it is gates and then what they let through: that, into out [tokens, out / 2].
+
+        both [tokens, out] is room for the one and the other, which few rows do not need.
+        """
+        assert not adapter_tokens, "a step with adapters needs them packed"
+        multiply_gated(self.x_of(operand), self.weight, both, out, self.kernels)
+
     def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
         """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""
         return cast(Tensor, self(compute(None), adapter_tokens))
@@ -98,6 +107,15 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:
     else:
         skinny.plain_multiply(x, weight, out)
     return out
+
+
+def multiply_gated(x: Tensor, weight: Tensor, both: Tensor, out: Tensor, kernels: bool) -> None:
+    """The same through a gate: at once for few rows, else by way of both."""
+    if kernels and len(x) <= skinny.most_rows(x.device):
+        skinny.multiply(x, weight, out, gated=True)
+    else:
+        skinny.plain_multiply(x, weight, both)
+        gate(both, out)
 
 
 def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: Uses) -> Tensor:

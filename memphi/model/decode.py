@@ -15,7 +15,6 @@ from torch import Tensor
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.choice import choose, pieces_of
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
-from memphi.model.kernels.gate import gate
 from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend_new
 from memphi.model.kernels.rotary import tabulate
@@ -241,6 +240,5 @@ class DecodeStep:
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
         add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand))
-        layer.mlp.gate_up.apply_to(operand, self._uses, gate_up)
-        gate(gate_up, layer.mlp.down.x_of(inner))
+        layer.mlp.gate_up.apply_gated(operand, self._uses, gate_up, layer.mlp.down.x_of(inner))
         layer.mlp.down.apply_to(inner, self._uses, delta)

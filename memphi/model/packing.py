@@ -8,14 +8,14 @@ With no adapter in use, or one, the product takes a range of the columns, which 
 adapter of the range has zeros for its t. `AdaptedLinear` is the definition, and what training keeps.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, multiply
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, multiply, multiply_gated
 from memphi.model.kernels import skinny
 from memphi.model.kernels.skinny import Narrow
 
@@ -92,12 +92,20 @@ class PackedLinear(AdaptedLinear):
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
         """Apply to the x that stands in an operand, whose other columns are overwritten; into out [tokens, out]."""
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
+        for x, weight, span in self._factors(operand, adapter_tokens):
+            multiply(x, weight, y[span], self.kernels)
+        return y
+
+    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+        for x, weight, span in self._factors(operand, adapter_tokens):
+            multiply_gated(x, weight, both[span], out[span], self.kernels)
+
+    def _factors(self, operand: Tensor, adapter_tokens: AdapterTokens) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """What is to be multiplied by what, and for which tokens; every t is in its place."""
         products = self._products(adapter_tokens, len(operand))
         self._narrow(operand, adapter_tokens, products)
         for product in products:
-            columns, span = product.columns, product.span
-            multiply(operand[span, columns], self.wide[:, columns], y[span], self.kernels)
-        return y
+            yield operand[product.span, product.columns], self.wide[:, product.columns], product.span
 
     def columns(self, names: Iterable[str]) -> slice:
         """The columns of a product in which these adapters are in use."""

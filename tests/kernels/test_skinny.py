@@ -5,6 +5,7 @@ import torch
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels import skinny
+from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_interpreted
 from memphi.model.kernels.skinny import Narrow
 from memphi.model.rows import Row
@@ -37,6 +38,25 @@ def test_a_product_of_a_range_of_columns(device, rows, n_out, n_in, dtype):
     skinny.multiply(x, weight, out)
     skinny.plain_multiply(x, weight, expected)
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize(("size", "n_in"), [(64, 256), (37, 1100)])
+def test_a_product_through_a_gate(device, rows, size, n_in, dtype):
+    """What the product and the gate behind it give."""
+    if is_interpreted() and dtype is torch.bfloat16 and rows > skinny.VECTOR_ROWS:
+        pytest.skip("the interpreter's matrix product takes bf16 for integers")
+    x = numbers(rows, n_in, device=device, dtype=dtype) / n_in**0.5
+    weight = numbers(2 * size, n_in, device=device, dtype=dtype, seed=1)
+    both, expected = (torch.empty(rows, width, device=device, dtype=dtype) for width in (2 * size, size))
+    wide = torch.full((rows, size + 9), torch.nan, device=device, dtype=dtype)
+    skinny.multiply(x, weight, both)
+    gate(both, expected)
+    skinny.multiply(x, weight, wide[:, 4:-5], gated=True)
+    assert_close(wide[:, 4:-5], expected, products=2)
+    assert wide[:, :4].isnan().all()
+    assert wide[:, -5:].isnan().all()
 
 
 MASKS = {"all": None, "some": [True, False, False, True, True], "none": [False] * 5}
@@ -145,7 +165,31 @@ def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
     packed.use_kernels(True)
     linear = packed.to(device).language.layers[0].mlp.down
     x = numbers(rows, 72, device=device, dtype=torch.float32)
-    vision = torch.arange(rows, device=device) % 3 == 0
-    sets = ({"vision": vision}, {"speech": ~vision}, {"vision": vision, "speech": ~vision}, {"vision": None})
-    for used in map(AdapterTokens, sets):
+    for used in map(AdapterTokens, adapter_sets(rows, device)):
         assert_close(linear(x, used), plain(x, used))
+
+
+def adapter_sets(rows, device):
+    vision = torch.arange(rows, device=device) % 3 == 0
+    return {"vision": vision}, {"speech": ~vision}, {"vision": vision, "speech": ~vision}, {"vision": None}
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+@torch.inference_mode()
+def test_a_linear_through_its_gate(device, rows, scheme, is_packed):
+    """Whether few rows go through at once or others by way of both halves."""
+    model = tiny_model()
+    model.quantise(scheme)
+    model.keep_adapters(packed=is_packed, merge=None)
+    model.use_kernels(True)
+    linear = model.to(device).language.layers[0].mlp.gate_up
+    operand = numbers(rows, linear.width, device=device, dtype=torch.float32)
+    for used in map(AdapterTokens, adapter_sets(rows, device) if is_packed else [{}]):
+        both = torch.full((rows, linear.out_features), torch.nan, device=device)
+        out, expected = (torch.full((rows, linear.out_features // 2), torch.nan, device=device) for _ in range(2))
+        gate(linear.apply_to(operand, used, torch.empty_like(both)), expected)
+        linear.apply_gated(operand, used, both, out)
+        assert_close(out, expected, products=2)
+        assert both.isnan().all() == (scheme == "bf16" and rows <= skinny.most_rows(operand.device))

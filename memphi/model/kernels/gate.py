@@ -48,7 +48,13 @@ def _gate(
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < size
     gates = tl.load(gate_up + row * gate_up_stride + columns, inside, other=0)
-    ups = tl.load(gate_up + row * gate_up_stride + size + columns, inside, other=0).to(tl.float32)
+    ups = tl.load(gate_up + row * gate_up_stride + size + columns, inside, other=0)
+    tl.store(out + row * out_stride + columns, open_gate(gates, ups), inside)
+
+
+@jit
+def open_gate(gates: Tile, ups: Tile) -> Tile:
+    """What gates let through, as `plain_gate` rounds it."""
     wide = gates.to(tl.float32)
-    opened = (wide / (1 + tl.exp(-wide))).to(gates.dtype).to(tl.float32)
-    tl.store(out + row * out_stride + columns, (ups * opened).to(gates.dtype), inside)
+    opened = (wide / (1 + tl.exp(-wide))).to(gates.dtype)
+    return (ups.to(tl.float32) * opened.to(tl.float32)).to(gates.dtype)

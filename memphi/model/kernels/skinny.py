@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memphi.model.kernels.eight_bits import plain_dequantise
+from memphi.model.kernels.gate import open_gate
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     TENSOR_CAPABILITY,
@@ -86,8 +87,8 @@ def plain_multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.mm(x, weight.t(), out=out)
 
 
-def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """As `plain_multiply`."""
+def multiply(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> None:
+    """As `plain_multiply`; gated: what comes of that goes through `gate`, and out is half as wide."""
     rows, (n_out, n_in) = len(x), weight.shape
     strides = (x.stride(0), weight.stride(0), out.stride(0))
     if rows <= VECTOR_ROWS:
@@ -96,6 +97,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
             *(x, weight, out, *strides, n_out),
             n_in=n_in,
             rows=rows,
+            gated=gated,
             block_out=block_out,
             block_in=block_in,
             num_warps=warps,
@@ -106,6 +108,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     _multiply_tiles[(-(-n_out // block_out),)](
         *(x, weight, out, *strides, n_out, rows),
         n_in=n_in,
+        gated=gated,
         block_rows=max(16, power_of_two(rows)),
         block_out=block_out,
         block_in=block_in,
@@ -207,21 +210,28 @@ def _multiply_vectors(
     n_out: Tile,
     n_in: constexpr,
     rows: constexpr,
+    gated: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    inside = outs < n_out
+    places = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    outs, inside = _outs(places, n_out, gated), places < n_out
     sums = _sum_vectors(
         *(x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride),
         *(weight + outs.to(tl.int64) * weight_stride, inside),
         *(n_in, rows, block_out, block_in, dependent),
     )
     for row in tl.static_range(rows):
-        tl.store(out + row * out_stride + outs, sums[row].to(out.dtype.element_ty), inside)
+        made = sums[row].to(out.dtype.element_ty)
+        if gated:
+            pairs = tl.program_id(0) * (block_out // 2) + tl.arange(0, block_out // 2)
+            gates, ups = tl.split(tl.reshape(made, [block_out // 2, 2]))
+            tl.store(out + row * out_stride + pairs, open_gate(gates, ups), pairs < n_out // 2)
+        else:
+            tl.store(out + row * out_stride + outs, made, inside)
 
 
 @jit
@@ -282,6 +292,7 @@ def _multiply_tiles(
     n_out: Tile,
     rows: Tile,
     n_in: constexpr,
+    gated: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
@@ -289,9 +300,10 @@ def _multiply_tiles(
 ) -> None:
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    places = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    outs, inside = _outs(places, n_out, gated), places < n_out
     numbers, columns = tl.arange(0, block_rows), tl.arange(0, block_in)
-    inside, exists = outs < n_out, numbers < rows
+    exists = numbers < rows
     weights, x = weight + outs.to(tl.int64) * weight_stride, x + numbers[:, None] * x_stride
     w = _load_weights(weights, inside, columns, n_in)
     if dependent:
@@ -299,12 +311,23 @@ def _multiply_tiles(
     values = tl.load(x + columns[None, :], exists[:, None] & (columns < n_in)[None, :], other=0)
     sums = tl.dot(values, tl.trans(w), input_precision="ieee")  # [block_rows, block_out]
     for start in range(block_in, n_in, block_in):
-        places = start + columns
-        w = _load_weights(weights, inside, places, n_in)
-        values = tl.load(x + places[None, :], exists[:, None] & (places < n_in)[None, :], other=0)
+        within = start + columns
+        w = _load_weights(weights, inside, within, n_in)
+        values = tl.load(x + within[None, :], exists[:, None] & (within < n_in)[None, :], other=0)
         sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
-    to = out + numbers[:, None] * out_stride + outs[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), exists[:, None] & inside[None, :])
+    made, to = sums.to(out.dtype.element_ty), out + numbers[:, None] * out_stride
+    if gated:
+        pairs = tl.program_id(0) * (block_out // 2) + tl.arange(0, block_out // 2)
+        gates, ups = tl.split(tl.reshape(made, [block_rows, block_out // 2, 2]))
+        tl.store(to + pairs[None, :], open_gate(gates, ups), exists[:, None] & (pairs < n_out // 2)[None, :])
+    else:
+        tl.store(to + outs[None, :], made, exists[:, None] & inside[None, :])
+
+
+@jit
+def _outs(places: Tile, n_out: Tile, gated: constexpr) -> Tile:
+    """The outputs that a program computes: side by side, or each gate beside what it lets through."""
+    return places // 2 + places % 2 * (n_out // 2) if gated else places
 
 
 @jit

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdaptedLinear, Adapter, AdapterTokens
+from memphi.model.kernels.gate import gate
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 
@@ -66,6 +67,9 @@ class QuantisedAdaptedLinear(AdaptedLinear):
         assert not adapter_tokens, "a step with adapters needs them packed"
         self.base_weight.multiply(operand, out)
         return out
+
+    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+        gate(self.apply_to(operand, adapter_tokens, both), out)
 
 
 class QuantisedEmbedding(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.gate import gate
 from memphi.model.kernels.skinny import Narrow
 from memphi.model.packing import PackedLinear
 from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter
@@ -77,6 +78,9 @@ class PackedQuantisedLinear(PackedLinear):
         for columns, span in products:
             add_columns(y[span], columns)
         return y
+
+    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+        gate(self.apply_to(operand, adapter_tokens, both), out)
 
     def columns(self, names: Iterable[str]) -> slice:
         """The columns of the adapters in use."""
