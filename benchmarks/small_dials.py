@@ -130,8 +130,9 @@ def _predicted_bytes(
     kept = plan.adapters, None, plan.cache_format
     price = costs.price_request(footprint, config, tokens, dtype_bytes=size, cache_format=plan.cache_format)
     step_tokens, windows = min(footprint.prompt_tokens, plan.step_tokens), min(price.windows, plan.windows_per_pass)
+    keys = footprint.prompt_tokens if footprint.prompt_tokens > step_tokens else 0
     steps = [
-        costs.prefill_chunk(config, step_tokens, footprint.prompt_tokens, size, 1, not on_cuda, *kept),
+        costs.prefill_chunk(config, step_tokens, keys, size, 1, not on_cuda, *kept),
         costs.decode_step(config, 1, price.tokens, size, *kept),
         costs.vision_pass(config, min(price.crops, plan.crops_per_pass), size),
         *([costs.audio_pass(config, windows, size, on_cuda)] if windows else []),

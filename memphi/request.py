@@ -130,7 +130,7 @@ class SamplingParams:
             (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
             (self.top_k is None or self.top_k >= 1, "top_k must be at least 1"),
             (0.0 <= self.min_p <= 1.0, "min_p must lie between 0 and 1"),
-            (0.0 < self.repetition_penalty <= 100.0, "repetition_penalty must be above 0 and at most 100"),
+            (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty must lie between 0.01 and 100"),
             (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty must lie between -2 and 2"),
             (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty must lie between -2 and 2"),
             (all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "logit_bias must lie between -100 and 100"),

@@ -72,15 +72,12 @@ def price_rows(
     if kernels:
         own = costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters, cache_format).bytes
         return kind, max(with_unexplained(own), scores)
-    keys, all_keys = max(row.past + row.tokens for row in plan.rows), pasts.all_copied
-    kept = (adapters, all_keys, cache_format)
+    seen = [row.past + row.tokens for row in plan.rows if row.past]
+    keys, kept = max(seen, default=0), (adapters, pasts.all_copied, cache_format)
     decode = costs.decode_step(config, decoding, keys, dtype_bytes, *kept).bytes if decoding else 0
     if tokens == decoding:
         return kind, max(decode, scores)
-    has_past = any(row.past for row in plan.rows)
-    chunk = costs.prefill_chunk(
-        config, tokens, keys if has_past else 0, dtype_bytes, len(plan.rows), masked and has_past, *kept
-    ).bytes
+    chunk = costs.prefill_chunk(config, tokens, keys, dtype_bytes, len(seen), masked, *kept).bytes
     return kind, max(chunk, decode, scores)
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from memphi.request import SamplingParams, TokenLogprob
 from memphi.sampling.grammar import Mask
 
+LEAST_TEMPERATURE = 1e-6
+"""Less than this is 0 in fp32, or makes scores infinite; with it, as with less, all but the likeliest have no chance."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -73,7 +76,8 @@ def _choose(scores: Tensor, draw: Draw) -> Tensor:
     scores = _adjusted(scores, draw)
     if sampling.temperature == 0.0:
         return scores.argmax()
-    ordered, ids = torch.sort(scores / sampling.temperature, descending=True, stable=True)
+    ordered, ids = torch.sort(scores, descending=True, stable=True)
+    ordered = (ordered - ordered[0]) / max(sampling.temperature, LEAST_TEMPERATURE)
     if sampling.top_k is not None:
         ordered = ordered[: sampling.top_k]
     probabilities = ordered.softmax(-1)
@@ -85,7 +89,8 @@ def _choose(scores: Tensor, draw: Draw) -> Tensor:
     total = probabilities.double().cumsum(-1)
     threshold = uniform(sampling.seed, len(draw.ids)) * total[-1]
     place = torch.searchsorted(total, threshold, right=True)
-    last = (probabilities > 0).sum() - 1
+    # Where scores are no numbers none of them is likely; whoever shares the step must not suffer from it.
+    last = (probabilities > 0).sum().sub(1).clamp(min=0)
     # Not ids[place]: that would wait for the device to tell the place.
     return ids.index_select(0, torch.minimum(place, last)[None])[0]
 

@@ -1,6 +1,7 @@
 """How likely tokens were, in the two forms that OpenAI has for it."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from memphi.inputs.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ def plain_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer, offse
     """As plain completions have it; offset is how many characters came before."""
     shown = [item for item in logprobs if tokenizer.token_bytes(item.id)]
     texts = [_text(item.id, tokenizer) for item in shown]
-    offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+    offsets = list(accumulate(map(len, texts), initial=offset))[: len(texts)]
     return {
         "tokens": texts,
         "token_logprobs": [item.logprob for item in shown],

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.prices import MIB, Peak, Simulation, _flash_pieces, block_bytes, verdict
+from benchmarks.prices import MIB, Peak, RowCase, Simulation, _flash_pieces, block_bytes, verdict
 from memphi import official
 from memphi.checkpoint.layout import read_config
+from memphi.request import InputMode
 
 MEASURED = {
     "decode 1 x 1000": 4_228_096,
@@ -26,6 +27,14 @@ def test_what_a_card_took_is_what_is_simulated(simulation, name):
     kind, priced_bytes, simulated_bytes = simulation.weigh(case)
     assert name.startswith(kind.split()[0])
     assert simulated_bytes == pytest.approx(MEASURED[name], rel=0.02)
+    assert verdict(priced_bytes, simulated_bytes) == ""
+
+
+@pytest.mark.parametrize("tokens", [400, 1024, 2048])
+def test_answers_beside_a_prompt_that_is_longer_than_they_are(simulation, tokens):
+    case = RowCase("mixed", ((tokens, 0), *[(1, 500)] * 64), InputMode.TEXT)
+    kind, priced_bytes, simulated_bytes = simulation.weigh(case)
+    assert kind == "mixed step"
     assert verdict(priced_bytes, simulated_bytes) == ""
 
 

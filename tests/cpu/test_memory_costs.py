@@ -233,7 +233,7 @@ def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, form, adapt
         Row(tokens - PAGE_TOKENS, adapter=adapters[0], pages=first),
         Row(PAGE_TOKENS, 0, adapters[1], pages=(len(first),)),
     ]
-    close(costs.prefill_chunk(config, tokens, tokens, 2, form=form), step(meta(config, form), config, planned))
+    close(costs.prefill_chunk(config, tokens, 0, 2, form=form), step(meta(config, form), config, planned))
 
 
 @CONFIGS
@@ -242,7 +242,7 @@ def test_a_chunk_of_rows_with_and_without_an_adapter(config, tokens, form, adapt
 def test_a_chunk_kept_in_8_bits(config, heads, cache_format, meta):
     config = replace(config, language=replace(config.language, **heads))
     planned = [Row(2048, pages=tuple(range(2048 // costs.page_tokens(cache_format))))]
-    cost = costs.prefill_chunk(config, 2048, 2048, 2, form="merged", cache_format=cache_format)
+    cost = costs.prefill_chunk(config, 2048, 0, 2, form="merged", cache_format=cache_format)
     close(cost, step(meta(config, "merged"), config, planned, cache_format=cache_format))
 
 
@@ -276,7 +276,7 @@ def test_a_chunk_through_the_kernels(config, tokens, form, adapters, meta):
     ]
     cost = costs.kernel_step(config, tokens, costs.Pasts(), 2, form)
     close(cost, step(meta(config, form), config, planned, kernels=True))
-    assert form == "plain" or cost.bytes < 0.75 * costs.prefill_chunk(config, tokens, tokens, 2, form=form).bytes
+    assert form == "plain" or cost.bytes < 0.75 * costs.prefill_chunk(config, tokens, 0, 2, form=form).bytes
 
 
 @CONFIGS
@@ -333,7 +333,7 @@ def test_merging(config, stored, meta):
 def test_a_chunk_over_quantised_weights(config, scheme, tokens, form, meta):
     config = replace(config, scheme=scheme)
     planned = [Row(tokens, adapter="speech", pages=tuple(range(tokens // PAGE_TOKENS)))]
-    cost = costs.prefill_chunk(config, tokens, tokens, 2, form=form)
+    cost = costs.prefill_chunk(config, tokens, 0, 2, form=form)
     close(cost, step(meta(config, form), config, planned), 0.4 if tokens > 1000 else 1)
     if scheme != "int4":  # Whose blocks a kernel makes, which is not here.
         by_kernels = costs.kernel_step(config, tokens, costs.Pasts(), 2, form)

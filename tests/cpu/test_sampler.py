@@ -205,6 +205,22 @@ def test_forbidden_ids_are_never_drawn(logits):
     assert not drawn & set(forbidden)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-45, 5e-324])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_temperature_next_to_nothing_leaves_the_likeliest(logits, temperature, scale):
+    logits = scale * logits.round(decimals=1)
+    best = set((logits == logits.max()).nonzero().flatten().tolist())
+    assert {choose(logits, i, temperature=temperature, top_p=0.9) for i in range(1, 50)} <= best
+
+
+def test_scores_that_are_no_numbers_end_nobody_else_s_step(logits):
+    rows = torch.stack([torch.full_like(logits, torch.nan), logits])
+    draws = [Draw(SamplingParams(temperature=temperature), range(3)) for temperature in (1.0, 0.0)]
+    broken, whole = sample(rows, draws, flags(()))
+    assert 0 <= broken.id < VOCABULARY
+    assert whole.id == int(logits.argmax())
+
+
 def test_a_choice_keeps_nothing_else_alive(logits):
     drawn = _choose(logits, Draw(SamplingParams(temperature=1.0), range(3)))
     assert drawn.untyped_storage().nbytes() == drawn.element_size()

@@ -82,19 +82,19 @@ def prefill_chunk(
     all_keys: int | None = None,
     cache_format: CacheFormat = "plain",
 ) -> Cost:
-    """Compute packed tokens of rows through the decoder, a row of which sees up to `keys` tokens, its own included.
+    """Compute packed tokens of rows through the decoder.
 
-    masked: whether the attention kernel takes a mask of tokens x keys where there is a past (a CPU's does); all_keys is
-    what all rows see, at most.
+    keys: what a row with a past sees at most, its own tokens included, and rows how many such there are; 0: none has a
+    past. masked: whether the attention kernel takes a mask of tokens x keys there (a CPU's does); all_keys is what all
+    rows see, at most.
     """
     language = config.language
     numbers = max(_layer_numbers(config, form))
     shared = rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     widest, attention = numbers * dtype_bytes + shared, _attention_bytes(language, dtype_bytes, cache_format) + shared
-    has_past = keys > tokens
-    gathered = _gather_bytes(language, rows, keys, dtype_bytes, cache_format) if has_past else 0
-    places = _place_bytes(rows, keys, all_keys) if has_past else 0
-    mask = 2 * tokens * keys if masked and has_past else 0
+    gathered = _gather_bytes(language, rows, keys, dtype_bytes, cache_format) if keys else 0
+    places = _place_bytes(rows, keys, all_keys)
+    mask = 2 * tokens * keys if masked else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
     cost = Cost(
         "prefill chunk",
