@@ -120,11 +120,18 @@ def _runs_on(built_for: str, capability: tuple[int, int]) -> bool:
 
 
 def check_triton(machine: Machine) -> Verdict:
-    """Only told: nothing uses it yet."""
+    """What memphi's own kernels are built with, where there is a card to run them."""
     try:
-        return "ok", metadata.version("triton")
+        found = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        return "ok", "not installed; nothing needs it yet"
+        found = "not installed"
+    if machine.card is None:
+        return "ok", f"{found}; needed with a card alone"
+    from memphi.model.kernels.launch import why_not_built
+
+    if (obstacle := why_not_built()) is None:
+        return "ok", found
+    return "warn", f"{found}, and kernels cannot be built", f"{obstacle}; until then PyTorch's own are used, and slower"
 
 
 # --- the card ------------------------------------------------------------------------------------------------------

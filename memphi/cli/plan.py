@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from memphi.errors import CheckpointError, DeviceError, DoesNotFitError
 
 if TYPE_CHECKING:
     from memphi.config import EngineConfig, ModelConfig
+    from memphi.engine.admission import Refuse
     from memphi.inputs.tokenizer import Tokenizer
     from memphi.memory.costs import RequestPrice
     from memphi.memory.devices import DeviceFacts
@@ -102,6 +104,8 @@ def _facts(device: str, gpu: str | None, memory_bytes: int | None) -> "DeviceFac
     kind = device.partition(":")[0]
     if kind not in ("auto", "cuda", "cpu", "mps"):
         raise DeviceError(f"{device!r} is no device; use auto, cuda, cuda:0, cpu or mps")
+    if gpu is not None and kind in ("cpu", "mps"):
+        raise DeviceError(f"--device {device} is no card, and --gpu names a card; leave --device out, or --gpu")
     if kind == "cpu":
         return this_machine()
     if kind == "mps":
@@ -120,7 +124,7 @@ def _facts(device: str, gpu: str | None, memory_bytes: int | None) -> "DeviceFac
 def _request(question: str, attach: list[str], detail: Any, system: str | None, max_tokens: int) -> "Request":  # noqa: ANN401
     from memphi.request import Request, SamplingParams
 
-    media = [replace(item, detail=detail) if item.kind == "image" else item for item in open_attachments(attach)]
+    media = options.with_detail(open_attachments(attach), detail)
     return Request.ask(question, media, system, SamplingParams(max_tokens))
 
 
@@ -140,24 +144,22 @@ class _Verdict:
         engine: "EngineConfig",
         dtype_bytes: int,
     ) -> None:
+        from memphi.engine.pressure import bounds_of
+
         self.request, self.config, self.tokenizer = request, config, tokenizer
         self.made, self.facts, self.engine, self.dtype_bytes = made, facts, engine, dtype_bytes
+        self.bounds = bounds_of(made, engine, config)
         self.footprint = self._measure(request)
         self.price = self._price(self.footprint)
 
     @property
     def fits(self) -> bool:
-        return self.needed_tokens <= self.made.context_tokens
-
-    @property
-    def needed_tokens(self) -> int:
-        """The prompt and the first stretch of the answer, which are reserved together."""
-        return self._least_tokens(self.footprint)
+        return self._refuse(self.footprint) is None
 
     @property
     def answer_tokens(self) -> int:
         """What may be answered."""
-        return min(self._asked_tokens, self.made.context_tokens - self.footprint.prompt_tokens)
+        return min(self.request.sampling.max_tokens or sys.maxsize, self.bounds.answer_tokens(self.footprint))
 
     def document(self) -> dict[str, Any]:
         footprint, price = self.footprint, self.price
@@ -183,14 +185,27 @@ class _Verdict:
 
     def refusal(self) -> str:
         """One sentence: what is needed, what there is, what would work."""
+        refused = self._refuse(self.footprint)
+        assert refused is not None, "it fits"
+        needed = refused.needed_tokens
+        ways = [
+            self._with_less_answer(),
+            self._in_low_detail(),
+            *self._with_less(needed),
+            self._with_more_memory(needed),
+        ]
+        advice = ", or ".join(way for way in ways if way)
         return (
-            f"this request does not fit: with the first stretch of its answer it needs {self.needed_tokens} tokens and "
-            f"there is room for {self.made.context_tokens}; {self._advice()}"
+            f"this request does not fit: with its answer it needs {needed} tokens and there is room for "
+            f"{refused.available_tokens}; " + (f"what would work: {advice}" if advice else "shorten the text")
         )
 
-    def _advice(self) -> str:
-        ways = [way for way in (self._in_low_detail(), *self._with_less(), self._with_more_memory()) if way]
-        return f"what would work: {', or '.join(ways)}" if ways else "shorten the text"
+    def _refuse(self, footprint: "Footprint") -> "Refuse | None":
+        return self.bounds.refuse(footprint, self.request.sampling)
+
+    def _with_less_answer(self) -> str | None:
+        rest = self.bounds.answer_tokens(self.footprint)
+        return f"--max-tokens {rest}" if rest >= 1 else None
 
     def _in_low_detail(self) -> str | None:
         coarse = tuple(
@@ -198,13 +213,13 @@ class _Verdict:
             for part in self.request.messages[-1].content
         )
         messages = (*self.request.messages[:-1], replace(self.request.messages[-1], content=coarse))
-        least = self._least_tokens(self._measure(replace(self.request, messages=messages)))
-        return f"--detail low ({least} tokens)" if least <= self.made.context_tokens else None
+        least = self._measure(replace(self.request, messages=messages))
+        return f"--detail low ({least.prompt_tokens} tokens)" if self._refuse(least) is None else None
 
-    def _with_less(self) -> list[str]:
+    def _with_less(self, needed: int) -> list[str]:
         """How many of the attachments, or how much of a lone recording, would fit."""
         footprint = self.footprint
-        room = self.made.context_tokens - (self.needed_tokens - footprint.image_tokens - footprint.audio_tokens)
+        room = self.bounds.tokens - (needed - footprint.image_tokens - footprint.audio_tokens)
         sizes = sorted([image.tokens for image in footprint.images] + [clip.tokens for clip in footprint.clips])
         if len(sizes) > 1:
             count = sum(1 for i in range(len(sizes)) if sum(sizes[: i + 1]) <= room)
@@ -213,8 +228,9 @@ class _Verdict:
             return [f"a recording of at most {_duration(room * self.config.audio.compression / 100)}"]
         return []
 
-    def _with_more_memory(self) -> str | None:
+    def _with_more_memory(self, needed: int) -> str | None:
         """The smallest dial under which it fits, in tenths of a GiB."""
+        from memphi.engine.pressure import bounds_of
         from memphi.memory.devices import DeviceFacts
         from memphi.memory.planner import make_plan
 
@@ -224,7 +240,7 @@ class _Verdict:
         def fits(tenths: int) -> bool:
             engine = replace(self.engine, memory_bytes=tenths * tenth, scheme=self.made.scheme)
             plan = make_plan(self.config, endless, engine, self.dtype_bytes)
-            return plan.context_tokens >= self.needed_tokens
+            return bounds_of(plan, engine, self.config).tokens >= needed
 
         low = self.made.budget_bytes // tenth + 1
         high = low + 1
@@ -260,16 +276,6 @@ class _Verdict:
             made.preprocessing,
             made.cache_format,
         )
-
-    @property
-    def _asked_tokens(self) -> int:
-        return self.request.sampling.max_tokens or self.config.language.max_tokens
-
-    def _least_tokens(self, footprint: "Footprint") -> int:
-        from memphi.memory.costs import FIRST_ANSWER_TOKENS
-
-        tokens = footprint.prompt_tokens + min(self._asked_tokens, FIRST_ANSWER_TOKENS)
-        return min(tokens, self.config.language.max_tokens)
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------

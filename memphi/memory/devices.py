@@ -18,6 +18,7 @@ from memphi.memory.costs import GIB, MIB
 from memphi.memory.learned import Learned, key_of, recall
 
 DeviceKind = Literal["cuda", "cpu", "mps"]
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,17 @@ def _windows_memory() -> tuple[int, int]:
 
 
 def _container_memory() -> tuple[int | None, int]:
-    """The limit of this process's cgroup and what it uses; (None, 0) where there is none."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    """The limit of this process's cgroup and what it uses; (None, 0) where there is none.
+
+    Pages of files that were read count as used there, though they make way for whoever needs memory.
+    """
+    for folder, limit, used, idle in (
+        (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return int(Path(limit).read_text()), int(Path(used).read_text())
-        except (OSError, ValueError):  # no such file, or `max`
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return int((folder / limit).read_text()), int((folder / used).read_text()) - int(stat[idle])
+        except (OSError, ValueError, KeyError):  # no such file, or `max`
             continue
     return None, 0

@@ -37,7 +37,11 @@ class Excess:
     def with_step(self, predicted_bytes: int, observed_bytes: int) -> "Excess":
         """The same, or more where a step went further beyond."""
         n_bytes = min(observed_bytes - predicted_bytes, MOST_EXCESS_BYTES)
-        return Excess(max(self.bytes, n_bytes), max(self.share, n_bytes / max(predicted_bytes, 1)))
+        return self.joined(Excess(n_bytes, n_bytes / max(predicted_bytes, 1)))
+
+    def joined(self, other: "Excess") -> "Excess":
+        """What is enough for the steps of both."""
+        return Excess(max(self.bytes, other.bytes), max(self.share, other.share))
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def _sound(known: dict[str, Any]) -> Iterator[tuple[str, Excess]]:
 def keep(learned: Learned, path: Path | None = None) -> None:
     """Write what was learned beside what is known of other devices; where that fails, the next run learns it again."""
     path = path or learned_file()
-    known = {**_read(path), learned.device: {kind: asdict(excess) for kind, excess in learned.excess.items()}}
+    excess = {**learned.excess}
+    for kind, other in recall(learned.device, path).excess.items():  # Another engine on such a card may have learned.
+        excess[kind] = excess.get(kind, other).joined(other)
+    known = {**_read(path), learned.device: {kind: asdict(each) for kind, each in excess.items()}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

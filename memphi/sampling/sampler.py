@@ -14,7 +14,7 @@ from memphi.request import SamplingParams, TokenLogprob
 from memphi.sampling.grammar import Mask
 
 LEAST_TEMPERATURE = 1e-6
-"""Less than this is 0 in fp32, or makes scores infinite; with it, as with less, all but the likeliest have no chance."""
+"""Divided by less, scores may be infinite in fp32; and by this already none but the likeliest have a chance."""
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,23 @@ def test_a_request_that_does_not_fit_is_told_how_it_would(run, picture):
     assert run("--memory", "12GiB", "--scheme", "bf16", "What?", *["-a", picture] * (fewer + 1))[0] == 3
 
 
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_what_ask_refuses_does_not_fit(run, monkeypatch, cache):
+    """The answer counts as it does in the engine: all that is asked for but its last token."""
+    small = ["--model", "demo", "--device", "cpu", "--memory", "472MiB", "--scheme", "bf16", "--kv-cache", cache]
+    small += ["--cache-format", "plain"]
+    code, _, err = run(*small, "x " * 300, "--max-tokens", 30_000)
+    assert code == 3
+    most = int(re.search(r"what would work: --max-tokens (\d+)", err)[1])
+    assert run(*small, "x " * 300, "--max-tokens", most)[0] == 0
+    assert run(*small, "x " * 300, "--max-tokens", most + 1)[0] == 3
+    asked = ["ask", *small, "x " * 300, "--max-tokens", str(most + 1)]
+    monkeypatch.setattr(sys, "argv", ["memphi", *asked])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 3
+
+
 def test_the_demo_is_planned_on_this_machine(run):
     code, out, _ = run("--model", "demo", "Hello", "--json")
     document = json.loads(out)
@@ -165,6 +182,7 @@ def test_the_card_that_is_here_is_planned_for(run, monkeypatch):
         (["--gpu", "RTX 4096"], 4, "close to it are RTX 4090"),
         (["--device", "toaster"], 4, "'toaster' is no device"),
         (["--device", "cuda"], 4, "nvidia-smi shows no card"),
+        (["--device", "cpu", "--gpu", "H100"], 4, "--gpu names a card; leave --device out, or --gpu"),
         (["--model", "someone/else"], 4, "plan downloads nothing"),
         (["-a", "missing.png"], 4, "missing.png"),
         (["--memory", "much"], 2, "'much' is no size"),

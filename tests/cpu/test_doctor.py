@@ -55,6 +55,17 @@ def test_every_check_is_a_line(run):
     assert "complete: official layout" in out
 
 
+@pytest.mark.parametrize(
+    ("obstacle", "status"), [(None, "ok"), ("Triton is not installed", "warn"), ("Triton needs a C compiler", "warn")]
+)
+def test_a_card_needs_what_builds_kernels(monkeypatch, obstacle, status):
+    monkeypatch.setattr("memphi.model.kernels.launch.why_not_built", lambda: obstacle)
+    found = finding("triton", CARD)
+    assert found.status == status
+    assert obstacle is None or f"{obstacle}; until then" in found.advice
+    assert finding("triton").status == "ok"
+
+
 def test_a_document_says_the_same(run):
     code, out, err = run("--model", "demo", "--json")
     document = json.loads(out)

@@ -17,7 +17,7 @@ import torch
 from memphi.model.kernels import division, gate, launch, norm, paged, rotary
 out = torch.empty(1, 4)
 gate.plain_gate(torch.ones(1, 8), out)
-print(launch.why_not_available(torch.device("cpu")), out.sum() > 2)
+print(launch.why_not_built(), out.sum() > 2)
 """
 
 
@@ -38,7 +38,7 @@ def test_definitions_need_no_triton():
 
 
 def test_the_host_is_no_place_for_kernels():
-    assert launch.why_not_available(torch.device("cpu")) in ("cpu is no CUDA device", "Triton is not installed")
+    assert launch.why_not_available(torch.device("cpu")) == "cpu is no CUDA device"
     assert not launch.is_available(torch.device("cpu"))
 
 

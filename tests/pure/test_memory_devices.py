@@ -93,6 +93,25 @@ def test_this_machine_has_memory():
     assert 0 < facts.free_bytes <= facts.total_bytes
 
 
+V2, V1 = (
+    ("memory.max", "memory.current", ""),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),
+)
+
+
+@pytest.mark.parametrize(("limit", "used", "prefix"), [V2, V1])
+def test_files_that_were_read_make_way(monkeypatch, tmp_path, limit, used, prefix):
+    monkeypatch.setattr(devices, "_host_memory", lambda: (64 * GIB, 60 * GIB))
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text(f"{16 * GIB}\n")
+    (tmp_path / used).write_text(f"{15 * GIB}\n")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon {GIB}\n{prefix}inactive_file {12 * GIB}\n")
+    assert this_machine() == DeviceFacts("cpu", "this machine's CPU", 16 * GIB, 13 * GIB)
+    (tmp_path / limit).write_text("max\n")
+    assert this_machine().free_bytes == 60 * GIB
+
+
 def test_a_container_s_limit_counts(monkeypatch):
     monkeypatch.setattr(devices, "_host_memory", lambda: (64 * GIB, 60 * GIB))
     monkeypatch.setattr(devices, "_container_memory", lambda: (16 * GIB, 2 * GIB))

@@ -64,6 +64,14 @@ def test_it_is_kept_for_each_device(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["devices.json"]
 
 
+def test_engines_on_cards_of_one_name_learn_from_each_other(tmp_path):
+    path = tmp_path / "devices.json"
+    keep(Learned("a", VISION), path)
+    keep(Learned("a", {"audio pass": Excess(5, 2)}), path)
+    keep(Learned("a", {"vision pass": Excess(40, 0.25)}), path)
+    assert recall("a", path).excess == {"audio pass": Excess(5, 2), "vision pass": Excess(40, 0.5)}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -51,19 +51,22 @@ def is_available(device: torch.device) -> bool:
 @functools.cache
 def why_not_available(device: torch.device) -> str | None:
     """What keeps kernels from running on a device, in words; None: nothing does."""
-    if triton is None:
-        return "Triton is not installed"
     if is_interpreted():
         return None if device.type == "cpu" else "Triton's interpreter runs on the CPU alone"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"{device} is no CUDA device"
     if capability(device) < OLDEST_CAPABILITY:
         return "compute capability {}.{} is older than 7.5".format(*capability(device))
-    return _why_not_built()
+    return why_not_built()
 
 
-def _why_not_built() -> str | None:
-    """Triton compiles a small C module for every kernel that it launches; looks where it looks."""
+def why_not_built() -> str | None:
+    """What of a machine's software keeps kernels from being built, in words; None: nothing does.
+
+    Triton compiles a small C module for every kernel that it launches; looks where it looks.
+    """
+    if triton is None:
+        return "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler: install gcc"
     scheme = sysconfig.get_default_scheme()
