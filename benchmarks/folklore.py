@@ -28,7 +28,7 @@ from benchmarks.dials.meter import Meter, find_meter, sampled
 from benchmarks.document import write_document
 from memphi.bench.workloads import ANSWER_TOKENS as RECIPE_TOKENS
 from memphi.bench.workloads import PICTURE as SIZE
-from memphi.cache.pool import MappedPool, PagePool
+from memphi.cache.pool import PagePool
 from memphi.config import EngineConfig
 from memphi.engine.device import device_facts, find_device
 from memphi.engine.engine import Engine, Parts, load_parts
@@ -196,7 +196,7 @@ class Peaks(Monitor):
 
     def __init__(self, pool: PagePool | None) -> None:
         super().__init__()
-        self._pool = pool if isinstance(pool, MappedPool) else None  # Torch itself counts any other.
+        self._pool = pool if pool is not None and pool.is_mapped else None  # Torch itself counts any other.
         self.peak_bytes: int | None = None
 
     def note(self, kind: str, predicted_bytes: int, observed_bytes: int) -> str | None:

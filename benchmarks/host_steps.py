@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.document import write_document
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.model import kernels, phi4mm
 from memphi.model.attention import sdpa
 from memphi.model.kernels import launch
@@ -66,7 +66,7 @@ def main() -> int:
 def measure(layers: int, repeats: int) -> list[dict[str, Any]]:
     """The quickest of so many steps under each set of adapters."""
     model = make_model(layers)
-    pool = TensorPool(model.config.language, 200, model.dtype, CPU, 16)
+    pool = make_pool(model.config.language, 200, model.dtype, CPU, 16)
     pool.ensure(range(200))
     with without_kernels() as launches:
         model.use_kernels(True)
@@ -96,7 +96,7 @@ def rows_of(adapters: Sequence[str | None]) -> list[Row]:
 
 @torch.inference_mode()
 def measure_step(
-    model: Phi4MM, pool: TensorPool, rows: Sequence[Row], repeats: int, launches: Launches
+    model: Phi4MM, pool: make_pool, rows: Sequence[Row], repeats: int, launches: Launches
 ) -> dict[str, Any]:
     tokens = sum(row.tokens for row in rows)
     ids, seconds = torch.arange(tokens) % model.config.language.vocab_size, list[float]()

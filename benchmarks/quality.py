@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.document import write_document
 from benchmarks.smollm import SmolLM, find_file
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.checkpoint.calibration import ROW_TOKENS, chosen_rows, conversations, prose
 from memphi.checkpoint.quantisation import CALIBRATED
 from memphi.config import CacheFormat, Scheme
@@ -100,7 +100,7 @@ def read(model: Phi4MM, windows: Sequence[list[int]], cache_format: CacheFormat 
     pages = tuple(range(-(-len(windows[0]) // size)))
     pool = None
     if cache_format is not None:
-        pool = TensorPool(model.config.language, len(pages), model.dtype, CPU, size, cache_format)
+        pool = make_pool(model.config.language, len(pages), model.dtype, CPU, size, cache_format)
         pool.ensure(pages)
     for ids in windows:
         places = range(len(ids) - 1)

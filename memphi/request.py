@@ -378,7 +378,7 @@ class Result:
     """From the call to the last token."""
     first_token_seconds: float
     peak_memory_bytes: int | None
-    """The most that the GPU's allocator held during the call; on a CPU, the process so far; None where none counts."""
+    """The most that the engine held so far, pages included; on a CPU, the process; None where nobody counts."""
     degraded: tuple[str, ...] = ()
     """What memory pressure changed about the request, one sentence each."""
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memphi.cache.pages import PAGE_TOKENS
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import Location, locate
@@ -23,6 +22,7 @@ from memphi.config import ModelConfig
 from memphi.errors import CheckpointError
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
+from memphi.memory.costs import PAGE_TOKENS
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 from memphi.oracle import (
@@ -169,7 +169,7 @@ def trace_memphi(model: Phi4MM, prompt: Prompt, new_tokens: int) -> Trace:
     ids, past = list(prompt.ids), 0
     long = model.config.language.is_long(len(ids))
     pages = tuple(range(-(-(len(ids) + new_tokens) // PAGE_TOKENS)))
-    pool = TensorPool(model.config.language, len(pages), model.dtype, model.device)
+    pool = make_pool(model.config.language, len(pages), model.dtype, model.device)
     pool.ensure(pages)
 
     def advance(at: Sequence[int] | None) -> Tensor:

@@ -143,7 +143,7 @@ class Stage:
         number, self._next_id = self._next_id, self._next_id + 1
         most = room if wanted is None else min(wanted, room)
         self.deltas[number] = []
-        self.loop.add(Running(number, request, footprint, self.model.config.language, most), time.perf_counter())
+        self.loop.add(Running(number, request, footprint, most), time.perf_counter())
         return number
 
     def step(self) -> list[Event]:

@@ -225,7 +225,7 @@ class Steps:
         number = next(self._numbers)
         ids = np.random.default_rng(number).integers(0, language.vocab_size // 2, tokens + past).tolist()
         footprint = Footprint(mode, len(ids), (), ())
-        sequence = Running(number, Request.ask(""), footprint, language, 1, ids=ids)
+        sequence = Running(number, Request.ask(""), footprint, 1, ids=ids)
         sequence.prompt = Prompt(tuple(ids), (), (), (), footprint)
         sequence.long = language.is_long(len(ids))
         pages = range(first_page, first_page + _pages(row, self._plan.page_tokens))
@@ -237,7 +237,7 @@ class Steps:
         from memphi.engine.step import EncodeSlice
 
         prompt, language = self._prompt, self._config.language
-        sequence = Running(next(self._numbers), Request.ask(""), prompt.footprint, language, 1, prompt=prompt)
+        sequence = Running(next(self._numbers), Request.ask(""), prompt.footprint, 1, prompt=prompt)
         span = next(span for span in prompt.spans if span.kind == case.kind)
         n_bytes = span.tokens * language.hidden_size * self._engine.model.dtype.itemsize
         key = MediaKey(case.name, "auto", 0, "", "")

@@ -1,5 +1,6 @@
 """How much memory an engine takes while it works, read every few milliseconds."""
 
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from types import TracebackType
 
 import torch
 
-from memphi.cache.pool import MappedPool
 from memphi.engine.engine import Engine
 from memphi.engine.reservations import HELD
 
@@ -27,10 +27,10 @@ def taken_bytes(engine: Engine) -> Callable[[], int] | None:
     device, pool = engine.model.device, engine.loop.runner.pool
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # The engine does the same before each step.
-        has_own_memory = isinstance(pool, MappedPool)  # Any other is a tensor, which torch counts.
+        has_own_memory = pool is not None and pool.is_mapped  # Any other is a tensor, which torch counts.
         return lambda: torch.cuda.max_memory_allocated(device) + has_own_memory * engine.stats.accounts.get(HELD, 0)
-    statm = Path("/proc/self/statm")
-    return (lambda: int(statm.read_text().split()[1]) * 4096) if statm.exists() else None
+    statm, page_bytes = Path("/proc/self/statm"), mmap.PAGESIZE
+    return (lambda: int(statm.read_text().split()[1]) * page_bytes) if statm.exists() else None
 
 
 class MemoryTrace(AbstractContextManager["MemoryTrace"]):

@@ -98,11 +98,6 @@ class MediaCache(Generic[T]):
         self._shrink_to(0)
         return dropped_bytes
 
-    def resize(self, limit_bytes: int) -> None:
-        """Set the limit; idle entries beyond it go at once."""
-        self.limit_bytes = limit_bytes
-        self._shrink_to(limit_bytes)
-
     def check(self) -> None:
         """Raise AssertionError unless sums, states and the limit hold."""
         assert self._held_bytes == sum(entry.n_bytes for entry in self._entries.values()), "held bytes are wrong"

@@ -11,9 +11,6 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-PAGE_TOKENS = 16
-"""Tokens in a page: at full size in bf16 that makes 2 MiB, the unit in which CUDA maps memory."""
-
 
 class OutOfPagesError(Exception):
     """More pages were asked for than are free or idle; whoever asks looks at `available_pages` first."""
@@ -161,13 +158,13 @@ class MediaMark:
     digest: bytes
 
 
-def root_key(adapter: str | None, audio_head: str | None, long: bool, cache_format: str, revision: str) -> bytes:
+def root_key(adapter: str | None, audio_head: str | None, long: bool, cache_format: str) -> bytes:
     """What the first page of a sequence has for a parent: all that keys and values depend on besides the prompt.
 
-    `adapter` is a hash of the adapter's content (None: none), `long` the rope regime, `cache_format` how pages store
-    numbers, `revision` names the weights.
+    `adapter` is the adapter's name (None: none), `long` the rope regime, `cache_format` how pages store numbers. They
+    live no longer than the weights.
     """
-    return _digest(repr((adapter, audio_head, long, cache_format, revision)).encode())
+    return _digest(repr((adapter, audio_head, long, cache_format)).encode())
 
 
 def page_key(parent: bytes, start: int, ids: Sequence[int], media: Iterable[MediaMark]) -> bytes:

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memphi.cache.pages import PAGE_TOKENS
 from memphi.config import CacheFormat, LanguageConfig
 from memphi.memory import costs
+from memphi.memory.costs import PAGE_TOKENS
 
 CODE_DTYPES: dict[CacheFormat, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SCALE_DTYPE = torch.bfloat16
@@ -88,6 +88,11 @@ class PagePool:
         of_scales = (pages, config.layers, page_tokens, config.kv_heads, 2)
         scales = [part.view(SCALE_DTYPE).view(of_scales) for part in parts[1:]]
         self._scales = [part[:, i] for part in scales for i in range(config.layers)]
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether its memory comes from CUDA's driver, behind torch's back."""
+        return isinstance(self._memory, CudaMemory)
 
     @property
     def mapped_bytes(self) -> int:
@@ -158,40 +163,6 @@ class PagePool:
             yield self.capacity_pages * self._number_bytes, self._scale_bytes
 
 
-class TensorPool(PagePool):
-    """Pages in memory that torch or the operating system provides, for every device; only Linux' own is given back."""
-
-    def __init__(
-        self,
-        config: LanguageConfig,
-        pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        page_tokens: int = PAGE_TOKENS,
-        cache_format: CacheFormat = "plain",
-    ) -> None:
-        n_bytes = pages * page_bytes(config, dtype, page_tokens, cache_format)
-        lazy = device.type == "cpu" and sys.platform == "linux"
-        memory = HostMemory(n_bytes) if lazy else WholeMemory(n_bytes, device)
-        super().__init__(config, pages, dtype, page_tokens, memory, cache_format)
-
-
-class MappedPool(PagePool):
-    """Pages in a CUDA device's memory, taken and given back in units of 2 to 16 MiB at addresses that never change."""
-
-    def __init__(
-        self,
-        config: LanguageConfig,
-        pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        page_tokens: int = PAGE_TOKENS,
-        cache_format: CacheFormat = "plain",
-    ) -> None:
-        memory = CudaMemory(pages * page_bytes(config, dtype, page_tokens, cache_format), device)
-        super().__init__(config, pages, dtype, page_tokens, memory, cache_format)
-
-
 def make_pool(
     config: LanguageConfig,
     pages: int,
@@ -200,17 +171,22 @@ def make_pool(
     page_tokens: int = PAGE_TOKENS,
     cache_format: CacheFormat = "plain",
 ) -> PagePool:
-    """The pool for a device; on CUDA a MappedPool where the driver can do that, else all pages at once, and a warning.
+    """The pool for a device; raises an out-of-memory error."""
+    memory = _make_memory(pages * page_bytes(config, dtype, page_tokens, cache_format), device)
+    return PagePool(config, pages, dtype, page_tokens, memory, cache_format)
 
-    Raises an out-of-memory error.
-    """
+
+def _make_memory(n_bytes: int, device: torch.device) -> Memory:
+    """On CUDA mapped where the driver can do that, else all at once, and a warning; of others only Linux' is lazy."""
     obstacle = why_not_mapped(device)
     if obstacle is None:
-        return MappedPool(config, pages, dtype, device, page_tokens, cache_format)
+        return CudaMemory(n_bytes, device)
+    if device.type == "cpu" and sys.platform == "linux":
+        return HostMemory(n_bytes)
     if device.type == "cuda":
         log = logging.getLogger(__name__)
         log.warning("memory for pages is taken all at once and never given back: %s", obstacle)
-    return TensorPool(config, pages, dtype, device, page_tokens, cache_format)
+    return WholeMemory(n_bytes, device)
 
 
 def page_bytes(

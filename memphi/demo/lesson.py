@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from memphi.demo.vocabulary import READ_LETTERS, SPOKEN_WORDS
 from memphi.inputs.media import audio_media, image_media
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
-from memphi.model.projector import token_order
+from memphi.model.projector import laid_out, token_order
 from memphi.request import ImageInput, InputMode, MediaSpan, Message, Prompt, Request, SamplingParams
-
-T = TypeVar("T", bound=np.generic)
 
 CLIP_STEPS = ((512, 128), (1024, 256), (6000, 512))
 """Up to so many frames, a clip is lengthened to a multiple of the second: of few lengths, each goes as one call."""
@@ -215,21 +213,12 @@ def _order(prompt: Prompt, cells: int) -> NDArray[np.int64]:
 
 
 def _letter_places(image: ImageInput) -> NDArray[np.int64]:
-    """Which patch of the image's crops stands where, its grid of crops tiled and cut to the valid part.
+    """Which patch of the image's crops stands where.
 
     A picture is read along its columns, so they come first. Returns [columns, rows].
     """
-    layout = (image.footprint.crop_rows, image.footprint.crop_columns)
     mask = image.patch_mask
-    places = np.arange(mask.size).reshape(mask.shape)
-    valid = _tiled(mask[1:], layout)  # the first crop is the global view
-    return _tiled(places[1:], layout)[: valid[:, 0].sum(), : valid[0].sum()].T
-
-
-def _tiled(crops: NDArray[T], layout: tuple[int, int]) -> NDArray[T]:
-    side = crops.shape[-1]
-    grid = crops.reshape(*layout, side, side).swapaxes(1, 2)
-    return grid.reshape(layout[0] * side, layout[1] * side)
+    return laid_out(np.arange(mask.size).reshape(mask.shape), mask, image.footprint).T
 
 
 def _end_to_end(pictures: Sequence[Tensor]) -> Tensor:

@@ -63,16 +63,6 @@ def scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
     return [scored(demand, [pair for task in demand.tasks for pair in answers.get(task, ())]) for demand in DEMANDS]
 
 
-def task_scores(answers: Mapping[str, Sequence[tuple[str, str]]]) -> list[Score]:
-    """Return one score for each task, against the threshold of the demand it belongs to."""
-    return [
-        scored(Demand(task, (task,), demand.threshold, demand.measures_word_errors), answers[task])
-        for demand in DEMANDS
-        for task in demand.tasks
-        if task in answers
-    ]
-
-
 def scored(demand: Demand, pairs: Sequence[tuple[str, str]]) -> Score:
     """Return the score of what was answered to the samples of one demand."""
     measure = word_error_rate if demand.measures_word_errors else exactly_right

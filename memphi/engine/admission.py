@@ -1,23 +1,9 @@
-"""May a sequence enter? Its price in pages against what is left. Integers only; the scheduler asks."""
+"""What a request takes of the pool, next and at most, and whether it can ever fit. Integers only."""
 
 from dataclasses import dataclass
 
 from memphi.engine.sequence import Sequence
-
-STRETCH_TOKENS = 256
-"""How much of an answer is reserved at once: its beginning at admission, more as it grows."""
-
-
-@dataclass(frozen=True)
-class Admit:
-    """It may enter, with so many pages."""
-
-    pages: int
-
-
-@dataclass(frozen=True)
-class Wait:
-    """It fits, but not now."""
+from memphi.memory.costs import FIRST_ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -29,28 +15,9 @@ class Refuse:
     advice: str
 
 
-@dataclass(frozen=True)
-class Room:
-    """What there is, in pages: in all, and unclaimed."""
-
-    capacity_pages: int
-    available_pages: int
-    page_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.capacity_pages * self.page_tokens
-
-
-def admit(sequence: Sequence, room: Room) -> Admit | Wait:
-    """Weigh a sequence that was accepted: the tokens it has and a first stretch of answer."""
-    pages = -(-stretched(sequence) // room.page_tokens)
-    return Admit(pages) if pages <= room.available_pages else Wait()
-
-
 def stretched(sequence: Sequence) -> int:
     """Tokens to reserve for next: those there are and a stretch of answer, no more than there will ever be."""
-    return min(sequence.length + STRETCH_TOKENS, computed_at_most(sequence))
+    return min(sequence.length + FIRST_ANSWER_TOKENS, computed_at_most(sequence))
 
 
 def computed_at_most(sequence: Sequence) -> int:

@@ -121,7 +121,6 @@ def make_loop(
         _reservations(plan),
         MediaCache(plan.media_bytes),
         Naming(
-            "loaded",
             f"{plan.cache_format} of {model.dtype}",
             f"{model.dtype} {model.config.scheme}",
             PREPROCESSING_VERSION,

@@ -11,7 +11,7 @@ from typing import Any
 from memphi.cache.media import MediaCache, MediaKey
 from memphi.cache.pages import MediaMark, page_key, page_keys, root_key
 from memphi.config import ModelConfig
-from memphi.engine.admission import Admit, Room, admit, stretched
+from memphi.engine.admission import stretched
 from memphi.engine.drafts import Drafts
 from memphi.engine.reservations import Reservations
 from memphi.engine.sequence import Sequence as Running
@@ -45,10 +45,9 @@ class StepLimits:
 
 @dataclass(frozen=True)
 class Naming:
-    """What the keys of cached pages and embeddings hold besides their content."""
+    """What the keys of cached pages and embeddings hold besides their content; of what weights they are, nobody asks: a
+    cache lives with those that were loaded."""
 
-    revision: str
-    """Of the weights."""
     cache_format: str
     scheme: str
     preprocessing: int
@@ -118,9 +117,8 @@ class Scheduler:
         sequence.finish_reason = reason
         self._end(sequence)
 
-    def fail(self, sequence: Running, error: Exception) -> None:
+    def fail(self, sequence: Running) -> None:
         """End a sequence that cannot be answered and free all that it holds."""
-        sequence.error = error
         self._end(sequence)
 
     def pause(self, sequence: Running) -> None:
@@ -185,11 +183,8 @@ class Scheduler:
     # --- admission and growth ---------------------------------------------------------------------------------------
 
     def _reserve_first(self, sequence: Running) -> bool:
-        if not self.paged:
-            return True
-        pages = self.reservations.pages
-        answer = admit(sequence, Room(pages.capacity, self.reservations.available_pages, pages.page_tokens))
-        return isinstance(answer, Admit) and self.reservations.reserve(sequence, answer.pages)
+        reservations = self.reservations
+        return not self.paged or reservations.reserve(sequence, reservations.pages_for(stretched(sequence)))
 
     def _reserve_growth(self) -> None:
         """Promise every running sequence the pages that its next tokens need, oldest first."""
@@ -343,7 +338,7 @@ class Scheduler:
 
     def _root(self, sequence: Running) -> bytes:
         mode = sequence.footprint.mode
-        return root_key(mode.adapter, mode.audio_head, sequence.long, self.naming.cache_format, self.naming.revision)
+        return root_key(mode.adapter, mode.audio_head, sequence.long, self.naming.cache_format)
 
     # --- attachments ------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from enum import Enum
 from typing import Any
 
 from memphi.cache.media import MediaEntry
-from memphi.config import LanguageConfig
 from memphi.engine.drafts import Drafts
 from memphi.request import FinishReason, Footprint, Prompt, Request, SamplingParams, TokenLogprob
 from memphi.sampling.grammar import Matcher
@@ -30,7 +29,6 @@ class Sequence:
     id: int
     request: Request
     footprint: Footprint
-    config: LanguageConfig
     max_tokens: int
     """New tokens at most: what was asked for, within what fits."""
     state: State = State.WAITING
@@ -56,7 +54,6 @@ class Sequence:
     drafts: Drafts | None = None
     """What guesses its next ids; made when it is prepared first."""
     finish_reason: FinishReason | None = None
-    error: Exception | None = None
     degraded: tuple[str, ...] = ()
     cached_tokens: int | None = None
     """Ids of the prompt that were in others' pages when it first ran; None before."""

@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from memphi.config import LanguageConfig
 from memphi.engine.device import current
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Cancellation, Close, Event, Mailbox, Mailboxes, Submission, Wake
@@ -92,17 +91,15 @@ def _obey(message: object, loop: Loop, bounds: Bounds) -> list[Event]:
     part = message.part
     if bounds.refuse(part.footprint, part.request.sampling) is not None:  # Who accepted it may have known other bounds.
         return [Event(message.id, error=too_large(part, bounds))]
-    return loop.add(_sequence(message, loop.runner.model.config.language, bounds), message.started)
+    return loop.add(_sequence(message, bounds), message.started)
 
 
-def _sequence(submission: Submission, config: LanguageConfig, bounds: Bounds) -> Running:
+def _sequence(submission: Submission, bounds: Bounds) -> Running:
     """The sequence of a request that fits."""
     part = submission.part
     wanted, room = part.request.sampling.max_tokens, bounds.answer_tokens(part.footprint)
     max_tokens = room if wanted is None else min(wanted, room)
-    return Running(
-        submission.id, part.request, part.footprint, config, max_tokens, text_ids=part.ids, degraded=part.degraded
-    )
+    return Running(submission.id, part.request, part.footprint, max_tokens, text_ids=part.ids, degraded=part.degraded)
 
 
 def wake(inbox: Inbox) -> Callable[[], None]:

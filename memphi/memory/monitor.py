@@ -22,7 +22,6 @@ class Record:
     """Steps that took so much less that the prediction wastes memory."""
     highest_ratio: float = 0.0
     """Observed over predicted, at its largest."""
-    lowest_ratio: float = 0.0
 
 
 class Monitor:
@@ -36,14 +35,8 @@ class Monitor:
         above = observed_bytes > predicted_bytes
         below = predicted_bytes - observed_bytes > max(SLACK_SHARE * observed_bytes, SLACK_BYTES)
         ratio = observed_bytes / max(predicted_bytes, 1)
-        old = self._records.get(kind)
-        self._records[kind] = Record(
-            steps=(old.steps if old else 0) + 1,
-            above=(old.above if old else 0) + above,
-            below=(old.below if old else 0) + below,
-            highest_ratio=max(old.highest_ratio, ratio) if old else ratio,
-            lowest_ratio=min(old.lowest_ratio, ratio) if old else ratio,
-        )
+        old = self._records.get(kind, Record())
+        self._records[kind] = Record(old.steps + 1, old.above + above, old.below + below, max(old.highest_ratio, ratio))
         if not above and not below:
             return None
         verdict = "more than" if above else "far less than"

@@ -37,7 +37,8 @@ GRAPHS_SHARE = 8
 ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audio pass": "audio pass"}
 """The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
-"""The kinds of steps of which predictions are held against what is observed; a decoder step's scores are in each."""
+"""The kinds of steps that a plan leaves room for as they were observed; a decoder step's scores are in each. Of graphs,
+whose tensors have their places, observations are only told."""
 HOST_SHARE = 0.8
 HOST_POOL_TOKENS = 32768
 HOST_LARGEST = {"step_tokens": 2048, "rows": 64, "crops": 8}

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import AdapterConfig
+from memphi.memory.costs import MERGED_NUMBERS
 from memphi.model.kernels import skinny
 from memphi.model.kernels.gate import gate
 
@@ -26,10 +27,6 @@ class AdapterTokens(dict[str, Uses]):
         super().__init__(uses or {})
         self.products: dict[tuple[int, ...], Any] = {}
         """What linears of one shape decided on: they are many, and the host is to think once."""
-
-
-MERGED_NUMBERS = 4 * 2**20
-"""Numbers of a weight that are merged at once, in fp32."""
 
 
 class Adapter(nn.Module):

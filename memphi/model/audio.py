@@ -15,14 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from memphi.config import AudioConfig
+from memphi.memory.costs import BIAS_STEP, CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES
 from memphi.model.attention import Attention
 from memphi.model.upload import upload
 
-CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES = 32 * 1024, 96 * 1024
-"""Tokens times channels subsampled at once, for each window of a pass, and at least. The least is 8 s of sound at full
-size, and 30 MiB for the first convolution's output."""
-BIAS_STEP = 16
-"""Numbers of which a bias' rows begin at multiples: kernels would copy another bias in every layer."""
 WINDOW_BATCH = 8
 """Conformer windows encoded at once."""
 

@@ -18,13 +18,10 @@ from torch import Tensor
 
 from memphi.inputs.audio import FULL_SCALE, PRE_EMPHASIS, fft_size, hamming, mel_matrix, window_and_hop
 from memphi.inputs.image import WHITE, cubic_taps, normalised_values
+from memphi.memory.costs import BAND_FRAMES, BAND_VALUES
 from memphi.model.upload import upload
 from memphi.request import DecodedClip, DecodedImage
 
-BAND_VALUES = 4 << 20
-"""Numbers of a picture that are resized at once, about eleven bytes each."""
-BAND_FRAMES = 1000
-"""Log-mel frames that are made at once."""
 PRECISION_BITS = 22
 """After the point, of Pillow's weights."""
 

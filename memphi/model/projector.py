@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from memphi.request import DecodedImage, ImageInput
+from memphi.request import DecodedImage, ImageFootprint, ImageInput
 
 T = TypeVar("T", bound=np.generic)
 
@@ -88,16 +88,24 @@ def slice_order(
 
 
 def _image_order(image: ImageInput | DecodedImage, first_crop: int, row_end: int) -> NDArray[np.int64]:
-    layout = (image.footprint.crop_rows, image.footprint.crop_columns)
     mask = image.patch_mask[:, ::2, ::2]
     cells = np.arange(mask.size).reshape(mask.shape) + first_crop * mask[0].size
-    valid = _tile(mask[1:], layout)
-    crops = _tile(cells[1:], layout)[: valid[:, 0].sum(), : valid[0].sum()]
+    crops = laid_out(cells, mask, image.footprint)
     return np.concatenate((_with_row_ends(crops, row_end), [row_end + 1], _with_row_ends(cells[0], row_end)))
 
 
 def _with_row_ends(cells: NDArray[np.int64], row_end: int) -> NDArray[np.int64]:
     return np.pad(cells, ((0, 0), (0, 1)), constant_values=row_end).reshape(-1)
+
+
+def laid_out(cells: NDArray[T], mask: NDArray[np.bool_], footprint: ImageFootprint) -> NDArray[T]:
+    """A picture's cells [crops, side, side] where they stand in it, without padding: [rows, columns].
+
+    The first crop is the global view, and not among them.
+    """
+    layout = (footprint.crop_rows, footprint.crop_columns)
+    valid = _tile(mask[1:], layout)
+    return _tile(cells[1:], layout)[: valid[:, 0].sum(), : valid[0].sum()]
 
 
 def _tile(crops: NDArray[T], layout: tuple[int, int]) -> NDArray[T]:

@@ -11,18 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memphi.memory.costs import GATHER_TOKENS, LINE_TOKENS, MOST_LINED_TOKENS
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kept import Kept
 from memphi.model.upload import upload
 
-GATHER_TOKENS = 32768
-"""Tokens whose keys and values are copied out of a pool at once; a longer row goes alone."""
 RECURRING_TOKENS, RECURRING_MULTIPLE = 4096, 1024
 """At four thousand tokens a row fills a large card by itself; so coarse a step leaves a handful of lengths."""
-
-MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
-"""New tokens of a row that goes in lines, at most; and of a line, where a row has more than one. A row of drafts reads
-its past once or twice, and there are two forms of the kernel to compile."""
 
 Integers = NDArray[np.int64]
 

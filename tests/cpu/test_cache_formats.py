@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.config import EngineConfig
 from memphi.errors import RequestError
 from memphi.memory import costs
@@ -54,7 +54,7 @@ def test_one_rounding_lies_between_code_and_number(cache_format):
 
 @FORMATS
 def test_what_is_written_is_what_is_read(cache_format):
-    pool = TensorPool(parity_config().language, 3, torch.float32, CPU, 32, cache_format)
+    pool = make_pool(parity_config().language, 3, torch.float32, CPU, 32, cache_format)
     pool.ensure(range(3))
     kept = kept_layer(*pool.layer(1), pool.scales(1))[0]
     kept.clear(torch.tensor([2]))
@@ -73,7 +73,7 @@ def distance(found, expected):
 def computed(model, prompt, cache_format, sizes):
     """All logits of a prompt that is computed so many tokens at a time."""
     run = Run(model, [prompt])
-    run.pool = TensorPool(model.config.language, 8, torch.float32, CPU, 32, cache_format)
+    run.pool = make_pool(model.config.language, 8, torch.float32, CPU, 32, cache_format)
     run.pool.ensure(range(8))
     run.pages = [(5, 2, 7, 1, 4)]
     while run.left(0):
@@ -96,8 +96,8 @@ def test_chunks_equal_the_whole(cache_format, sizes):
 @FORMATS
 def test_a_page_has_the_bytes_of_half_as_many_tokens_and_its_scales(cache_format):
     language = parity_config().language
-    pool = TensorPool(language, 3, torch.bfloat16, CPU, costs.page_tokens(cache_format), cache_format)
-    plain = TensorPool(language, 3, torch.bfloat16, CPU)
+    pool = make_pool(language, 3, torch.bfloat16, CPU, costs.page_tokens(cache_format), cache_format)
+    plain = make_pool(language, 3, torch.bfloat16, CPU)
     scales = 2 * costs.PAGE_TOKENS * language.layers * 2 * language.kv_heads * 2
     assert pool.page_bytes == plain.page_bytes + scales
     assert costs.page(parity_config(), 2, pool.page_tokens, cache_format).bytes == pool.page_bytes

@@ -26,7 +26,7 @@ def accepted(source, loop, requests):
     for request in requests:
         for part in source.accept(request):
             submission = Submission(next(source._ids), part)
-            loop.add(_sequence(submission, source.model.config.language, source._worker.bounds), submission.started)
+            loop.add(_sequence(submission, source._worker.bounds), submission.started)
 
 
 def run_all(loop):

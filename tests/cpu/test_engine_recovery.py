@@ -312,7 +312,7 @@ def test_what_is_being_prepared_is_not_begun_again():
     prepared = []
     from memphi.engine.sequence import Sequence, State
 
-    sequence = Sequence(0, None, None, None, 1, State.PREPARING)
+    sequence = Sequence(0, None, None, 1, State.PREPARING)
     preparation = Preparation(prepared.append, lambda _: 0, 100, lambda: None)
     preparation.add(sequence)
     preparation.add(sequence)

@@ -16,7 +16,6 @@ from memphi.cache.pool import (
     HOST_GRANULE_BYTES,
     CudaMemory,
     HostMemory,
-    TensorPool,
     WholeMemory,
     make_pool,
     page_bytes,
@@ -38,7 +37,7 @@ def resident_bytes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_place_is_a_place_of_its_own(dtype):
-    pool = TensorPool(CONFIG, 5, dtype, CPU)
+    pool = make_pool(CONFIG, 5, dtype, CPU)
     pool.ensure(range(5))
     parts = [part for i in range(CONFIG.layers) for part in pool.layer(i)]
     written = [torch.randn(5, 16, CONFIG.kv_heads, CONFIG.head_dim).to(dtype) for _ in parts]
@@ -49,7 +48,7 @@ def test_every_place_is_a_place_of_its_own(dtype):
 
 
 def test_tokens_are_written_by_page_and_offset():
-    pool = TensorPool(CONFIG, 4, torch.float32, CPU)
+    pool = make_pool(CONFIG, 4, torch.float32, CPU)
     pool.ensure([1, 3])
     pages, offsets = torch.tensor([3, 3, 1]), torch.tensor([14, 15, 0])
     values = torch.randn(3, CONFIG.kv_heads, CONFIG.head_dim)
@@ -63,7 +62,7 @@ def test_tokens_are_written_by_page_and_offset():
 
 
 def test_a_page_is_one_block_of_memory():
-    pool = TensorPool(CONFIG, 3, torch.bfloat16, CPU)
+    pool = make_pool(CONFIG, 3, torch.bfloat16, CPU)
     assert pool.page_bytes == page_bytes(CONFIG, torch.bfloat16) == 16 * 3 * 2 * 2 * 8 * 2
     first, last = pool.layer(0)[0], pool.layer(2)[1]
     assert first[1].data_ptr() - first[0].data_ptr() == pool.page_bytes
@@ -72,12 +71,12 @@ def test_a_page_is_one_block_of_memory():
 
 
 def test_other_page_sizes_are_possible():
-    pool = TensorPool(CONFIG, 3, torch.bfloat16, CPU, page_tokens=4)
+    pool = make_pool(CONFIG, 3, torch.bfloat16, CPU, page_tokens=4)
     assert (pool.page_tokens, pool.layer(0)[0].shape) == (4, (3, 4, CONFIG.kv_heads, CONFIG.head_dim))
 
 
 def test_there_is_no_page_beyond_the_last():
-    pool = TensorPool(CONFIG, 3, torch.bfloat16, CPU)
+    pool = make_pool(CONFIG, 3, torch.bfloat16, CPU)
     for page in (-1, 3):
         with pytest.raises(IndexError):
             pool.ensure([page])
@@ -85,7 +84,7 @@ def test_there_is_no_page_beyond_the_last():
 
 @linux
 def test_mapped_bytes_follow_the_pages():
-    pool = TensorPool(LARGE, 40, torch.bfloat16, CPU)
+    pool = make_pool(LARGE, 40, torch.bfloat16, CPU)
     granule = HOST_GRANULE_BYTES
     assert (pool.page_bytes, pool.mapped_bytes) == (3 * granule // 4, granule)
     pool.ensure([4, 5])  # Bytes 3.0 to 4.5 of a granule.
@@ -102,7 +101,7 @@ def test_mapped_bytes_follow_the_pages():
 @linux
 @given(st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
 def test_trim_keeps_what_it_is_told_and_what_comes_back_is_zero(ensured, kept):
-    pool = TensorPool(LARGE, 20, torch.bfloat16, CPU)
+    pool = make_pool(LARGE, 20, torch.bfloat16, CPU)
     pool.ensure(ensured | kept)
     keys, values = pool.layer(2)
     for page in ensured | kept:
@@ -119,7 +118,7 @@ def test_trim_keeps_what_it_is_told_and_what_comes_back_is_zero(ensured, kept):
 
 @linux
 def test_memory_goes_back_to_the_system_and_the_addresses_stay():
-    pool = TensorPool(LARGE, 2000, torch.bfloat16, CPU)  # 94 MiB
+    pool = make_pool(LARGE, 2000, torch.bfloat16, CPU)  # 94 MiB
     untouched = resident_bytes()
     keys = pool.layer(0)[0]
     pool.ensure(range(2000))
@@ -141,7 +140,7 @@ def test_a_range_that_the_system_refuses_is_out_of_memory():
 
 
 def test_closing_gives_all_back():
-    pool = TensorPool(LARGE, 40, torch.bfloat16, CPU)
+    pool = make_pool(LARGE, 40, torch.bfloat16, CPU)
     pool.ensure(range(40))
     pool.close()
     assert pool.mapped_bytes == 0
@@ -157,15 +156,15 @@ def test_an_ordinary_tensor_is_held_as_a_whole():
 
 def test_make_pool_takes_what_the_device_can(caplog):
     pool = make_pool(CONFIG, 3, torch.bfloat16, CPU)
-    assert isinstance(pool, TensorPool)
+    assert not pool.is_mapped
     assert (pool.capacity_pages, pool.page_tokens) == (3, 16)
     assert not caplog.records
 
 
 def test_without_the_driver_a_gpu_has_an_ordinary_pool_and_a_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    monkeypatch.setattr(pool_module, "TensorPool", lambda *arguments: arguments)
-    assert make_pool(CONFIG, 3, torch.bfloat16, torch.device("cuda"))[1] == 3
+    monkeypatch.setattr(pool_module, "WholeMemory", lambda n_bytes, device: WholeMemory(n_bytes, CPU))
+    assert not make_pool(CONFIG, 3, torch.bfloat16, torch.device("cuda")).is_mapped
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cuda-bindings" in caplog.text
 

@@ -193,13 +193,13 @@ def test_a_layer_is_quantised_by_what_reaches_it_and_passes_on_what_it_became():
 
 
 def test_rows_go_in_batches_and_long_ones_alone(monkeypatch):
-    monkeypatch.setattr("memphi.model.quant.examples.BATCH_TOKENS", 50)
+    monkeypatch.setattr("memphi.model.quant.examples.EXAMPLE_BATCH_TOKENS", 50)
     model = tiny_model(tiny_config())
     layer, lengths = model.language.layers[0], [20, 30, 1, 64, 50]
     hidden = normal(sum(lengths), model.config.language.hidden_size)
     apart = Examples(model.config.language, lengths, hidden.clone())
     assert [span for span, _, _ in apart._batches] == [slice(*pair) for pair in pairwise((0, 50, 51, 115, 165))]
-    monkeypatch.setattr("memphi.model.quant.examples.BATCH_TOKENS", 1000)
+    monkeypatch.setattr("memphi.model.quant.examples.EXAMPLE_BATCH_TOKENS", 1000)
     together = Examples(model.config.language, lengths, hidden.clone())
     for rows in (apart, together):
         rows.advance(layer)

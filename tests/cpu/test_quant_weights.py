@@ -157,7 +157,7 @@ def test_more_rounds_change_little(monkeypatch):
 def test_a_product_is_that_with_what_is_meant(scheme, size, rows, numbers, seed):
     x, weight = normal(rows, size[1], seed=seed + 1), stored(scheme, normal(*size, seed=seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "BLOCK_NUMBERS", numbers)
+        patch.setattr(weights, "DEQUANTISED_NUMBERS", numbers)
         real = weight(x)
         if scheme == "fp8":
             codes, scale = round_rows(x)
@@ -167,7 +167,7 @@ def test_a_product_is_that_with_what_is_meant(scheme, size, rows, numbers, seed)
 
 @given(rows=st.integers(1, 20_000), columns=st.integers(1, 20_000_000))
 def test_blocks_cover_all_rows_and_begin_where_cards_multiply_fast(rows, columns):
-    most, even = weights.BLOCK_NUMBERS, weights.EVEN_ROWS
+    most, even = weights.DEQUANTISED_NUMBERS, weights.EVEN_ROWS
     cuts = list(weights.blocks(rows, columns))
     assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
     assert cuts[-1][1] == rows

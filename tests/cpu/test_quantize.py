@@ -88,7 +88,7 @@ def test_layers_are_fitted_to_what_the_examples_come_to_behind_the_quantised_lay
 
 def test_pieces_of_any_size_make_the_same_folder(source, tmp_path, monkeypatch):
     quantise_folder(source, tmp_path / "one", "int4")
-    monkeypatch.setattr("memphi.model.quant.swap.PIECE_NUMBERS", 500)
+    monkeypatch.setattr("memphi.model.quant.swap.QUANTISED_NUMBERS", 500)
     monkeypatch.setattr(quantisation, "_COPIED_BYTES", 100)
     quantise_folder(source, tmp_path / "other", "int4")
     for path in (tmp_path / "one").glob("*.safetensors"):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import memphi
-from memphi.cache.pool import MappedPool
 from memphi.config import EngineConfig
 from memphi.engine.device import cap_allocator
 from memphi.engine.engine import Engine
@@ -98,7 +97,7 @@ def long_request(model, tokenizer):
 
 def test_a_mixed_batch_equals_each_alone(stage, expected):
     together = stage()
-    assert isinstance(together.pool, MappedPool)
+    assert together.pool.is_mapped
     assert together.ids(mixed_requests(LONG)) == expected
     assert len(set(expected)) == len(expected)
     assert all(len(set(ids)) > 4 for ids in expected)
@@ -114,7 +113,7 @@ def test_a_prefix_that_is_found_changes_no_answer(stage):
 
 
 def test_one_that_is_paused_and_resumed_gives_the_same_answer(stage, expected, monkeypatch):
-    monkeypatch.setattr("memphi.engine.admission.STRETCH_TOKENS", 16)
+    monkeypatch.setattr("memphi.engine.admission.FIRST_ANSWER_TOKENS", 16)
     whole = stage()
     longest = max(whole.loop.scheduler.reservations.pages_for(tokens) for tokens in _tokens(whole))
     tight = stage(pages=longest + 2)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memphi.cache.pool import MappedPool, make_pool
+from memphi.cache.pool import make_pool
 from memphi.engine.graphs import Graphs
 from memphi.engine.runner import Flight, Runner
 from memphi.memory import costs
@@ -167,7 +167,7 @@ def test_to_capture_writes_nothing_and_to_drop_gives_all_back(model):
 
 def test_a_mixed_batch_equals_each_alone(stage, expected, monkeypatch):
     together = stage()
-    assert isinstance(together.pool, MappedPool)
+    assert together.pool.is_mapped
     decoded = watched(together, monkeypatch)
     assert together.ids(mixed_requests(LONG)) == expected
     assert sum(decoded) > 20 * len(expected)  # How many at once, the speed of this machine tells.

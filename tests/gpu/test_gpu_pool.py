@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from memphi import official
-from memphi.cache.pool import FEWEST_GRANULES, MappedPool, TensorPool, make_pool, page_bytes, why_not_mapped
+from memphi.cache.pool import (
+    FEWEST_GRANULES,
+    CudaMemory,
+    PagePool,
+    WholeMemory,
+    make_pool,
+    page_bytes,
+    why_not_mapped,
+)
 from memphi.config import ModelConfig
 from memphi.model.kept import kept_layer
 from tests.checkpoints import tiny_config
@@ -48,14 +56,14 @@ def free_bytes():
     return torch.cuda.mem_get_info()[0]
 
 
-def make(config, pages):
-    return MappedPool(config, pages, torch.bfloat16, DEVICE)
+def make(config, pages, kind=CudaMemory):
+    return PagePool(config, pages, torch.bfloat16, 16, kind(pages * page_bytes(config, torch.bfloat16), DEVICE))
 
 
 def test_a_gpu_has_a_mapped_pool(full_size):
     assert why_not_mapped(DEVICE) is None
     pool = make_pool(full_size, 10, torch.bfloat16, DEVICE)
-    assert isinstance(pool, MappedPool)
+    assert pool.is_mapped
     assert pool.page_bytes == pool.mapped_bytes == 2 * MIB
 
 
@@ -77,9 +85,9 @@ def test_pages_in_8_bits_and_their_scales_are_mapped(full_size, cache_format):
     assert pool.trim(()) == (64 + 1) * 2 * MIB
 
 
-@pytest.mark.parametrize("kind", [MappedPool, TensorPool])
+@pytest.mark.parametrize("kind", [CudaMemory, WholeMemory])
 def test_every_place_is_a_place_of_its_own(kind):
-    pool = kind(TINY, 100, torch.bfloat16, DEVICE)
+    pool = make(TINY, 100, kind)
     pool.ensure(range(100))
     parts = [part for i in range(TINY.layers) for part in pool.layer(i)]
     written = [torch.randn(part.shape, device=DEVICE, dtype=part.dtype) for part in parts]
@@ -94,7 +102,7 @@ def test_every_place_is_a_place_of_its_own(kind):
 
 
 def test_an_ordinary_pool_holds_everything():
-    pool = TensorPool(TINY, 100, torch.bfloat16, DEVICE)
+    pool = make(TINY, 100, WholeMemory)
     pool.trim(())
     assert pool.mapped_bytes == 100 * page_bytes(TINY, torch.bfloat16)
 

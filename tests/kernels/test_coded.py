@@ -85,7 +85,7 @@ def test_adapters_beside_it(device, scheme, rows, ranks, border):
 @pytest.mark.parametrize("border", [100, 37])
 @pytest.mark.parametrize("numbers_at_once", [300, 10**6])
 def test_what_they_add_to_many_rows_is_the_same(device, border, dtype, numbers_at_once, monkeypatch):
-    monkeypatch.setattr(weights, "BLOCK_NUMBERS", numbers_at_once)
+    monkeypatch.setattr(weights, "DEQUANTISED_NUMBERS", numbers_at_once)
     t, y = (numbers(80, n, device=device, dtype=dtype, seed=n) for n in (100, 40))
     columns = made_columns(40, 100, border, t, device)
     expected = coded.plain_add(y.float(), columns)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.engine.graphs import Graphs
 from memphi.memory import costs
 from memphi.model.decode import Buffers, Chosen, DecodeStep
@@ -41,9 +41,9 @@ def make_model(device, form="packed", config=None, scheme="bf16"):
     return model.to(device)
 
 
-def make_pool(model, device, cache_format="plain"):
+def filled_pool(model, device, cache_format="plain"):
     """Pages of which each token holds other numbers, and those of no row too."""
-    pool = TensorPool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS, cache_format)
+    pool = make_pool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS, cache_format)
     pool.ensure(range(PAGES))
     generator = torch.Generator().manual_seed(5)
     places = torch.arange(PAGES * PAGE_TOKENS, device=device)
@@ -88,8 +88,8 @@ def used(rows):
 
 def assert_equal_steps(device, model, rows, fillers=0, buffers=None, cache_format="plain"):
     ids = [(7 * i + 3) % model.config.language.vocab_size for i in range(len(rows))]
-    expected, expected_pages = defined(model, make_pool(model, device, cache_format), rows, ids)
-    pool = make_pool(model, device, cache_format)
+    expected, expected_pages = defined(model, filled_pool(model, device, cache_format), rows, ids)
+    pool = filled_pool(model, device, cache_format)
     buffers = buffers or Buffers(model.language, len(rows) + fillers, MOST_PAGES, PAGE_TOKENS)
     step = DecodeStep(model.language, pool, buffers, len(rows) + fillers, used(rows))
     step.fill(rows, ids)
@@ -99,7 +99,7 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None, cache_forma
     assert step.chosen[: len(rows)].tolist() == found[: len(rows)].argmax(-1).tolist()
     torch.testing.assert_close(whole(model, pool), expected_pages, rtol=1e-5, atol=1e-5)
     assert expected.abs().max() > 0.01
-    assert not (expected_pages == whole(model, make_pool(model, device, cache_format))).all()
+    assert not (expected_pages == whole(model, filled_pool(model, device, cache_format))).all()
 
 
 @pytest.mark.parametrize("cache_format", ["int8", "fp8"])
@@ -164,7 +164,7 @@ def test_rows_that_fill_up_a_step_change_nothing(device, name):
 @torch.inference_mode()
 def test_a_step_of_nothing_but_fillers_writes_nothing(device):
     model = make_model(device)
-    pool = make_pool(model, device)
+    pool = filled_pool(model, device)
     before = whole(model, pool)
     step = DecodeStep(model.language, pool, Buffers(model.language, 4, MOST_PAGES, PAGE_TOKENS), 4, ["speech"])
     step.chosen.fill_(7)
@@ -185,7 +185,7 @@ def test_an_answer_grows_token_by_token(device):
     """What one step writes the next one reads, across the border of a page."""
     model = make_model(device)
     language, pages = model.language, (7, 3, 9)
-    pools = [make_pool(model, device) for _ in range(2)]
+    pools = [filled_pool(model, device) for _ in range(2)]
     step = DecodeStep(language, pools[0], Buffers(language, 1, MOST_PAGES, PAGE_TOKENS), 1, ["vision"])
     chosen = [[5], [5]]
     for past in range(14, 18):
@@ -201,8 +201,8 @@ def test_ids_go_from_step_to_step_without_the_host(device):
     """Rows go, move to other places and come, and each goes on from what was chosen for it; some ids never are."""
     model, size = make_model(device), tiny_config().language.vocab_size
     forbidden = torch.arange(size, device=device) % 3 == 0
-    rows, buffers, pool = make_rows(3), Buffers(model.language, 2, MOST_PAGES, PAGE_TOKENS), make_pool(model, device)
-    expected, answers = make_pool(model, device), {0: [5], 1: [6], 2: [7]}
+    rows, buffers, pool = make_rows(3), Buffers(model.language, 2, MOST_PAGES, PAGE_TOKENS), filled_pool(model, device)
+    expected, answers = filled_pool(model, device), {0: [5], 1: [6], 2: [7]}
     before: list[int] = []
     for served in ([0, 1], [1], [2, 1]):
         now = [replace(rows[i], past=rows[i].past + len(answers[i]) - 1) for i in served]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memphi.cache.pool import TensorPool
+from memphi.cache.pool import make_pool
 from memphi.model.attention import EagerAttention
 from memphi.model.kept import kept_layer
 from memphi.model.phi4mm import Phi4MM
@@ -31,9 +31,9 @@ def make_model(device, form="packed", config=None, attention=None, scheme="bf16"
     return model.to(device).eval()
 
 
-def make_pool(model, cache_format="plain"):
+def filled_pool(model, cache_format="plain"):
     """Pages that hold a past, and garbage where there is none."""
-    pool = TensorPool(model.config.language, PAGES, model.dtype, model.device, PAGE_TOKENS, cache_format)
+    pool = make_pool(model.config.language, PAGES, model.dtype, model.device, PAGE_TOKENS, cache_format)
     pool.ensure(range(PAGES))
     generator = torch.Generator().manual_seed(5)
     places = torch.arange(PAGES * PAGE_TOKENS, device=model.device)
@@ -68,7 +68,7 @@ def make_rows(shape, adapters=(None,)):
 def run(model, rows, kernels, cache_format="plain"):
     """Logits at every place, and the pages."""
     model.use_kernels(kernels)
-    pool, tokens = make_pool(model, cache_format), sum(row.tokens for row in rows)
+    pool, tokens = filled_pool(model, cache_format), sum(row.tokens for row in rows)
     ids = torch.arange(tokens, device=model.device) * 7 % model.config.language.vocab_size
     logits = model(ids, rows, cache=pool, logits_at=range(tokens))
     pages = torch.arange(PAGES, device=model.device)
@@ -133,4 +133,4 @@ def test_gradients_have_the_definition_alone(device):
     model, rows = make_model(device, "plain"), make_rows(SHAPES["prompts"])
     model.use_kernels(True)
     ids = torch.arange(sum(row.tokens for row in rows), device=device)
-    assert model(ids, rows, cache=make_pool(model)).requires_grad
+    assert model(ids, rows, cache=filled_pool(model)).requires_grad

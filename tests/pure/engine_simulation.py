@@ -253,7 +253,7 @@ class Device:
         return links
 
 
-NAMING = Naming("weights", "bf16", "bf16", 1)
+NAMING = Naming("bf16", "bf16", 1)
 LIMITS = StepLimits(rows=8, step_tokens=64, shared_step_tokens=16, crops=4, windows=4)
 
 
@@ -309,7 +309,7 @@ class World:
         if refuse(prompt, wanted, tokens) is not None or room < 1:
             return None
         max_tokens = room if wanted is None else min(wanted, room)
-        sequence = Sequence(len(self.cases), case.request, case.footprint, language, max_tokens)
+        sequence = Sequence(len(self.cases), case.request, case.footprint, max_tokens)
         self.cases[sequence.id] = case
         self.expected[sequence.id] = answer_alone(case, max_tokens, self.scheduler.config)
         if sequence.id % 3:  # The others guess for themselves.
@@ -324,7 +324,7 @@ class World:
     def fail(self, sequence):
         self.operations += 1
         self.results[sequence.id] = (list(sequence.answer), None)
-        self.scheduler.fail(sequence, ValueError("cannot be decoded"))
+        self.scheduler.fail(sequence)
 
     def prepared(self, place):
         """One prompt becomes ready, whoever waits for it."""

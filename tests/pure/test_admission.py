@@ -6,19 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memphi.engine.admission import (
-    STRETCH_TOKENS,
-    Admit,
-    Refuse,
-    Room,
-    Wait,
-    admit,
-    computed_at_most,
-    refuse,
-    stretched,
-)
+from memphi.engine.admission import FIRST_ANSWER_TOKENS, Refuse, computed_at_most, refuse, stretched
 from memphi.engine.sequence import Sequence
-from tests.pure.engine_simulation import make_config, text
+from tests.pure.engine_simulation import text
 
 sizes = st.integers(1, 2000)
 
@@ -27,27 +17,21 @@ def sequence(prompt_tokens, max_tokens, answered=0):
     case = text(0, max_tokens=max_tokens)
     footprint = case.footprint.__class__(case.footprint.mode, prompt_tokens, (), ())
     ids = [7] * (prompt_tokens + answered) if answered else []
-    return Sequence(0, case.request, footprint, make_config().language, max_tokens, ids=ids)
+    return Sequence(0, case.request, footprint, max_tokens, ids=ids)
 
 
 def test_a_request_enters_with_its_prompt_and_a_first_stretch():
-    assert admit(sequence(100, 1000), Room(50, 50, 16)) == Admit(-(-(100 + STRETCH_TOKENS) // 16))
+    assert stretched(sequence(100, 1000)) == 100 + FIRST_ANSWER_TOKENS
 
 
 def test_a_short_answer_is_reserved_whole_but_for_its_last_token():
     """Nobody reads the keys and values of the last one."""
-    assert admit(sequence(12, 5), Room(50, 50, 16)) == Admit(1)
-    assert admit(sequence(12, 6), Room(50, 50, 16)) == Admit(2)
+    assert [stretched(sequence(12, most)) for most in (1, 5, 6)] == [12, 16, 17]
 
 
 def test_one_that_was_paused_enters_with_its_answer_so_far():
-    assert admit(sequence(100, 1000, answered=60), Room(50, 50, 16)) == Admit(-(-(160 + STRETCH_TOKENS) // 16))
-    assert admit(sequence(100, 70, answered=60), Room(50, 50, 16)) == Admit(-(-169 // 16))
-
-
-@pytest.mark.parametrize(("available", "answer"), [(0, Wait()), (6, Wait()), (7, Admit(7)), (50, Admit(7))])
-def test_what_others_claim_is_waited_for(available, answer):
-    assert admit(sequence(100, 10), Room(50, available, 16)) == answer
+    assert stretched(sequence(100, 1000, answered=60)) == 160 + FIRST_ANSWER_TOKENS
+    assert stretched(sequence(100, 70, answered=60)) == 169
 
 
 @given(sizes, sizes, st.data())
@@ -55,14 +39,13 @@ def test_a_stretch_covers_what_is_known_and_no_more_than_there_will_ever_be(prom
     answered = data.draw(st.integers(0, most - 1))
     some = sequence(prompt, most, answered)
     assert prompt + answered == some.length <= stretched(some) <= computed_at_most(some) == prompt + most - 1
-    assert stretched(some) - some.length <= STRETCH_TOKENS
+    assert stretched(some) - some.length <= FIRST_ANSWER_TOKENS
 
 
 @given(sizes, st.none() | sizes, sizes)
-def test_what_is_not_refused_fits_alone(prompt, most, pages):
-    room = Room(pages, pages, 16)
-    if refuse(prompt, most, room.tokens) is None:
-        assert isinstance(admit(sequence(prompt, most or room.tokens + 1 - prompt), room), Admit)
+def test_what_is_not_refused_fits_alone(prompt, most, tokens):
+    if refuse(prompt, most, tokens) is None:
+        assert stretched(sequence(prompt, most or tokens + 1 - prompt)) <= tokens
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,6 @@ class MediaMachine(RuleBasedStateMachine):
         assert self.cache.drop_idle() == sum(self.idle.values())
         self.idle.clear()
 
-    @rule(limit_bytes=st.integers(0, 60))
-    def resize(self, limit_bytes):
-        self.cache.resize(limit_bytes)
-        self.evict()
-
     @invariant()
     def all_is_well(self):
         self.cache.check()
@@ -129,11 +124,9 @@ def test_what_was_released_longest_ago_goes_first():
 
 
 def test_what_is_in_use_stays_above_the_limit():
-    cache = MediaCache(15)
+    cache = MediaCache(5)
     used, more = finished(cache, 1), finished(cache, 2)
-    assert (cache.held_bytes, used.value) == (20, "embeddings")
-    cache.resize(0)
-    assert more.value == "embeddings"
+    assert (cache.held_bytes, used.value, more.value) == (20, "embeddings", "embeddings")
     cache.release(more)
     assert (cache.held_bytes, more.value) == (10, None)
 

@@ -8,7 +8,7 @@ def test_a_good_prediction_is_counted_and_says_nothing():
     monitor = Monitor()
     assert monitor.note("prefill chunk", 1000 * MIB, 1000 * MIB) is None
     assert monitor.note("prefill chunk", 1000 * MIB, 900 * MIB) is None
-    assert monitor.records() == {"prefill chunk": Record(2, 0, 0, 1.0, 0.9)}
+    assert monitor.records() == {"prefill chunk": Record(2, 0, 0, 1.0)}
 
 
 def test_a_step_above_its_price_is_told():
@@ -22,7 +22,7 @@ def test_a_price_far_above_the_truth_is_told():
     sentence = monitor.note("vision pass", 1200 * MIB, 1000 * MIB)
     assert sentence == "vision pass took 1000 MiB, far less than the 1.2 GiB predicted"
     assert monitor.note("vision pass", 40 * MIB, 10 * MIB) is None  # within 32 MiB
-    assert monitor.records()["vision pass"] == Record(2, 0, 1, 1000 / 1200, 0.25)
+    assert monitor.records()["vision pass"] == Record(2, 0, 1, 1000 / 1200)
 
 
 def test_nothing_predicted_is_no_division_by_zero():

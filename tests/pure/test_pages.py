@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memphi.cache.pages import MediaMark, OutOfPagesError, Pages, page_key, page_keys, root_key
 
-ROOT = root_key("adapter", "speech", False, "bf16", "revision")
+ROOT = root_key("adapter", "speech", False, "bf16")
 
 
 def keys(count, name="k"):
@@ -193,14 +193,13 @@ def test_check_sees_what_is_broken():
 
 
 PARENTS = [
-    ("adapter", root_key("another", "speech", False, "bf16", "revision")),
-    ("no adapter", root_key(None, "speech", False, "bf16", "revision")),
-    ("adapter named None", root_key("None", "speech", False, "bf16", "revision")),
-    ("audio head", root_key("adapter", "vision", False, "bf16", "revision")),
-    ("no audio head", root_key("adapter", None, False, "bf16", "revision")),
-    ("regime", root_key("adapter", "speech", True, "bf16", "revision")),
-    ("cache format", root_key("adapter", "speech", False, "fp8", "revision")),
-    ("revision", root_key("adapter", "speech", False, "bf16", "other")),
+    ("adapter", root_key("another", "speech", False, "bf16")),
+    ("no adapter", root_key(None, "speech", False, "bf16")),
+    ("adapter named None", root_key("None", "speech", False, "bf16")),
+    ("audio head", root_key("adapter", "vision", False, "bf16")),
+    ("no audio head", root_key("adapter", None, False, "bf16")),
+    ("regime", root_key("adapter", "speech", True, "bf16")),
+    ("cache format", root_key("adapter", "speech", False, "fp8")),
 ]
 
 
@@ -213,7 +212,7 @@ def test_every_ingredient_of_the_root_changes_every_key(root):
 
 def test_the_root_is_the_same_in_every_process():
     code = "import sys; from memphi.cache.pages import root_key as key; assert 'torch' not in sys.modules\n"
-    code += "print(key('adapter', 'speech', False, 'bf16', 'revision').hex())"
+    code += "print(key('adapter', 'speech', False, 'bf16').hex())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ROOT.hex()
 
 

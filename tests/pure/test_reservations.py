@@ -9,7 +9,7 @@ from memphi.cache.pages import Pages
 from memphi.engine.reservations import HELD, PROMISED, Reservations
 from memphi.engine.sequence import Sequence
 from memphi.memory.budget import Budget
-from tests.pure.engine_simulation import make_config, text
+from tests.pure.engine_simulation import text
 
 PAGE_BYTES, OTHER_BYTES = 10, 7
 
@@ -23,7 +23,7 @@ def make_reservations(pages=10):
 
 def sequence(number=0):
     case = text(1)
-    return Sequence(number, case.request, case.footprint, make_config().language, 1)
+    return Sequence(number, case.request, case.footprint, 1)
 
 
 def keys(count, name=b"k"):

@@ -1,8 +1,8 @@
 """What takes memory, and how much: one function per thing that allocates, each with its formula in words.
 
 Knows the model's sizes and in which order its modules hold their tensors; touches none. The planner sizes everything
-by these functions, admission prices a request by them, and tests hold each against what is really allocated. They price
-the sdpa attention; eager's scores are not among them.
+by these functions, the engine predicts every step by them, and tests hold each against what is really allocated. They
+price the sdpa attention; eager's scores are not among them.
 """
 
 from memphi.memory.costs.cached import (

@@ -5,7 +5,8 @@ from memphi.memory.costs.cost import Cost
 from memphi.memory.costs.sizes import key_size
 
 PAGE_TOKENS = 16
-"""Of 16 bits or more; of 8 bits a page has twice as many, and so the same bytes: 2 MiB at full size."""
+"""In a page of 16 bits or more; of 8 bits it has twice as many, and so the same bytes: 2 MiB at full size, the unit in
+which CUDA maps memory."""
 SCALE_BYTES = 2
 """A code's scale, of which each token has one for every head of keys and of values."""
 

@@ -9,11 +9,12 @@ from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.products import with_block
 
 CONVOLVED_VALUES, LEAST_CONVOLVED_VALUES = 32 * 1024, 96 * 1024
-"""Tokens of sound times channels that are subsampled at once, for each window of a pass, and at least."""
+"""Tokens of sound times channels that are subsampled at once, for each window of a pass, and at least. The least is 8 s
+at full size, and 30 MiB for the first convolution's output."""
 BAND_VALUES = 4 * MIB
-"""Numbers of a picture that the device resizes at once."""
+"""Numbers of a picture that the device resizes at once, about eleven bytes each."""
 BIAS_STEP = 16
-"""Numbers of which a conformer bias' rows begin at multiples."""
+"""Numbers of which a conformer bias' rows begin at multiples: kernels would copy another bias in every layer."""
 BAND_FRAMES = 1000
 """Log-mel frames that the device makes at once."""
 SAMPLES_A_FRAME, WINDOW_SAMPLES, SPECTRUM = 160, 400, 257

@@ -18,13 +18,13 @@ from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.sizes import all_ranks, decoder_linears
 
 MERGED_NUMBERS = 4 * MIB
-"""Numbers of a weight that are merged with an adapter at once."""
+"""Numbers of a weight that are merged with an adapter at once, in fp32."""
 ROOM_STEP = 256
 """Bytes at whose multiples tensors begin in a room."""
 QUANTISED_NUMBERS = 2 * MIB
 """Numbers of a weight that are quantised at once."""
 EXAMPLE_BATCH_TOKENS = 1024
-"""Of example texts that go through a layer at once, where it is calibrated."""
+"""Of example texts that go through a layer at once, where it is calibrated; a longer text goes alone."""
 Tensors = tuple[tuple[int, int], ...]
 """Sizes of tensors: (numbers or bytes in one, how many there are)."""
 Matrices = tuple[tuple[int, int, int], ...]

@@ -6,7 +6,7 @@ from memphi.memory.costs.groups import largest_matrix
 from memphi.memory.costs.sizes import decoder_linears
 
 DEQUANTISED_NUMBERS = 8 * MIB
-"""Numbers of a quantised weight that are there in 16 bits at once."""
+"""Numbers of a quantised weight, or of an activation in fp8, that are there in another form at once."""
 
 
 def with_block(cost: Cost, beside_bytes: int, config: ModelConfig, scheme: Scheme, dtype_bytes: int) -> Cost:

@@ -12,7 +12,8 @@ from memphi.memory.costs.sizes import all_ranks, key_size, largest_of, qkv_size,
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are copied out of the pool at once; a longer row goes alone."""
 MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
-"""New tokens at most of a row that a kernel takes over its pages, and how many at once where it has more than one."""
+"""New tokens at most of a row that a kernel takes over its pages, in lines; and of a line, where it has more than one.
+A row of drafts reads its past once or twice, and there are two forms of the kernel to compile."""
 PLACE_BYTES = 16
 """Page and place of a token that is copied out of its page."""
 METADATA_BYTES = 64

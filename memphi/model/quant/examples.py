@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from memphi.config import LanguageConfig
+from memphi.memory.costs import EXAMPLE_BATCH_TOKENS
 from memphi.model.adapters import AdaptedLinear
 from memphi.model.language import DecoderLayer
 from memphi.model.quant.weights import QuantisedWeight, blocks
 from memphi.model.rotary import rotary_table
 from memphi.model.rows import Packing, Row, pack
-
-BATCH_TOKENS = 1024
-"""Tokens that go through a layer at once; a longer row goes alone."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ def _adding_to(hessian: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Non
 
 
 def _divide(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in order, as many at once as BATCH_TOKENS allows, one at least."""
+    """Rows in order, as many at once as EXAMPLE_BATCH_TOKENS allows, one at least."""
     batches: list[list[int]] = []
     for length in lengths:
-        if batches and sum(batches[-1]) + length <= BATCH_TOKENS:
+        if batches and sum(batches[-1]) + length <= EXAMPLE_BATCH_TOKENS:
             batches[-1].append(length)
         else:
             batches.append([length])

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from memphi.config import Scheme
 from memphi.errors import CheckpointError
+from memphi.memory.costs import QUANTISED_NUMBERS
 from memphi.model.quant.linears import quantised
 from memphi.model.quant.weights import WEIGHTS, QuantisedWeight
-
-PIECE_NUMBERS = 2 * 2**20
-"""Numbers of a weight that are quantised at once."""
 
 ReadRows = Callable[[int, int], Tensor]
 """Gives a weight's outputs from one to before another: [last - first, in], or as `store` takes them."""
@@ -65,8 +63,8 @@ def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
 
 
 def pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another, so many that a piece has PIECE_NUMBERS at most, or is one row."""
-    most = max(PIECE_NUMBERS // columns, 1)
+    """Rows from one to before another, so many that a piece has QUANTISED_NUMBERS at most, or is one row."""
+    most = max(QUANTISED_NUMBERS // columns, 1)
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
 

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from memphi.config import group_size
+from memphi.memory.costs import DEQUANTISED_NUMBERS
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import is_available
 from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic, weighted_line
 from memphi.model.quant.gptq import gptq, importance
 
-BLOCK_NUMBERS = 8 * 2**20
-"""Numbers of a weight, or of an activation in fp8, that are there in another form at once."""
 EVEN_ROWS = 256
 """A block has a multiple of so many rows where it has that many: others lie across what a card's fast kernels want."""
 CODES_A_WORD = 8
@@ -278,8 +277,8 @@ WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Wei
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another: as many whole EVEN_ROWS as BLOCK_NUMBERS hold, or less, one at least."""
-    most = max(BLOCK_NUMBERS // columns, 1)
+    """Rows from one to before another: as many whole EVEN_ROWS as DEQUANTISED_NUMBERS hold, or less, one at least."""
+    most = max(DEQUANTISED_NUMBERS // columns, 1)
     most -= most % EVEN_ROWS if most > EVEN_ROWS else 0
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
