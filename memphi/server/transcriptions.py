@@ -3,6 +3,7 @@
 import asyncio
 import math
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
@@ -176,6 +177,7 @@ async def create_transcription(
     http: HttpRequest, fields: Annotated[TranscriptionFields, Form(media_type="multipart/form-data")]
 ) -> Response:
     """What is said in a recording, in the language in which it is said."""
+    await _check_once(http)
     fields.check()
     reply = await _listen(http, fields)
     if fields.stream:
@@ -188,7 +190,16 @@ async def create_translation(
     http: HttpRequest, fields: Annotated[TranslationFields, Form(media_type="multipart/form-data")]
 ) -> Response:
     """What is said in a recording, in English."""
+    await _check_once(http)
     return await (await _listen(http, fields)).whole(http)
+
+
+async def _check_once(http: HttpRequest) -> None:
+    """Raise ApiError for a field that is there twice and is no list: all of it but the last would be dropped."""
+    names = Counter(name for name, _ in (await http.form()).multi_items() if not name.endswith("[]"))
+    for name, times in names.items():
+        if times > 1:
+            raise ApiError.wrong(name, "is there twice; send it once")
 
 
 async def _listen(http: HttpRequest, fields: AudioFields) -> "Reply":

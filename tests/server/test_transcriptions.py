@@ -24,7 +24,7 @@ from memphi.server.app import make_app
 from memphi.server.recordings import Recording, open_recording
 from memphi.server.service import Service
 from memphi.server.settings import Limits, ServerSettings
-from tests.server.conftest import listening, sample
+from tests.server.conftest import listening, refused, sample
 from tests.server.fakes import FakeEngine, said
 
 RATE = 16_000
@@ -313,6 +313,15 @@ def test_what_is_no_file_is_refused(client):
     for fields in ({}, {"file": "text"}):
         answer = client.post("/v1/audio/transcriptions", data={"model": "demo", **fields})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+
+
+@pytest.mark.parametrize("path", ["transcriptions", "translations"])
+@pytest.mark.parametrize("name", ["file", "response_format"])
+def test_a_field_that_is_there_twice_is_refused(client, fake, path, name):
+    parts = {"file": ("talk.wav", SHORT), "response_format": (None, "json")}
+    answer = client.post(f"/v1/audio/{path}", files=[*parts.items(), (name, parts[name])])
+    assert refused(answer, 400, name) == f"{name} is there twice; send it once"
+    assert not fake.requests
 
 
 def test_another_model_is_not_there(client):
