@@ -65,5 +65,7 @@ async def _answer_fault(_: HttpRequest, error: Exception) -> Response:
 async def _answer_http(http: HttpRequest, error: Exception) -> Response:
     """What the framework itself refuses: routes and methods that there are not, bodies that it cannot read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # Raised while a body was read, and wrapped on its way.
+        return error.__cause__.response
     message = f"there is no {http.method} {http.url.path} here" if error.status_code in (404, 405) else error.detail
     return ApiError(error.status_code, message, None, None, error.headers).response

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from memphi.request import MOST_TOP_LOGPROBS, Grammar, Message, OnPressure, Request
 from memphi.server.answers import Work, accept, unless_left
+from memphi.server.bodies import JsonRoute
 from memphi.server.content import AnyMessage, Conversation, kind_of, read_messages, urls_of
 from memphi.server.errors import ApiError
 from memphi.server.fields import IGNORED, Fields, SamplingFields
@@ -19,7 +20,7 @@ from memphi.server.service import Service, service_of
 from memphi.server.stream import STREAMED, event_stream, json_response
 from memphi.server.tools import Tool, Toolbox, ToolChoice
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class TextFormat(Fields):

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from memphi.errors import MemphiError
 from memphi.request import Message, OnPressure, Request, TokenLogprob
 from memphi.server.answers import Answer, Work, accept, unless_left
+from memphi.server.bodies import JsonRoute
 from memphi.server.errors import ApiError
 from memphi.server.fields import SamplingFields, as_list
 from memphi.server.logprobs import plain_logprobs
@@ -27,7 +28,7 @@ USUAL_TOKENS = 16
 """How long an answer is that does not say; OpenAI's."""
 MOST_LOGPROBS = 5
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class CompletionRequest(SamplingFields):

@@ -74,7 +74,7 @@ class ApiError(Exception):
         """The same for a client that calls the field otherwise."""
         if self.param is None or self.param not in names:
             return self
-        message = self.message.replace(self.param, names[self.param])
+        message = self.message.replace(self.param, names[self.param], 1)
         return ApiError(self.status, message, names[self.param], self.code, self.headers)
 
     @property
@@ -108,8 +108,6 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     # The first step says where the field came from; those in <> name a choice, not a place.
     steps = [step for step in problem["loc"][1:] if not str(step).startswith("<")]
     kind = problem["type"]
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {problem['ctx']['error']}", None, "invalid_json")
     where = path(steps)
     if not where:
         return ApiError(400, "the body must be a JSON object, with content-type application/json", None, "invalid_json")

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from memphi.request import MOST_TOP_LOGPROBS
 from memphi.server.answers import unless_left
+from memphi.server.bodies import JsonRoute
 from memphi.server.chat import ChatRequest, NamedSchema, ObjectFormat, ResponseFormat, SchemaFormat, TextFormat, begin
 from memphi.server.content import kind_of
 from memphi.server.errors import ApiError
@@ -27,7 +28,7 @@ from memphi.server.stream import STREAMED, event_stream, json_response
 from memphi.server.tools import FunctionFields, NamedFunction, NamedTool, Tool, ToolChoice
 from memphi.server.turns import Turn
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class FlatSchemaFormat(NamedSchema):
@@ -199,11 +200,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        param = names.get(error.param or "")
-        if param is None:
-            raise
-        message = error.message.replace(str(error.param), param, 1)
-        raise ApiError(error.status, message, param, error.code, error.headers) from None
+        raise error.renamed(names) from None
 
 
 def echo(body: ResponsesRequest) -> dict[str, Any]:

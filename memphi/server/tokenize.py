@@ -9,11 +9,12 @@ from starlette.requests import Request as HttpRequest
 from memphi.request import Footprint
 from memphi.server import chat, completions
 from memphi.server.answers import unless_left
+from memphi.server.bodies import JsonRoute
 from memphi.server.chat import ChatRequest
 from memphi.server.completions import CompletionRequest
 from memphi.server.service import service_of
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 def _form_of(value: object) -> str:
