@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 
 from fastapi import FastAPI
@@ -23,7 +24,7 @@ from memphi.server.errors import ApiError, ClientLeftError
 from memphi.server.service import Service
 
 FULL_BODIES = 16
-"""All open requests together may bring as many bytes as so many bodies of full size."""
+"""All open requests together may bring as many bytes as so many bodies of full size, other than recordings."""
 UPLOAD_SECONDS, SLOWEST_BYTES_PER_SECOND = 30.0, 32 << 10
 """A body may take so long, and a second more for so many bytes of it that are here."""
 LINGER_SECONDS = 2.0
@@ -205,7 +206,7 @@ class Uploads:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._limit_bytes = service.settings.limits.body_bytes
+        self._limits = service.settings.limits
         self._held_bytes = 0
         """Of the bodies of all open requests."""
 
@@ -213,10 +214,11 @@ class Uploads:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if _declared_bytes(scope) > self._limit_bytes:
-            await refuse(self._too_large(), receive, send)
+        most_bytes = self._limits.recording_bytes if _is_recording(scope) else self._limits.body_bytes
+        if _declared_bytes(scope) > most_bytes:
+            await refuse(_too_large(most_bytes), receive, send)
             return
-        upload = Upload(receive, send, self._hold)
+        upload = Upload(receive, send, partial(self._hold, most_bytes))
         try:
             await self._app(scope, upload.receive, upload.send)
         except Exception:
@@ -227,17 +229,13 @@ class Uploads:
         if upload.refusal is not None and not upload.answered:
             await refuse(upload.refusal, None if upload.complete else receive, send)
 
-    def _hold(self, size_bytes: int, more_bytes: int) -> None:
+    def _hold(self, most_bytes: int, size_bytes: int, more_bytes: int) -> None:
         """So many more bytes of a body are here, which then has its size; raises ApiError where that is too much."""
         self._held_bytes += more_bytes
-        if size_bytes > self._limit_bytes:
-            raise self._too_large()
-        if self._held_bytes > FULL_BODIES * self._limit_bytes:
+        if size_bytes > most_bytes:
+            raise _too_large(most_bytes)
+        if self._held_bytes > FULL_BODIES * self._limits.body_bytes:
             raise ApiError.later(503, "too much is being sent at once; send the request again later", "too_many_bytes")
-
-    def _too_large(self) -> ApiError:
-        message = f"the body has more than {self._limit_bytes} bytes, the most that this server takes"
-        return ApiError(413, message, None, "body_too_large")
 
 
 class Upload:
@@ -317,6 +315,18 @@ def _is_address(name: str, scope: Scope) -> bool:
         return ip_address(name).is_loopback or name == (scope.get("server") or ("",))[0]
     except ValueError:
         return False
+
+
+def _is_recording(scope: Scope) -> bool:
+    """Whether a body is a form with a recording to transcribe, whose files are written to disk as they come."""
+    form = Headers(scope=scope).get("content-type", "").startswith("multipart/form-data")
+    return form and scope["path"].startswith("/v1/audio/")
+
+
+def _too_large(most_bytes: int) -> ApiError:
+    advice = "send fewer attachments or fewer minutes, or compress them: sound as FLAC, OGG or MP3, pictures as JPEG"
+    message = f"the body has more than {most_bytes} bytes, the most that is taken here; {advice}"
+    return ApiError(413, message, None, "body_too_large")
 
 
 def _declared_bytes(scope: Scope) -> int:

@@ -11,6 +11,8 @@ class Limits:
     """What one request, one key and all together may take at most; checked before anything is decoded."""
 
     body_bytes: int = 64 << 20
+    recording_bytes: int = 352 << 20
+    """Of a form with a recording to transcribe, which waits on disk: three hours of 16 bits at 16 kHz fit."""
     images: int = 64
     """In one request: as many as the model was trained with."""
     pixels: int = DEFAULT_LIMITS.pixels
@@ -27,7 +29,7 @@ class Limits:
     @property
     def media(self) -> MediaLimits:
         """Of one attachment."""
-        return MediaLimits(self.body_bytes, self.pixels, self.audio_seconds)
+        return MediaLimits(self.recording_bytes, self.pixels, self.audio_seconds)
 
 
 @dataclass(frozen=True)

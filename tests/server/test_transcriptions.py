@@ -304,9 +304,20 @@ def test_recordings_are_refused_before_they_are_heard(fake, content, reason):
 
 
 def test_uploads_have_a_limit(fake):
-    with serving(fake, ServerSettings("demo", limits=Limits(body_bytes=len(SHORT)))) as client:
-        assert post(client, SHORT).status_code == 413  # The form around it counts too.
+    with serving(fake, ServerSettings("demo", limits=Limits(recording_bytes=len(SHORT)))) as client:
+        answer = post(client, SHORT)  # The form around it counts too.
+        assert "compress them: sound as FLAC, OGG or MP3" in refused(answer, 413)
         assert post(client, SHORT[:-1000]).status_code == 200
+
+
+def test_uploads_may_be_larger_than_other_bodies(fake):
+    path = "/v1/audio/transcriptions"
+    with serving(fake, ServerSettings("demo", limits=Limits(body_bytes=len(SHORT) // 2))) as client:
+        assert post(client, SHORT).status_code == 200
+        refused(client.post(path, data={"prompt": "x" * len(SHORT)}), 413)
+        refused(client.post("/v1/chat/completions", files={"file": ("a.wav", SHORT)}), 413)
+    limits = Limits()
+    assert limits.recording_bytes > limits.audio_seconds * 16_000 * 2 + (1 << 20)
 
 
 def test_what_is_no_file_is_refused(client):
