@@ -101,8 +101,6 @@ class ChatRequest(SamplingFields):
 
     @property
     def grammar_place(self) -> str:
-        if self.toolbox.offered:
-            return "tools"
         return super().grammar_place if self._format_grammar is None else "response_format"
 
     @property
@@ -156,7 +154,7 @@ async def begin(service: Service, body: ChatRequest) -> tuple[Conversation, Work
         conversation = conversation.with_tools(listed)
     if body.memphi.each and not conversation.media:
         raise ApiError.wrong("memphi.each", "needs attachments")
-    with conversation.located(body.place_of):
+    with conversation.located(body.place_of), body.toolbox.blamed():
         asked = conversation.shares if body.memphi.each else [conversation.messages]
         requests = [body.request(messages, service.settings.on_pressure) for messages in asked]
         return conversation, await accept(service, requests, body.choices, tolerant=body.memphi.each)

@@ -4,7 +4,7 @@ Nothing is stored: a client sends the whole conversation each time. `items` read
 and events of the answer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from memphi.server.items import AnyItem, Messages, form_of
 from memphi.server.reply import Reply
 from memphi.server.service import Service, service_of
 from memphi.server.stream import STREAMED, event_stream, json_response
-from memphi.server.tools import FunctionFields, NamedFunction, NamedTool, Tool, ToolChoice
+from memphi.server.tools import FunctionFields, FunctionType, NamedFunction, NamedTool, Tool, ToolChoice
 from memphi.server.turns import Turn
 
 router = APIRouter(route_class=JsonRoute)
@@ -52,12 +52,12 @@ class TextFields(Fields):
     verbosity: Annotated[str | None, IGNORED] = None
 
 
-class FlatTool(FunctionFields):
-    type: Literal["function"]
+class FlatTool(FunctionFields, FunctionType):
+    """Its type comes first, since a tool of another type has other fields."""
 
 
-class FlatNamedTool(NamedFunction):
-    type: Literal["function"]
+class FlatNamedTool(NamedFunction, FunctionType):
+    """Likewise."""
 
 
 class ResponseStreamOptions(Fields):
@@ -161,6 +161,10 @@ NAMES = {
 """What fields are called here, by what chat completions call them."""
 
 
+def _tool_names(tools: Sequence[FlatTool]) -> dict[str, str]:
+    return {f"tools[{place}].function.parameters": f"tools[{place}].parameters" for place in range(len(tools))}
+
+
 @router.post("/v1/responses", responses=STREAMED)
 async def create_response(http: HttpRequest, body: ResponsesRequest) -> Response:
     """Answer a conversation; the client keeps it."""
@@ -168,7 +172,7 @@ async def create_response(http: HttpRequest, body: ResponsesRequest) -> Response
     service.check_room(1)
     body.check()
     messages = Messages(body.instructions, body.input)
-    with renamed({**NAMES, **messages.names}):
+    with renamed({**NAMES, **messages.names, **_tool_names(body.tools or [])}):
         turn = await unless_left(http, start(service, body, messages))
         if body.stream:
             return await event_stream(http, turn.events(), end=b"")

@@ -8,11 +8,13 @@ import json
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from memphi.errors import RequestError
 from memphi.request import Grammar
 from memphi.server.errors import ApiError
 from memphi.server.fields import Fields
@@ -20,20 +22,35 @@ from memphi.server.fields import Fields
 OPEN, CLOSE, PLAIN_OPEN = "<|tool_call|>", "<|/tool_call|>", "functools["
 WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How the model writes JSON; a small model that may choose its white space can write that for ever."""
+_FIRST_SCHEMA_LINE = 5
+"""Of the grammar of calls: the arguments of the first tool; those of the next are two lines further each."""
+_FAULT = re.compile(
+    r"the Lark grammar (?P<what>.*?(?:: at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*))?)"
+)
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+def _check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema and schema.get("type") != "object":
+        raise ValueError('must be the JSON schema of an object; give it "type": "object"')
+    return schema
 
 
 class FunctionFields(Fields):
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema of an object."""
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
     strict: bool | None = None
     """The arguments are held to their schema in any case."""
 
 
-class Tool(Fields):
+class FunctionType(Fields):
+    """What every tool is: the server has none of its own."""
+
     type: Literal["function"]
+
+
+class Tool(FunctionType):
     function: FunctionFields
 
 
@@ -41,8 +58,7 @@ class NamedFunction(Fields):
     name: FunctionName
 
 
-class NamedTool(Fields):
-    type: Literal["function"]
+class NamedTool(FunctionType):
     function: NamedFunction
 
 
@@ -89,6 +105,26 @@ class Toolbox:
         for place, function in enumerate(self._callable):
             rules += _call_rules(place, function)
         return Grammar("lark", "\n".join(rules))
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Turn what the engine says of the grammar, which no client has sent, into errors about what it is made of."""
+        try:
+            yield
+        except RequestError as error:
+            fault = _FAULT.fullmatch(str(error))
+            if fault is None or not self._callable:
+                raise
+            if fault["line"] is None:
+                raise ApiError.wrong("tools", f"make a grammar that {fault['what']}") from None
+            raise ApiError.wrong(self._part(int(fault["line"])), f"cannot be used: {fault['reason']}") from None
+
+    def _part(self, line: int) -> str:
+        """The field that a line of the grammar was made of."""
+        if line < _FIRST_SCHEMA_LINE:
+            return "response_format"
+        function = self._callable[(line - _FIRST_SCHEMA_LINE) // 2]
+        return f"tools[{self.offered.index(function)}].function.parameters"
 
 
 def _describe(function: FunctionFields) -> dict[str, Any]:

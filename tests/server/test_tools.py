@@ -31,12 +31,18 @@ WEATHER = {
 TIME = {"name": "get_time"}
 TOOLS = [{"type": "function", "function": function} for function in (WEATHER, TIME)]
 NAMED = {"type": "function", "function": {"name": "get_time"}}
+NONE = {"type": "no"}
 PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 NOW = '{"name": "get_time", "arguments": {}}'
 
 
 def called(*calls):
     return f"<|tool_call|>[{', '.join(calls)}]<|/tool_call|>"
+
+
+def taking(parameters):
+    """A tool of these parameters."""
+    return {"type": "function", "function": {"name": "get_time", "parameters": parameters}}
 
 
 # --- what the model is shown -----------------------------------------------------------------------------------------
@@ -105,10 +111,27 @@ def test_a_conversation_with_calls_and_results(client, fake):
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"tools": [TOOLS[1] | {"x": 1}]}, "tools[0].x", "no field"),
+        ({"tools": [taking({"const": "x"})]}, "tools[0].function.parameters", 'give it "type": "object"'),
+        ({"tools": [TOOLS[0], taking({"type": "string"})]}, "tools[1].function.parameters", "schema of an object"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}]},
+            {"tools": [*TOOLS, taking({"type": "object", "properties": {"a": {"type": "no"}}})]},
+            "tools[2].function.parameters",
+            "tools[2].function.parameters cannot be used: Invalid type: no",
+        ),
+        (
+            {"tools": [TOOLS[0], taking({"type": "object", "properties": 3})], "tool_choice": NAMED},
+            "tools[1].function.parameters",
+            "cannot be used: properties must be an object",
+        ),
+        (
+            {"tools": [taking({"type": "object", "properties": {"a": {"const": "x" * 300_000}}})]},
             "tools",
-            "Lark grammar",
+            "tools make a grammar that has 3",
+        ),
+        (
+            {"tools": TOOLS, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": NONE}}},
+            "response_format",
+            "response_format cannot be used: Invalid type: no",
         ),
         ({"tools": TOOLS, "memphi": {"grammar": {"regex": "a"}}}, "memphi.grammar", "neither tools"),
         (
