@@ -134,7 +134,7 @@ async def create_chat_completion(http: HttpRequest, body: ChatRequest) -> Respon
         service.engine.tokenizer,
         body.ignored(),
         each=body.memphi.each,
-        has_tools=bool(body.toolbox.offered),
+        toolbox=body.toolbox,
         has_logprobs=bool(body.logprobs),
         include_usage=body.include_usage,
     )

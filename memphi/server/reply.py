@@ -14,7 +14,7 @@ from memphi.server.content import Conversation
 from memphi.server.logprobs import chat_logprobs
 from memphi.server.shares import Shares
 from memphi.server.stream import Chunk
-from memphi.server.tools import ArgumentsGrown, CallBegun, CallReader, Found
+from memphi.server.tools import ArgumentsGrown, CallBegun, CallReader, Found, Toolbox
 
 
 class Reply:
@@ -29,7 +29,7 @@ class Reply:
         ignored: list[str],
         *,
         each: bool,
-        has_tools: bool,
+        toolbox: Toolbox,
         has_logprobs: bool,
         include_usage: bool,
     ) -> None:
@@ -40,7 +40,7 @@ class Reply:
         self._ignored = ignored
         self._shares = Shares([media.name for media in conversation.media]) if each else None
         self._choices = 1 if each else len(work.runs)
-        self._has_tools = has_tools
+        self._toolbox = toolbox
         self._has_logprobs = has_logprobs
         self._include_usage = include_usage
 
@@ -60,7 +60,7 @@ class Reply:
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """The response in pieces; raises ApiError where an answer fails."""
-        strands = [_Strand(CallReader() if self._has_tools else None) for _ in range(self._choices)]
+        strands = [_Strand(self._toolbox.reader()) for _ in range(self._choices)]
         left = self._choices
         async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
@@ -87,7 +87,7 @@ class Reply:
             raise self._conversation.locate(self._shares.errors[0])
 
     def _choice(self, place: int, answer: Answer) -> Chunk:
-        reader = CallReader() if self._has_tools else None
+        reader = self._toolbox.reader()
         found: list[Found] = [*reader.feed(answer.text), *reader.flush()] if reader else [answer.text]
         text = "".join(item for item in found if isinstance(item, str))
         calls = list(_calls(found))

@@ -191,7 +191,7 @@ async def start(service: Service, body: ResponsesRequest, messages: Messages) ->
         service.engine.tokenizer,
         body.ignored(),
         each=body.memphi.each,
-        has_tools=bool(chat.toolbox.offered),
+        toolbox=chat.toolbox,
         has_logprobs=body.has_logprobs,
         include_usage=True,
     )

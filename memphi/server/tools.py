@@ -91,6 +91,10 @@ class Toolbox:
         described = [_describe(function) for function in self.offered]
         return json.dumps(described, ensure_ascii=False) if described else ""
 
+    def reader(self) -> "CallReader | None":
+        """What takes an answer apart; None where it is text as it stands."""
+        return CallReader(self._must_call) if self.offered else None
+
     def grammar(self, otherwise: Grammar | None) -> Grammar | None:
         """What holds the answer: calls, and, unless there must be one, text or what else it has to look like."""
         if not self._callable:
@@ -183,8 +187,10 @@ _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{
 class CallReader:
     """Takes an answer apart while it comes: text as it is, calls with their arguments as they grow."""
 
-    def __init__(self) -> None:
+    def __init__(self, must_call: bool) -> None:
+        """must_call: the answer had to be calls, so that the beginning of one is no text."""
         self.calls = 0
+        self._must_call = must_call
         self._rest = ""
         self._close: str | None = None
         """What ends the list of calls that is being read; None: text is."""
@@ -201,7 +207,7 @@ class CallReader:
         """What was held back, now that nothing more comes."""
         rest, self._rest = self._rest, ""
         if self._call is not None:
-            rest = "" if self._call.begun else self._call.text
+            rest = "" if self._call.begun or self._must_call else self._call.text
         return [rest] if rest else []
 
     def _read(self) -> Iterator[Found]:

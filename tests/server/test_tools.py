@@ -32,6 +32,7 @@ TIME = {"name": "get_time"}
 TOOLS = [{"type": "function", "function": function} for function in (WEATHER, TIME)]
 NAMED = {"type": "function", "function": {"name": "get_time"}}
 NONE = {"type": "no"}
+CUT = '{"name": "get_we'
 PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 NOW = '{"name": "get_time", "arguments": {}}'
 
@@ -276,9 +277,23 @@ def test_calls_that_are_cut_end_for_want_of_length(client, fake):
     assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith('{"ci')
 
 
+@pytest.mark.parametrize(
+    ("choice", "content"),
+    [("auto", CUT), ("required", ""), (NAMED, "")],
+    ids=["auto", "required", "named"],
+)
+def test_a_call_whose_name_is_cut_is_text_only_where_text_was_allowed(client, fake, choice, content):
+    fake.worker.say = lambda request: said(f"<|tool_call|>[{CUT}", FinishReason.LENGTH)
+    (whole,) = ask(client, tools=TOOLS, tool_choice=choice).json()["choices"]
+    assert (whole["message"]["content"], whole["finish_reason"]) == (content, "length")
+    choices = [chunk["choices"][0] for chunk in chunks_of(ask(client, tools=TOOLS, tool_choice=choice, stream=True))]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == content
+    assert choices[-1]["finish_reason"] == "length"
+
+
 def read(text, cuts=()):
     """Text and calls of an answer that comes in pieces."""
-    reader, found = CallReader(), []
+    reader, found = CallReader(must_call=False), []
     places = [0, *sorted(cuts), len(text)]
     for start, end in pairwise(places):
         found += reader.feed(text[start:end])
