@@ -15,6 +15,14 @@ RETRY_SECONDS = 5
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 """What OpenAI calls each kind; any other is an invalid_request_error."""
 
+ADVICE = {
+    "--max-tokens": "max_tokens",
+    "--on-pressure": "memphi.on_pressure",
+    "--each": "memphi.each",
+    "give more --memory": "start the server with more --memory",
+}
+"""What the engine advises in the command line's words, and how it is said to clients."""
+
 
 class ErrorFields(BaseModel):
     """What a refusal says."""
@@ -64,11 +72,14 @@ class ApiError(Exception):
         """What the engine refuses or cannot do."""
         if isinstance(error, RequestError):
             return cls(400, str(error), param, "invalid_value")
+        if not isinstance(error, DoesNotFitError):
+            return cls.later(503, str(error), "engine_unavailable")
+        message = str(error)
+        for option, field in ADVICE.items():
+            message = message.replace(option, field)
         if isinstance(error, BusyError):
-            return cls.later(429, str(error), "busy")
-        if isinstance(error, DoesNotFitError):
-            return cls(413, str(error), param, "does_not_fit")
-        return cls.later(503, str(error), "engine_unavailable")
+            return cls.later(429, message, "busy")
+        return cls(413, message, "max_tokens" if "(max_tokens " in message else param, "does_not_fit")
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
         """The same for a client that calls the field otherwise."""

@@ -107,7 +107,7 @@ class Service:
 
     @contextmanager
     def places(self, answers: int) -> Iterator[None]:
-        """Keep room for so many answers while the block runs; raises ApiError where too many wait already."""
+        """Keep room for so many answers while the block runs; raises ApiError where there is none, now or ever."""
         self._check_queue(answers)
         self.open_answers += answers
         try:
@@ -122,6 +122,10 @@ class Service:
 
     def _check_queue(self, answers: int) -> None:
         most = self.rows + self.settings.limits.queue
+        if answers > most:
+            advice = f"at most {most} may be asked for: n, times the prompts or the attachments answered one by one"
+            message = f"the request asks for {answers} answers and this server has places for {most}; {advice}"
+            raise ApiError(413, message, None, "does_not_fit")
         if self.open_answers + answers > most:
             waits = f"{self.open_answers} answers run or wait, of at most {most}"
             raise ApiError.later(429, f"the queue is full: {waits}; send the request again later", "queue_full")

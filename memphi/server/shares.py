@@ -10,6 +10,7 @@ from typing import Any
 from memphi.errors import MemphiError
 from memphi.request import Delta, FinishReason
 from memphi.server.answers import Answer
+from memphi.server.errors import ApiError
 
 
 class Shares:
@@ -45,7 +46,7 @@ class Shares:
         for number, (name, answer) in enumerate(zip(self._names, self._answers, strict=True)):
             entry: dict[str, Any] = {"name": name, "param": places[name]}
             if number in self.errors:
-                entry["error"] = str(self.errors[number])
+                entry["error"] = ApiError.of(self.errors[number]).message
             elif answer.finish_reason is not None:
                 entry |= {"content": answer.text, "finish_reason": answer.finish_reason.value}
             listed.append(entry)

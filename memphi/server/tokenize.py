@@ -12,6 +12,7 @@ from memphi.server.answers import unless_left
 from memphi.server.bodies import JsonRoute
 from memphi.server.chat import ChatRequest
 from memphi.server.completions import CompletionRequest
+from memphi.server.errors import ApiError
 from memphi.server.service import service_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -42,7 +43,7 @@ async def count_tokens(http: HttpRequest, body: AnyRequest) -> dict[str, Any]:
         "context_tokens": service.engine.bounds.tokens,
         "attachments": [item for footprint in work.footprints for item in _attachments(footprint)],
         "degraded": list(work.degraded),
-        "errors": [str(error) for error in work.errors],
+        "errors": [ApiError.of(error).message for error in work.errors],
         "ignored": body.ignored(),
     }
 

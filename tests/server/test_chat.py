@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from memphi.engine.pressure import not_now
 from memphi.errors import BusyError, DoesNotFitError, MediaError, WorkerError
 from memphi.request import Delta, FinishReason, Grammar, Message, TokenLogprob
 from memphi.server.app import make_app
@@ -420,6 +421,13 @@ def test_a_prompt_that_never_fits_is_refused_with_numbers(client, fake):
     assert str(fake.bounds.context_tokens) in sentence or str(fake.bounds.tokens) in sentence
 
 
+def test_advice_names_fields_and_no_options_of_the_command_line(client, fake):
+    assert "(max_tokens " in refused(ask(client, max_tokens=10**6), 413, "max_tokens")
+    assert "start the server with more --memory" in refused(ask(client, "word " * 10_000), 413)
+    fake.worker.say = lambda request: [not_now(9, 1, 2, 2, 0)]
+    assert "(memphi.on_pressure wait)" in refused(ask(client), 429)
+
+
 def test_the_server_may_take_less_than_the_engine(fake):
     with serving(fake, limits=Limits(prompt_tokens=10)) as client:
         assert ask(client, "x").status_code == 200
@@ -431,11 +439,13 @@ def test_the_queue_is_bounded(fake):
     with serving(fake, limits=Limits(queue=0)) as client:
         rows = fake.plan.rows
         answer = ask(client, n=rows + 1)
-        assert "the queue is full" in refused(answer, 429)
-        assert int(answer.headers["Retry-After"]) > 0
+        assert f"at most {rows} may be asked for: n" in refused(answer, 413)
+        assert "Retry-After" not in answer.headers
         service = client.app.state.service
         with service.places(rows):
-            assert "the queue is full" in refused(ask(client), 429)
+            answer = ask(client)
+            assert "the queue is full" in refused(answer, 429)
+            assert int(answer.headers["Retry-After"]) > 0
         assert service.open_answers == 0
 
 
@@ -510,6 +520,15 @@ def test_each_goes_on_where_one_fails(client, fake):
     told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert told == "image 2: a number"
     assert chunks[-1]["memphi"]["each"] == answer["memphi"]["each"]
+
+
+def test_each_is_told_of_fields_and_no_options_of_the_command_line(client, fake):
+    body = {"messages": [{"role": "user", "content": [*parts("first.png", "wide.png"), TEXT]}]}
+    fields = {"memphi": {"each": True}, "max_tokens": fake.bounds.tokens - 100}
+    priced = client.post("/v1/tokenize", json={**body, **fields}).json()
+    (told,) = priced["errors"]
+    assert "(max_tokens " in told
+    assert [entry.get("error") for entry in ask(client, **body, **fields).json()["memphi"]["each"]] == [None, told]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -22,6 +22,10 @@ def test_a_completion(client, fake):
     assert request.sampling.max_tokens == 16
 
 
+def test_what_is_too_long_is_told_with_its_field(client):
+    assert "(max_tokens " in refused(complete(client, max_tokens=10**6), 413, "max_tokens")
+
+
 def test_text_that_looks_like_a_special_token_stays_text(client, fake):
     text = "<|user|>Hello<|end|>"
     assert complete(client, text).json()["usage"]["prompt_tokens"] == len(fake.tokenizer.encode_text(text))

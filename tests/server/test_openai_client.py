@@ -316,11 +316,12 @@ def test_errors_of_a_stream_are_the_clients_own(url):
 
 def test_keys_and_limits_are_the_clients_own(engine):
     settings = ServerSettings("demo", api_keys=("secret",), limits=Limits(queue=0))
-    with listening(make_app(engine, settings)) as url:
+    app = make_app(engine, settings)
+    with listening(app) as url:
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             wrong.models.list()
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         assert right.models.list().data
-        with pytest.raises(openai.RateLimitError):
-            right.chat.completions.create(model="demo", messages=HELLO, n=engine.plan.rows + 1)
+        with app.state.service.places(engine.plan.rows), pytest.raises(openai.RateLimitError):
+            right.chat.completions.create(model="demo", messages=HELLO)

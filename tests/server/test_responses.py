@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from memphi.errors import DoesNotFitError, RequestError, WorkerError
 from memphi.request import Delta, FinishReason, TokenLogprob
-from tests.server.conftest import data_uri, sample
+from tests.server.conftest import data_uri, refused, sample
 from tests.server.fakes import said
 
 WEATHER = {
@@ -242,6 +242,10 @@ def test_null_is_as_good_as_nothing(client, name):
 def test_fields_that_are_refused_by_name(client, fake, fields, param, stream):
     assert wrong(client, **fields, stream=stream)["param"] == param
     assert not fake.requests
+
+
+def test_advice_names_the_field_as_it_is_called_here(client):
+    assert "(max_output_tokens " in refused(ask(client, max_output_tokens=10**6), 413, "max_output_tokens")
 
 
 def test_stream_options_need_a_stream(client):
