@@ -174,22 +174,26 @@ class Work:
         self.degraded |= dict.fromkeys(delta.degraded)
 
 
-async def accept(service: Service, requests: Sequence[Request], choices: int = 1, tolerant: bool = False) -> Work:
+async def accept(
+    service: Service, requests: Sequence[Request | MemphiError], choices: int = 1, tolerant: bool = False
+) -> Work:
     """Measure requests and hold them against the server's limits; raises MemphiError.
 
-    tolerant: the error of one of them does not end the others, it comes in its answer's place.
+    tolerant: the error of one of them, or one in its place, does not end the others, it comes in its answer's place.
     """
     arrived = time.perf_counter()
     if service.settings.log_requests:
         for request in requests:
-            logger.info("asked: %r", request.messages)
+            logger.info("asked: %r", request if isinstance(request, MemphiError) else request.messages)
     accepted = await asyncio.to_thread(lambda: [_accept(service, request, tolerant) for request in requests])
     return Work(service, accepted, choices, arrived)
 
 
-def _accept(service: Service, request: Request, tolerant: bool) -> Run | MemphiError:
+def _accept(service: Service, request: Request | MemphiError, tolerant: bool) -> Run | MemphiError:
     engine, settings = service.engine, service.settings
     try:
+        if isinstance(request, MemphiError):
+            raise request
         run = engine.accept(request, settings.limits.media)
         for part in run:
             _check_length(part.footprint, settings.limits.prompt_tokens)

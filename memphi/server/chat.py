@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from memphi.errors import MemphiError
 from memphi.request import MOST_TOP_LOGPROBS, Grammar, Message, OnPressure, Request
 from memphi.server.answers import Work, accept, unless_left
 from memphi.server.bodies import JsonRoute
@@ -149,12 +150,15 @@ async def begin(service: Service, body: ChatRequest) -> tuple[Conversation, Work
     body.check()
     detail = body.memphi.detail or "auto"
     fetched = await service.fetch(urls_of(body.messages))
-    conversation = await asyncio.to_thread(read_messages, body.messages, detail, service.settings.limits, fetched)
+    limits, each = service.settings.limits, body.memphi.each
+    conversation = await asyncio.to_thread(read_messages, body.messages, detail, limits, fetched, tolerant=each)
     if listed := body.toolbox.listed:
         conversation = conversation.with_tools(listed)
-    if body.memphi.each and not conversation.media:
+    if each and not conversation.media:
         raise ApiError.wrong("memphi.each", "needs attachments")
     with conversation.located(body.place_of), body.toolbox.blamed():
-        asked = conversation.shares if body.memphi.each else [conversation.messages]
-        requests = [body.request(messages, service.settings.on_pressure) for messages in asked]
-        return conversation, await accept(service, requests, body.choices, tolerant=body.memphi.each)
+        requests = [
+            asked if isinstance(asked, MemphiError) else body.request(asked, service.settings.on_pressure)
+            for asked in (conversation.shares if each else [conversation.messages])
+        ]
+        return conversation, await accept(service, requests, body.choices, tolerant=each)

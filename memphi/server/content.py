@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
@@ -166,6 +166,8 @@ class Conversation:
     messages: tuple[Message, ...]
     places: dict[str, str]
     """Paths by the attachments' names."""
+    unusable: Mapping[str, MediaError] = field(default_factory=dict)
+    """Why attachments are none, by their names; what stands for them is never asked about."""
     added: int = 0
     """Messages that stand before the client's own."""
 
@@ -174,9 +176,12 @@ class Conversation:
         return [part for message in self.messages for part in message.content if isinstance(part, Media)]
 
     @property
-    def shares(self) -> list[tuple[Message, ...]]:
-        """The same conversation once for each attachment, with no other."""
-        return [tuple(_keep(message, media) for message in self.messages) for media in self.media]
+    def shares(self) -> list[tuple[Message, ...] | MediaError]:
+        """The same conversation once for each attachment, with no other; or why there is none."""
+        return [
+            self.unusable.get(media.name) or tuple(_keep(message, media) for message in self.messages)
+            for media in self.media
+        ]
 
     @contextmanager
     def located(self, place_of: Callable[[str], str | None]) -> Iterator[None]:
@@ -219,20 +224,26 @@ def urls_of(messages: Sequence[Any]) -> list[str]:
     return [url for url in urls if not url.startswith(DATA)]
 
 
-def read_messages(messages: Sequence[Any], detail: Detail, limits: Limits, fetched: Fetched) -> Conversation:
+def read_messages(
+    messages: Sequence[Any], detail: Detail, limits: Limits, fetched: Fetched, tolerant: bool = False
+) -> Conversation:
     """Read all messages, attachments too; raises ApiError, naming the place.
 
     detail is how images are seen that do not say it themselves; fetched is what the URLs hold, of those that were.
+    tolerant: an attachment that cannot be used raises nothing, it is among the `unusable`.
     """
-    reader = _Reader(detail, limits, fetched)
-    return Conversation(tuple(reader.read(message, place) for place, message in enumerate(messages)), reader.places)
+    reader = _Reader(detail, limits, fetched, tolerant)
+    read = tuple(reader.read(message, place) for place, message in enumerate(messages))
+    return Conversation(read, reader.places, reader.unusable)
 
 
 class _Reader:
     """One conversation being read: what is attached so far, and the calls that may be answered."""
 
-    def __init__(self, detail: Detail, limits: Limits, fetched: Fetched) -> None:
+    def __init__(self, detail: Detail, limits: Limits, fetched: Fetched, tolerant: bool) -> None:
         self.places: dict[str, str] = {}
+        self.unusable: dict[str, MediaError] = {}
+        self._tolerant = tolerant
         self._detail = detail
         self._limits = limits
         self._fetched = fetched
@@ -279,10 +290,13 @@ class _Reader:
         self._check_count(where)
         try:
             media = self._open(part, name)
+            if media.kind != kind:
+                raise MediaError(f"{name}: holds no {kind} but {'an image' if media.kind == 'image' else 'sound'}")
         except MediaError as error:
-            raise ApiError.of(error, where) from None
-        if media.kind != kind:
-            raise ApiError.wrong(where, f"holds no {kind} but {'an image' if media.kind == 'image' else 'sound'}")
+            if not self._tolerant:
+                raise ApiError.of(error, where) from None
+            self.unusable[name] = error
+            return Media(kind, name, b"", "")
         if isinstance(part, AudioPart):
             return media
         return replace(media, detail=part.image_url.detail or self._detail)

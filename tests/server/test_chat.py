@@ -522,6 +522,28 @@ def test_each_goes_on_where_one_fails(client, fake):
     assert chunks[-1]["memphi"]["each"] == answer["memphi"]["each"]
 
 
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (b"%PDF-1.7", "image 1: "),
+        (b"", "image 1: "),
+        (sample("question.wav"), "image 1: holds no image but sound"),
+    ],
+    ids=["pdf", "empty", "sound"],
+)
+def test_each_goes_on_where_one_cannot_be_used(client, fake, bad, words):
+    content = [{"type": "image_url", "image_url": {"url": data_uri(bad)}}, *parts("second.png"), TEXT]
+    answer = ask(client, content, memphi={"each": True}).json()
+    assert answer["choices"][0]["message"]["content"] == "image 2: It is a fake."
+    (wrong, right) = answer["memphi"]["each"]
+    assert wrong["error"].startswith(words)
+    assert wrong["param"] == "messages[0].content[0].image_url.url"
+    assert right["content"] == "It is a fake."
+    assert [media.name for request in fake.requests for media in request.media] == ["image 2"]
+    alone = ask(client, [content[0], TEXT], memphi={"each": True})
+    assert refused(alone, 400, "messages[0].content[0].image_url.url").startswith(words)
+
+
 def test_each_is_told_of_fields_and_no_options_of_the_command_line(client, fake):
     body = {"messages": [{"role": "user", "content": [*parts("first.png", "wide.png"), TEXT]}]}
     fields = {"memphi": {"each": True}, "max_tokens": fake.bounds.tokens - 100}
