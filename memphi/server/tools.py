@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from memphi.errors import RequestError
 from memphi.request import Grammar
+from memphi.sampling.stop import overlap
 from memphi.server.errors import ApiError
 from memphi.server.fields import Fields
 
@@ -229,7 +230,7 @@ class CallReader:
         if found:
             self._rest, self._close = after, close
         else:
-            kept = len(text) - _overlap(text, opening)
+            kept = len(text) - overlap(text, opening)
             text, self._rest = text[:kept], text[kept:]
         self._begun = self._begun or bool(text.strip() or found)
         if text:
@@ -327,8 +328,3 @@ class _CallText:
             self._depth += 1
         elif character in "}]":
             self._depth -= 1
-
-
-def _overlap(text: str, opening: str) -> int:
-    """How many characters at the end of a text may be the beginning of the opening."""
-    return next((n for n in range(min(len(text), len(opening) - 1), 0, -1) if opening.startswith(text[-n:])), 0)
