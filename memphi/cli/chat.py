@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from memphi.cli import options
-from memphi.cli.terminal import load_engine, open_attachments, stream_answer
+from memphi.cli.terminal import load_engine, open_attachments, stream_answer, tell
 from memphi.config import DEFAULT_MODEL
 from memphi.errors import MediaError, MemphiError
 
@@ -90,13 +90,13 @@ class Conversation:
         self._start_over()
 
     def run(self) -> None:
-        """Read lines until the end of input; a turn that fails is told on stderr and forgotten."""
+        """Read lines until the end of input; a turn that fails is told on stderr and forgotten, attachments and all."""
         print(COMMANDS, file=sys.stderr)
         while (line := _read_line()) is not None and line != "/quit":
             try:
                 self._take(line)
             except MemphiError as error:
-                print(f"memphi: {error}", file=sys.stderr)
+                tell(str(error))
 
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
@@ -108,7 +108,7 @@ class Conversation:
         elif command == "/help":
             print(COMMANDS, file=sys.stderr)
         elif command.startswith("/") and command[1:].isalpha():
-            print(f"memphi: there is no command {command}; {COMMANDS}", file=sys.stderr)
+            tell(f"there is no command {command}; {COMMANDS}")
         elif line or self.attachments:
             self._say(line)
 
@@ -120,10 +120,17 @@ class Conversation:
     def _say(self, text: str) -> None:
         from memphi.request import Message, Request
 
-        messages = (*self.messages, Message("user", (*self.attachments, text)))
-        answer = stream_answer(self.engine, Request(messages, self.sampling, self.on_pressure))
-        self.messages = (*messages, Message("assistant", (answer,)))
-        self.attachments = ()
+        attachments, self.attachments = self.attachments, ()
+        messages = (*self.messages, Message("user", (*attachments, text)))
+        try:
+            answer = stream_answer(self.engine, Request(messages, self.sampling, self.on_pressure))
+        except MemphiError as error:
+            tell(str(error))
+            if attachments:
+                names = ", ".join(media.name for media in attachments)
+                tell(f"no longer attached: {names}; /attach again what the next message is about")
+        else:
+            self.messages = (*messages, Message("assistant", (answer,)))
 
     def _start_over(self) -> None:
         from memphi.request import Message

@@ -115,6 +115,14 @@ def test_a_turn_that_fails_is_told_and_forgotten(talk, scripted):
     assert (code, out) == (0, "1 messages\n3 messages\n")
     assert "memphi: it does not fit\n" in err
     assert texts(scripted.requests[-1]) == ["Hello.", "1 messages", "Still there?"]
+    assert "attached" not in err
+
+
+def test_attachments_of_a_turn_that_fails_are_dropped_by_name(talk, scripted, picture):
+    code, out, err = talk(f"/attach {picture}", TEXT_TO_FAIL, "Still there?", options=["-a", picture])
+    assert (code, out) == (0, "1 messages\n")
+    assert "memphi: it does not fit\nmemphi: no longer attached: picture.png, picture.png; /attach again" in err
+    assert [len(request.media) for request in scripted.requests] == [2, 0]
 
 
 @pytest.mark.parametrize(
