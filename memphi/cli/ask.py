@@ -1,19 +1,30 @@
 """`memphi ask`: one question about any number of pictures and recordings."""
 
 import json
-import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memphi.cli import options
-from memphi.cli.terminal import failures_recorded, load_engine, open_attachments, stream_answer, telling
+from memphi.cli.terminal import (
+    attachment_name,
+    failures_recorded,
+    load_engine,
+    open_attachments,
+    stream_answer,
+    tell,
+    telling,
+)
 from memphi.config import DEFAULT_MODEL
-from memphi.errors import MemphiError
+from memphi.errors import MediaError, MemphiError
 
 if TYPE_CHECKING:
     from memphi.engine.engine import Engine
     from memphi.request import Request, Result
+
+    Named = tuple[str, Request | MediaError]
+    """An attachment's name, and what is asked about it or why it cannot be opened."""
 
 
 def ask(
@@ -72,46 +83,71 @@ def ask(
         ignore_eos=ignore_eos,
         stop=tuple(stop),
     )
+
+    def request(sources: list[str]) -> Request:
+        media = options.with_detail(open_attachments(sources), detail)
+        return Request.ask(question, media, system, sampling, on_pressure)
+
     # Attachments are opened first: a wrong name should not have to wait for the model.
-    media = options.with_detail(open_attachments(attach), detail)
-    groups = [(item,) for item in media] if each else [media]
-    requests = [Request.ask(question, group, system, sampling, on_pressure) for group in groups]
-    engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
+    requests: list[Named] = _request_each(request, attach) if each else [("", request(attach))]
+    engine = None
+    if any(isinstance(asked, Request) for _, asked in requests):
+        engine = load_engine(model, device, dtype, attention, config, allocator, debug_cuda)
     answer = _answer_as_json if as_json else _answer_as_text
     if (failed := answer(engine, requests, each)) is not None:
         raise typer.Exit(failed)
 
 
-def _answer_as_text(engine: "Engine", requests: "list[Request]", each: bool) -> int | None:
+def _request_each(request: "Callable[[list[str]], Request]", sources: list[str]) -> "list[Named]":
+    """A request about each attachment alone, or why it cannot be opened."""
+    requests: list[Named] = []
+    for source in sources:
+        try:
+            requests.append((attachment_name(source), request([source])))
+        except MediaError as error:
+            requests.append((attachment_name(source), error))
+    return requests
+
+
+def _opened(engine: "Engine | None", request: "Request | MediaError") -> "tuple[Engine, Request]":
+    """Both as they are; raises the error where the attachment could not be opened."""
+    if isinstance(request, MediaError):
+        raise request
+    assert engine is not None, "an engine is loaded where there is a request"
+    return engine, request
+
+
+def _answer_as_text(engine: "Engine | None", requests: "list[Named]", each: bool) -> int | None:
     """Stream the answers; with `each`, a request that fails is told and the rest go on.
 
     Returns the exit code of the first that failed, None if none did.
     """
     failed = None
-    for request in requests:
+    for name, request in requests:
         try:
-            stream_answer(engine, request, f"{request.media[0].name}: " if each else "")
+            stream_answer(*_opened(engine, request), f"{name}: " if each else "")
         except MemphiError as error:
             if not each:
                 raise
-            print(f"memphi: {error}", file=sys.stderr)
+            tell(str(error) if isinstance(error, MediaError) else f"{name}: {error}")
             failed = failed or error.exit_code
     return failed
 
 
-def _answer_as_json(engine: "Engine", requests: "list[Request]", each: bool) -> int | None:
+def _answer_as_json(engine: "Engine | None", requests: "list[Named]", each: bool) -> int | None:
     """Print one document, or with `each` a list, in which a request that fails has its error for an answer."""
     documents, failed = list[dict[str, Any]](), None
-    with telling("answering") as tell:
-        for number, request in enumerate(requests, 1):
-            tell(f"answering {number} of {len(requests)}")
+    with telling("answering") as show:
+        for number, (name, asked) in enumerate(requests, 1):
+            show(f"answering {number} of {len(requests)}")
             try:
+                loaded, request = _opened(engine, asked)
                 with failures_recorded():
-                    documents.append(_document(request, engine.generate(request)))
+                    documents.append(_document(request, loaded.generate(request)))
             except MemphiError as error:
                 if not each:
                     raise
-                documents.append({"attachments": [media.name for media in request.media], "error": str(error)})
+                documents.append({"attachments": [name], "error": str(error)})
                 failed = failed or error.exit_code
     print(json.dumps(documents if each else documents[0], ensure_ascii=False, indent=2))
     return failed

@@ -56,6 +56,13 @@ def parse_detail(text: str) -> "DetailValue":
     raise typer.BadParameter(f"{text!r} is no detail; write low, auto, high, or the most crops besides the global view")
 
 
+def check_attachments(sources: list[str]) -> list[str]:
+    """The same; raises typer.BadParameter where stdin would be read twice."""
+    if sources.count("-") > 1:
+        raise typer.BadParameter("stdin (-) can be attached once")
+    return sources
+
+
 def engine_config(
     memory: int | None,
     kv_cache: str,
@@ -145,7 +152,12 @@ DebugCuda = Annotated[
 ]
 Attachments = Annotated[
     list[str],
-    typer.Option("--attach", "-a", help="An image or a recording: path, URL, or - for stdin. May be repeated."),
+    typer.Option(
+        "--attach",
+        "-a",
+        callback=check_attachments,
+        help="An image or a recording: path, URL, or - for stdin. May be repeated.",
+    ),
 ]
 Memory = Annotated[
     int | None,

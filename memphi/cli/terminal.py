@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from memphi.config import EngineConfig
     from memphi.engine.engine import Engine
@@ -19,11 +17,17 @@ def open_attachments(sources: list[str]) -> "tuple[Media, ...]":
     """Open paths and URLs, and stdin for `-`; raises MediaError naming the one that cannot be opened."""
     from memphi.inputs.media import open_media
 
-    if sources.count("-") > 1:
-        raise typer.BadParameter("stdin (-) can be attached once")
     return tuple(
-        open_media(sys.stdin.buffer, name="stdin") if source == "-" else open_media(source) for source in sources
+        open_media(sys.stdin.buffer, name=attachment_name(source)) if source == "-" else open_media(source)
+        for source in sources
     )
+
+
+def attachment_name(source: str) -> str:
+    """What an attachment is called in answers and errors."""
+    from memphi.inputs.media import label_of
+
+    return "stdin" if source == "-" else label_of(source)
 
 
 def load_engine(

@@ -52,7 +52,7 @@ def open_media(
 
     A str is an http(s) URL, a data: URI or a path. Raises MediaError, naming the attachment.
     """
-    label = name or _label(source)
+    label = name or label_of(source)
     with attached(label):
         content = _read(source, limits.bytes)
         return Media(sniff(content)[0], label, content, hashlib.sha256(content).hexdigest())
@@ -137,7 +137,8 @@ _SIGNATURES: tuple[tuple[MediaKind, str, re.Pattern[bytes]], ...] = (
 )
 
 
-def _label(source: str | Path | bytes | BinaryIO) -> str:
+def label_of(source: str | Path | bytes | BinaryIO) -> str:
+    """What an attachment is called that was given no name."""
     if isinstance(source, Path):
         return source.name
     if isinstance(source, str):

@@ -281,6 +281,42 @@ def test_each_goes_on_after_a_file_that_is_damaged(run, picture, clip, tmp_path)
     assert "damaged.png" in second["error"]
 
 
+def test_each_tells_in_its_place_what_cannot_be_opened(run, picture, clip, tmp_path):
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    names = ("-a", empty, "-a", picture, "-a", tmp_path / "missing.png", "-a", clip)
+    code, out, err = run("ask", "What?", "--each", *names, "--max-tokens", 3)
+    assert code == 4
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["picture.png", "clip.wav"]
+    assert [line.split(": ")[:2] for line in err.splitlines()] == [["memphi", "empty.png"], ["memphi", "missing.png"]]
+    code, out, err = run("ask", "What?", "--each", "--json", *names, "--max-tokens", 3)
+    assert (code, err) == (4, "")
+    documents = json.loads(out)
+    assert [item["attachments"] for item in documents] == [
+        ["empty.png"],
+        ["picture.png"],
+        ["missing.png"],
+        ["clip.wav"],
+    ]
+    assert ["error" in item for item in documents] == [True, False, True, False]
+    assert documents[0]["error"] == "empty.png: is empty"
+
+
+def test_each_loads_no_model_where_nothing_can_be_opened(run, tmp_path):
+    code, out, err = run("ask", "What?", "--each", "-a", __file__, "-a", "missing.png", model=tmp_path)
+    assert (code, out, err.count("\n")) == (4, "", 2)
+    assert err.startswith("memphi: test_cli.py: is neither a picture nor a sound")
+
+
+def test_each_names_the_attachment_whatever_fails(run, picture):
+    names = ("-a", picture, "-a", picture, "--max-tokens", 100_000)
+    code, out, err = run("ask", "What?", "--each", *names)
+    assert (code, out) == (3, "")
+    assert [line.partition("needs")[0] for line in err.splitlines()] == ["memphi: picture.png: the request "] * 2
+    documents = json.loads(run("ask", "What?", "--each", "--json", *names)[1])
+    assert [item["attachments"] for item in documents] == [["picture.png"]] * 2
+
+
 def test_a_conversation_cannot_also_be_an_attachment(run):
     code, _, err = run("chat", "-a", "-", stdin=b"hello")
     assert code == 2
