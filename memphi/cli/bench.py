@@ -57,6 +57,8 @@ def bench(
         _check_plot(plot)
         if what and all(name.endswith(".json") for name in what):
             return _draw_results([Path(name) for name in what], plot)
+    if out is not None:
+        _check_target(out)
     wanted = _wanted(what or [], curve, against, repeats, seconds, scale, seed, commit)
     # Random weights repeat themselves: what speculation gains on them, it gains nowhere else.
     config = options.engine_config(memory, "on", pin, merge, False, kernels, scheme, cache_format)
@@ -104,14 +106,13 @@ def _choose(names: list[str], choices: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _show(document: dict[str, Any], as_json: bool, out: Path | None, plot: Path | None) -> None:
-    """Print the document or its table, and write what was asked for."""
+    """Print the document or its table, then write what was asked for: if that fails, the figures are seen."""
     from memphi.bench.table import text_table
 
     text = json.dumps(document, indent=2)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
     print(text if as_json else text_table(document))
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
     if plot is not None:
         from memphi.bench.plot import draw
 
@@ -124,6 +125,19 @@ def _check_plot(path: Path) -> None:
         raise typer.BadParameter(f"a plot is a .png or a .svg file, not {path.name}")
     if find_spec("matplotlib") is None:
         raise MemphiError('drawing needs matplotlib; install it with: pip install "memphi[bench]"')
+    _check_target(path)
+
+
+def _check_target(path: Path) -> None:
+    """Before anything is measured: whether a file can be written there."""
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as wrong:
+        raise typer.BadParameter(f"{path} cannot be written ({wrong.strerror}); name another file") from None
+    if is_new:
+        path.unlink()
 
 
 def _draw_results(results: list[Path], path: Path) -> None:

@@ -20,7 +20,7 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 def parse_bytes(text: str) -> int:
     """Bytes from 8GiB, 8G (the same), 8GB (a little less), 512MiB or a plain number; raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)(B?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?)(I?)(B?)", text.strip().upper())
     n_bytes = 0
     if match:
         number, unit, binary, byte = match.groups()
@@ -228,7 +228,7 @@ TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that
 TopK = Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens that occurred less likely.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
 Stop = Annotated[list[str], typer.Option(help="End the answer at this text. May be repeated.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens whatever the model says.")]
 Schema = Annotated[

@@ -152,6 +152,9 @@ def test_what_fails_leaves_the_rest_to_be_measured(monkeypatch):
         (["--against=vllm"], 2, "there is no 'vllm'"),
         (["--plot=a.pdf"], 2, "a plot is a .png or a .svg file"),
         (["--plot=a.png", "none.json"], 4, "none.json cannot be read"),
+        (["--plot=/dev/null/a.png"], 2, "a.png cannot be written"),
+        (["--out=."], 2, ". cannot be written (Is a directory)"),
+        (["--seed=-1"], 2, "'--seed'"),
     ],
 )
 def test_wrong_words_are_told_before_anything_is_loaded(run, monkeypatch, arguments, code, words):
@@ -159,6 +162,15 @@ def test_wrong_words_are_told_before_anything_is_loaded(run, monkeypatch, argume
     left, out, err = run(*arguments)
     assert (left, out) == (code, "")
     assert words in err
+
+
+def test_where_figures_cannot_be_written_they_are_printed(run, monkeypatch, tmp_path):
+    results, measure = tmp_path / "bench.json", Suite.run
+    monkeypatch.setattr(Suite, "run", lambda suite: results.mkdir() or measure(suite))
+    code, out, err = run(*QUICK, "--repeats=1", f"--out={results}", "decode-1")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("decode-1 ")
+    assert err.splitlines()[-1] == f"memphi: reading or writing failed: [Errno 21] Is a directory: '{results}'"
 
 
 def test_a_missing_library_is_told(run, monkeypatch):
