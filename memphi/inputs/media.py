@@ -140,8 +140,8 @@ _SIGNATURES: tuple[tuple[MediaKind, str, re.Pattern[bytes]], ...] = (
 def label_of(source: str | Path | bytes | BinaryIO) -> str:
     """What an attachment is called that was given no name."""
     if isinstance(source, Path):
-        return source.name
-    if isinstance(source, str):
+        return source.name or str(source)
+    if isinstance(source, str) and source:
         if source.startswith("data:"):
             return "data URI"
         return (urllib.parse.urlsplit(source).path if "://" in source else source).rpartition("/")[2] or source
@@ -155,6 +155,8 @@ def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
         content = _read_file(source, limit)
     elif not isinstance(source, str):
         content = source.read(limit + 1)
+    elif not source:
+        raise MediaError("has an empty name; give a path or a URL")
     elif source.startswith("data:"):
         content = _decode_uri(source, limit)
     elif "://" in source:
@@ -172,8 +174,8 @@ def _check_bytes(size: int, limit: int) -> None:
 
 def _read_file(path: Path, limit: int) -> bytes:
     try:
-        if path.exists() and not path.is_file():
-            raise MediaError("is not a file")
+        if path.exists() and not (path.is_file() or path.is_fifo()):
+            raise MediaError("is neither a file nor a pipe")
         with path.open("rb") as file:
             _check_bytes(path.stat().st_size, limit)
             return file.read(limit + 1)

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +45,9 @@ def test_all_sources_give_the_same_media(tmp_path):
     ("source", "message"),
     [
         ("nowhere.png", "there is no file nowhere.png"),
-        ("/", "is not a file"),
+        ("/", "^/: is neither a file nor a pipe"),
+        (Path("/"), "^/: is neither a file nor a pipe"),
+        ("", "attachment: has an empty name"),
         ("nul\0byte", "cannot be read"),
         (b"", "is empty"),
         (b"just some text", "neither a picture nor a sound"),
@@ -72,6 +76,20 @@ def test_the_size_is_limited_before_reading(tmp_path):
         with pytest.raises(MediaError, match=f"more than {len(PNG) - 1} bytes"):
             open_media(source, limits=limits)
     assert open_media(PNG, limits=MediaLimits(bytes=len(PNG))).content == PNG
+
+
+def test_a_pipe_is_read_as_far_as_the_limit(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for limits in (MediaLimits(), MediaLimits(bytes=len(PNG) - 1)):
+        writer = threading.Thread(target=path.write_bytes, args=(PNG,), daemon=True)
+        writer.start()
+        if limits.bytes > len(PNG):
+            assert open_media(path, limits=limits).content == PNG
+        else:
+            with pytest.raises(MediaError, match=f"more than {limits.bytes} bytes"):
+                open_media(str(path), limits=limits)
+        writer.join()
 
 
 class _Pages(BaseHTTPRequestHandler):
