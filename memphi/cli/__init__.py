@@ -1,5 +1,7 @@
 """What you type. Each command is one file, whose heavy imports happen when it runs, so that help is instant."""
 
+import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -46,12 +48,27 @@ def memphi(
 def main() -> None:
     """The `memphi` command: exit code 0 ok, 1 failed, 2 usage, 3 does not fit, 4 bad input, 130 interrupted.
 
-    Interrupts and a reader of stdout that went away (`| head`) are typer's: it ends at once, without a traceback.
+    Interrupts and a reader of stdout that went away (`| head`) end it at once, without a word.
     """
     # Waiting threads would otherwise spin and slow a busy CPU; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
     try:
-        app()
+        _run()
     except MemphiError as error:
         print(f"memphi: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            print(f"memphi: reading or writing failed: {error}", file=sys.stderr)
+        sys.stdout = io.StringIO()  # Python flushes it once more as it ends, which would fail again
+        sys.exit(1)
+
+
+def _run() -> None:
+    """Run the command, and write all that it printed."""
+    try:
+        app()
+    finally:
+        sys.stdout.flush()

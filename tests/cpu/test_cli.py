@@ -180,12 +180,14 @@ def test_an_attachment_comes_from_stdin(run, engine, picture):
         (["ask", "x", "--each"], 2, "--each needs attachments"),
         (["ask", "x", "-a", "-", "-a", "-"], 2, "can be attached once"),
         (["ask", "x", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["ask", "x", "--seed=-1"], 2, "--seed"),
         (["ask", "x", "--detail", "fine"], 2, "'fine' is no detail"),
         (["ask", "x", "--attention", "none"], 2, "--attention"),
         (["ask", "x", "--no-such-option"], 2, "No such option"),
         (["explain"], 2, "No such command"),
         (["ask", "x", "-a", "missing.png"], 4, "missing.png: there is no file missing.png"),
         (["ask", "x", "-a", "-"], 4, "stdin: is empty"),
+        (["ask", "x", "-a", ""], 4, "attachment: has an empty name"),
         (["ask", "x", "-a", __file__], 4, "neither a picture nor a sound"),
         (["ask", "x", "--temperature=-1"], 4, "temperature must lie between"),
         (["ask", "x", "--device", "toaster"], 4, "'toaster' is no device"),
@@ -259,6 +261,26 @@ def test_a_reader_that_goes_away_ends_it_quietly(folder):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_sentence(unbuffered):
+    command = [sys.executable, "-c", "from memphi.cli import main; main()", "--version"]
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert finished.returncode == 1
+    assert finished.stderr == "memphi: reading or writing failed: [Errno 28] No space left on device\n"
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, picture, tmp_path):
+    strange = tmp_path / os.fsdecode(b"x\xff.png")
+    strange.write_bytes(picture.read_bytes())
+    code, out, _ = run("ask", "What?", "--json", "-a", strange, "--max-tokens", 3)
+    assert (code, json.loads(out)["attachments"]) == (0, ["x?.png"])
+    code, out, _ = run("ask", "What?", "--each", "-a", strange, "--max-tokens", 3)
+    assert (code, out.partition(":")[0]) == (0, "x?.png")
 
 
 @pytest.fixture(scope="module")
