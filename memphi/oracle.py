@@ -25,7 +25,9 @@ ATTENTION = {"": "sdpa", "vision_config": "eager", "audio_config": "sdpa"}
 """Not sdpa for the vision tower: its module calls itself causal, so that transformers (seen in 5.24) hides the later
 patches from the earlier ones wherever no crop has padding."""
 
-_INSTALL = 'comparing needs transformers with Phi-4-multimodal; install it with: pip install "memphi[verify]"'
+_INSTALL = (
+    'comparing needs transformers with Phi-4-multimodal; install it from your copy of memphi: pip install ".[verify]"'
+)
 _RENAMES = (
     (r"\.base_layer\.", "."),
     (r"\.(feed_forward_\w+)\.net\.0\.linear\.", r".\1.gate_up_proj."),

@@ -124,7 +124,7 @@ def _check_plot(path: Path) -> None:
     if path.suffix not in (".png", ".svg"):
         raise typer.BadParameter(f"a plot is a .png or a .svg file, not {path.name}")
     if find_spec("matplotlib") is None:
-        raise MemphiError('drawing needs matplotlib; install it with: pip install "memphi[bench]"')
+        raise MemphiError('drawing needs matplotlib; install it from your copy of memphi: pip install ".[bench]"')
     _check_target(path)
 
 

@@ -111,7 +111,8 @@ def _check_installed() -> None:
     """Raise MemphiError where the extra is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise MemphiError(f"memphi serve needs {', '.join(missing)}; install it: pip install 'memphi[server]'")
+        needed = ", ".join(missing)
+        raise MemphiError(f'memphi serve needs {needed}; install it from your copy of memphi: pip install ".[server]"')
 
 
 def _shown_name(model: str) -> str:

@@ -20,9 +20,9 @@ def verify(
     dtype: options.Dtype = "bf16",
     allocator: options.Allocator = "default",
 ) -> None:
-    """Compare memphi with transformers on the same weights, mode by mode; the exit code is 1 if they differ.
+    r"""Compare memphi with transformers on the same weights, mode by mode; the exit code is 1 if they differ.
 
-    Needs the extra `verify`: pip install "memphi[verify]". Both models run one after the other.
+    Needs the extra `verify`, from your copy of memphi: pip install ".\[verify]". Both models run one after the other.
     """
     warn_of_device(device)
     make_settings(allocator)

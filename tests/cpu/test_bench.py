@@ -177,7 +177,7 @@ def test_a_missing_library_is_told(run, monkeypatch):
     monkeypatch.setattr(sys.modules["memphi.cli.bench"], "find_spec", lambda name: None)
     assert run("--plot=a.png")[::2] == (
         1,
-        'memphi: drawing needs matplotlib; install it with: pip install "memphi[bench]"\n',
+        'memphi: drawing needs matplotlib; install it from your copy of memphi: pip install ".[bench]"\n',
     )
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, out, _ = run(*QUICK, "--repeats=1", "--against=transformers", "decode-1")

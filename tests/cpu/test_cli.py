@@ -247,6 +247,14 @@ def test_loading_is_shown_in_a_terminal(run, monkeypatch):
     assert "kB" in err
 
 
+def test_a_folder_with_brackets_is_shown_as_it_is_called(run, monkeypatch, folder, tmp_path):
+    bracketed = tmp_path / "model[red]"
+    bracketed.symlink_to(folder)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "500")
+    assert "model[red]" in run("ask", "Say something.", "--max-tokens", 6, model=bracketed)[2]
+
+
 def test_an_interrupt_ends_without_a_traceback(folder):
     process = start(folder)
     assert process.stdout.read(1)
@@ -366,4 +374,5 @@ def test_verify_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, out, err = run("verify")
     assert (code, out) == (1, "")
-    assert 'pip install "memphi[verify]"' in err
+    assert 'pip install ".[verify]"' in err
+    assert 'pip install ".[verify]"' in run("verify", "--help")[1]

@@ -88,7 +88,7 @@ def test_a_number_that_is_none_never_agrees():
 
 def test_without_transformers_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MemphiError, match=r'pip install "memphi\[verify\]"'):
+    with pytest.raises(MemphiError, match=r'pip install "\.\[verify\]"'):
         verify(str(folder), CPU, torch.float32)
 
 

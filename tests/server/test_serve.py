@@ -105,7 +105,7 @@ def test_the_extra_that_is_missing_is_named(tmp_path):
         "util.find_spec = lambda name, *more: None if name == 'uvicorn' else find(name, *more)\n"
     )
     code, line = failed(environment={"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"})
-    assert (code, "pip install 'memphi[server]'" in line) == (1, True), line
+    assert (code, 'pip install ".[server]"' in line) == (1, True), line
 
 
 def test_help_needs_nothing_of_the_server():
