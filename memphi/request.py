@@ -139,6 +139,7 @@ class SamplingParams:
                 f"top_logprobs must lie between 0 and {MOST_TOP_LOGPROBS}",
             ),
             (0 <= self.seed < 2**64, "seed must lie between 0 and 2**64 - 1"),
+            (not isinstance(self.stop, str), f"stop must be a tuple of strings, as in stop=({self.stop!r},)"),
             (all(self.stop), "stop strings must not be empty"),
         )
         for holds, message in rules:
@@ -160,13 +161,17 @@ class Request:
     def ask(
         cls,
         text: str,
-        attachments: Sequence[Media] = (),
+        attachments: Media | Sequence[Media] = (),
         system: str | None = None,
         sampling: SamplingParams | None = None,
         on_pressure: OnPressure = "wait",
     ) -> "Request":
         """One question about some attachments, which stand before the text as in the model card."""
-        user = Message("user", (*attachments, text))
+        media = (attachments,) if isinstance(attachments, Media | str) else tuple(attachments)
+        for item in media:
+            if not isinstance(item, Media):
+                raise RequestError(f"an attachment is what open_media returns, not {type(item).__name__}")
+        user = Message("user", (*media, text))
         messages = (user,) if system is None else (Message("system", (system,)), user)
         return cls(messages, sampling or SamplingParams(), on_pressure)
 

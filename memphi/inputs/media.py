@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from io import TextIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,7 @@ def open_media(
 ) -> Media:
     """Read an attachment and tell its kind from its content, never from its name.
 
-    A str is an http(s) URL, a data: URI or a path. Raises MediaError, naming the attachment.
+    A str is an http(s) URL, a data: URI or a path; a file is open in binary. Raises MediaError, naming the attachment.
     """
     label = name or label_of(source)
     with attached(label):
@@ -66,14 +67,16 @@ def image_media(pixels: Pixels, name: str = "image") -> Media:
     return Media("image", name, pixels, _array_digest(pixels, "image"))
 
 
-def audio_media(values: NDArray[np.floating | np.int16], rate: int, name: str = "audio") -> Media:
+def audio_media(values: NDArray[np.floating | np.int16], rate: float, name: str = "audio") -> Media:
     """Wrap decoded sound, [samples] or [samples, channels], float in [-1, 1] or int16, at `rate` Hz.
 
-    Channels are averaged. Raises MediaError for any other array.
+    Channels are averaged. Raises MediaError for any other array, and for a rate that is no whole number.
     """
     with attached(name):
-        mono = _mono(np.asarray(values))
-    return Media("audio", name, Samples(mono, rate), _array_digest(mono, f"audio {rate}"))
+        if rate % 1:  # also NaN and infinity
+            raise MediaError(f"the rate must be a whole number of samples a second, not {rate}")
+        mono, whole = _mono(np.asarray(values)), int(rate)
+    return Media("audio", name, Samples(mono, whole), _array_digest(mono, f"audio {whole}"))
 
 
 def check_samples(values: NDArray[np.floating | np.int16]) -> None:
@@ -153,6 +156,8 @@ def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
         content = source
     elif isinstance(source, Path):
         content = _read_file(source, limit)
+    elif isinstance(source, TextIOBase):
+        raise MediaError("is open as text; open it as bytes, with mode 'rb'")
     elif not isinstance(source, str):
         content = source.read(limit + 1)
     elif not source:

@@ -8,7 +8,7 @@ import torch
 from memphi.checkpoint.loader import load_model
 from memphi.config import EngineConfig
 from memphi.engine import gauge
-from memphi.engine.engine import Engine
+from memphi.engine.engine import Engine, load
 from memphi.errors import DoesNotFitError, RequestError
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
@@ -121,6 +121,11 @@ def test_a_bad_request_names_its_fault_and_the_next_one_works(plain):
     with pytest.raises(DoesNotFitError, match="8192"):
         plain.generate(Request.ask("word " * 9000))
     assert plain.generate(mixed_requests()[0]).text
+
+
+def test_an_attention_that_is_none_is_refused():
+    with pytest.raises(RequestError, match="attention is 'flash'; it must be one of auto, eager, sdpa"):
+        load("demo", "cpu", attention="flash")
 
 
 def test_a_conversation_keeps_its_mode(plain):

@@ -49,6 +49,7 @@ def test_all_sources_give_the_same_media(tmp_path):
         (Path("/"), "^/: is neither a file nor a pipe"),
         ("", "attachment: has an empty name"),
         ("nul\0byte", "cannot be read"),
+        (io.StringIO("words"), "open it as bytes, with mode 'rb'"),
         (b"", "is empty"),
         (b"just some text", "neither a picture nor a sound"),
         (b"\xff\xfet\0e\0x\0t\0", "neither a picture nor a sound"),
@@ -156,3 +157,13 @@ def test_other_pixels_are_refused(shape, kind):
 def test_other_samples_are_refused(values):
     with pytest.raises(MediaError, match="samples must be"):
         audio_media(values, 16000)
+
+
+def test_a_rate_is_a_whole_number():
+    values = np.zeros(16, np.float32)
+    media = audio_media(values, 16000.0)
+    assert media.digest == audio_media(values, 16000).digest
+    assert type(media.content.rate) is int
+    for rate in (16000.5, float("nan"), float("inf")):
+        with pytest.raises(MediaError, match="audio: the rate must be a whole number"):
+            audio_media(values, rate)

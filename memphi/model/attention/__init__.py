@@ -1,9 +1,10 @@
 """Scaled dot-product attention behind one small interface; `eager` is the definition that every backend must equal."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from memphi.errors import RequestError
 from memphi.model.attention.eager import EagerAttention
 from memphi.model.attention.sdpa import SdpaAttention
 from memphi.model.kept import Kept
@@ -54,5 +55,7 @@ class Attention(Protocol):
 
 
 def select_attention(name: AttentionName) -> Attention:
-    """The backend of that name; `auto` is the fastest that runs everywhere."""
+    """The backend of that name; `auto` is the fastest that runs everywhere. Raises RequestError for another name."""
+    if name not in get_args(AttentionName):
+        raise RequestError(f"attention is {name!r}; it must be one of {', '.join(get_args(AttentionName))}")
     return EagerAttention() if name == "eager" else SdpaAttention()
