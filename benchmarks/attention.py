@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class Scene:
     value: Tensor
     keys: Kept
     values: Kept
+    tables: tuple[Tensor, ...]
+    """The pages of each row."""
+    bounds: Tensor
+    """[rows + 1] int32: each row's first token, then their number."""
 
     @property
     def operations(self) -> int:
@@ -149,7 +154,9 @@ def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.dev
     keys, values = Kept(pool[:, 1, 0]), Kept(pool[:, 1, 1])
     packing.paging.write(keys, key)
     packing.paging.write(values, value)
-    return Scene(packing, query, key, value, keys, values)
+    tables = tuple(torch.tensor(own, device=device) for own in pages)
+    bounds = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32, device=device)
+    return Scene(packing, query, key, value, keys, values, tables, bounds)
 
 
 def make_crops(crops: int, sizes: Sizes, device: torch.device) -> Sides:
@@ -214,7 +221,7 @@ def chosen(scene: Scene) -> Tensor:
 
 def varlen_flash(scene: Scene) -> Tensor:
     packing = scene.packing
-    bounds, lengths = (packing.bounds, packing.bounds), (packing.lengths, packing.lengths)
+    bounds, lengths = (scene.bounds, scene.bounds), (packing.lengths, packing.lengths)
     return varlen(scene.query, scene.key, scene.value, bounds, lengths)
 
 
@@ -239,9 +246,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def chunk_by_chunk(scene: Scene) -> Tensor:
     """Each row by itself, with torch's mask type for a chunk over its past."""
-    assert scene.packing.paging is not None
     outputs = []
-    rows = zip(scene.packing.rows, scene.packing.paging.table, scene.query.split(scene.packing.lengths), strict=True)
+    rows = zip(scene.packing.rows, scene.tables, scene.query.split(scene.packing.lengths), strict=True)
     for row, pages, query in rows:
         key, value = (
             kept.read(pages, query.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values)

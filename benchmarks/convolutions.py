@@ -12,7 +12,7 @@ from memphi.memory.costs import MIB
 from memphi.model.audio import Subsampling
 
 FRAMES = (200, 400, 776, 784, 1000, 2000, 3000, 3984, 3992, 4000, 4008, 4016)
-"""Half a minute's window has 4000, eight more where there is sound before it, and after it; 776 or 784 go at once."""
+"""A window of 40 s has 4000, eight more where there is sound before it, and after it; 776 or 784 go at once."""
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.document import write_document
 from memphi import official
+from memphi.bench.card import wait_for
 from memphi.bench.limits import clip_operations, crop_operations
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.random import random_model
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = replace(config, language=replace(config.language, layers=1))
     device = torch.device("cuda" if on_gpu else "cpu")
     model = random_model(small, device, torch.bfloat16)
-    meter = Meter(options.repeats)
+    meter = Meter(options.repeats, device)
     with torch.inference_mode():
         _measure_pictures(meter, model)
         _measure_vision(meter, model, options.crops)
@@ -65,41 +66,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Meter:
     """Times one thing after the other; tells each and keeps it."""
 
-    def __init__(self, repeats: int) -> None:
+    def __init__(self, repeats: int, device: torch.device) -> None:
         self.figures: list[dict[str, Any]] = []
-        self._repeats = repeats
+        self._repeats, self._device = repeats, device
 
     def measure(self, name: str, work: Callable[[], object], **facts: float) -> None:
         """The middle of some runs, after one that warms up, and the device's memory that one takes."""
         work()
-        taken_bytes = _taken_bytes(work)
-        seconds = statistics.median(_seconds(work) for _ in range(self._repeats))
+        taken_bytes = _taken_bytes(work, self._device)
+        seconds = statistics.median(_seconds(work, self._device) for _ in range(self._repeats))
         self.figures.append({"name": name, "seconds": seconds, "taken_bytes": taken_bytes, **facts})
         rest = ", ".join(f"{fact} {value:,.4g}" for fact, value in facts.items())
         print(f"{name:<52} {seconds * 1e3:9.2f} ms  {costs.size_text(taken_bytes):>9}  {rest}", file=sys.stderr)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    _wait()
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
     started = time.perf_counter()
     work()
-    _wait()
+    wait_for(device)
     return time.perf_counter() - started
 
 
-def _taken_bytes(work: Callable[[], object]) -> int:
-    if not torch.cuda.is_available():
+def _taken_bytes(work: Callable[[], object], device: torch.device) -> int:
+    if device.type != "cuda":
         return 0
-    _wait()
+    wait_for(device)
     torch.cuda.reset_peak_memory_stats()
     before_bytes = torch.cuda.memory_allocated()
     work()
     return torch.cuda.max_memory_allocated() - before_bytes
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _measure_pictures(meter: Meter, model: Phi4MM) -> None:

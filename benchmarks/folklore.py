@@ -225,7 +225,7 @@ class Bench:
         gauge.monitor = peaks = Peaks(engine.loop.runner.pool)
         with sampled(self.meter) as seen:
             results, seconds = _answer(engine, calls, setting.tidies, limit_seconds)
-        weights_bytes = sum(weight.nbytes for weight in model.parameters())
+        weights_bytes = plan.weights_bytes
         return _timing(work, results) | {
             "seconds": seconds,
             "cut": seconds >= limit_seconds,

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +35,7 @@ from memphi.model.attention import SdpaAttention
 from memphi.model.kept import CODE_LIMITS, dequantise, quantise
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant import calibration, weights
-from memphi.model.quant.calibration import Affine, choose_codes, half_quadratic, nearest
+from memphi.model.quant.calibration import LEAST_SCALE, Affine, choose_codes, fit, half_quadratic, nearest, stored
 from memphi.model.quant.examples import Examples, adapted_linears
 from memphi.model.quant.swap import quantised_weights
 from memphi.model.quant.weights import WEIGHTS
@@ -53,6 +52,9 @@ TARGETS = {
     "weights int4, calibrated": 0.06,
 }
 """How much larger the perplexity may be."""
+
+POWER, STRENGTH = 0.7, 10.0
+"""Of the norm that a robust fit makes small, and how little of an error it takes for an outlier."""
 
 Round = Callable[[Tensor], Tensor]
 Choose = Callable[[Tensor], Affine]
@@ -212,7 +214,7 @@ def code_rules() -> dict[str, tuple[Choose, int | None]]:
         "groups of 64": (half_quadratic, 64),
         "groups of 64, rounded to nearest": (nearest, 64),
         "groups of 64, the best of many ranges": (best_range, 64),
-        "the norm of HQQ": (partial(half_quadratic, robust=True), None),
+        "the norm of HQQ": (robust_fit, None),
         "the best of many ranges": (best_range, None),
         "large numbers weigh more": (weighted_fit, None),
     }
@@ -228,6 +230,25 @@ def best_range(groups: Tensor) -> Affine:
     best = errors.argmin(0, keepdim=True)
     scale, shift = (torch.stack(part).gather(0, best)[0] for part in zip(*fits, strict=True))
     return scale, shift
+
+
+def robust_fit(groups: Tensor) -> Affine:
+    """As HQQ splits it, with errors in steps: those that its norm would rather leave than share out are not fitted.
+
+    It makes that norm smaller and the squared error, which is what a product sees of it, larger.
+    """
+    scale, shift = nearest(groups, calibration.FIRST_SHARE)
+    for _ in range(calibration.ROUNDS):
+        codes = choose_codes(groups, scale, shift)
+        scale, shift = fit(codes, groups - _outliers(groups, codes, scale, shift), scale)
+    return stored(scale, shift)
+
+
+def _outliers(groups: Tensor, codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The part of each error that the norm leaves: what remains when it is shrunk."""
+    steps = (groups - codes * scale - shift) / scale.clamp(min=LEAST_SCALE)
+    size = steps.abs()
+    return steps.sign() * torch.relu(size - size.clamp(min=1e-6) ** (POWER - 1) / STRENGTH) * scale
 
 
 def weighted_fit(groups: Tensor) -> Affine:

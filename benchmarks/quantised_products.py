@@ -52,9 +52,9 @@ WORD_BLOCKS = [
     (8, 128, 4),
 ]
 """Outputs, inputs or words, and warps of a program that sums number by number."""
-BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8), (True, False))]
-WORD_TILES = [*product((32, 64, 128), (16, 32, 64), (2, 3), (4, 8), (True, False))]
-"""Outputs, inputs or words, stages and warps of a program on tensor cores, and whether weights come first."""
+BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8))]
+WORD_TILES = [*product((32, 64, 128), (16, 32, 64), (2, 3), (4, 8))]
+"""Outputs, inputs or words, stages and warps of a program on tensor cores."""
 PARTS = (1, 2, 3, 4)
 """Into how many parts inputs are divided; nothing is compiled anew for that."""
 OTHER_PARTS = tuple(f" {parts} parts" for parts in PARTS[2:])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.document import write_document
+from benchmarks.load import read_counters
 from memphi.errors import DoesNotFitError
 from memphi.request import FinishReason, Request, Result, SamplingParams
 from tests.checkpoints import tiny_config
@@ -173,7 +174,7 @@ class _Soak:
     def run(self, faults: int, cancels: int, progress: Callable[[str], None]) -> dict[str, Any]:
         started = time.perf_counter()
         tensors = self._rest()
-        resident_bytes = _resident_bytes()
+        resident_bytes = read_counters()["VmRSS"]
         while self.faults.total() < faults or self.cancels < cancels:
             self._round(self.faults.total() < faults, self.cancels < cancels)
             progress(
@@ -199,7 +200,7 @@ class _Soak:
             "answer_tokens": stats.answer_tokens,
             "shared_tokens": stats.shared_tokens,
             "tensors_left": left_tensors - tensors,
-            "resident_growth_bytes": _resident_bytes() - resident_bytes,
+            "resident_growth_bytes": read_counters()["VmRSS"] - resident_bytes,
             "seconds": round(time.perf_counter() - started, 1),
         }
 
@@ -296,14 +297,6 @@ class _Soak:
 
 
 _DONE = AssertionError("this request has ended")
-
-
-def _resident_bytes() -> int:
-    """This process's memory; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:
-        return 0
 
 
 if __name__ == "__main__":

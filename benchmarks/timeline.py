@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.document import write_document
+from memphi.bench.card import wait_for
 from memphi.bench.limits import Card
 from memphi.bench.run import Bench
 from memphi.bench.workloads import WORKLOADS, Workload
@@ -100,14 +101,14 @@ def look(engine: Engine, workload: Workload) -> dict[str, Any]:
     do(1)
     with watched() as record:
         seconds = do(2)
-    _wait()
+    wait_for(engine.model.device)
     steps = record.steps
     with sampled() as lines:
         do(3)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU]) as profile:
         do(4)
-        _wait()
+        wait_for(engine.model.device)
     kernels, calls = Counter[str](), Counter[str]()
     for event in profile.profiler.kineto_results.events():  # `key_averages` takes minutes for so many.
         if event.device_type().name == "CUDA":
@@ -126,11 +127,6 @@ def look(engine: Engine, workload: Workload) -> dict[str, Any]:
         ],
         "host": [{"line": line, "share": count / sum(lines.values())} for line, count in lines.most_common(MOST_LINES)],
     }
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager

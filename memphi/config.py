@@ -411,7 +411,7 @@ def _language(config: _Fields, rope: _Fields) -> LanguageConfig:
         kv_heads=config.size("num_key_value_heads"),
         norm_eps=config.number("rms_norm_eps"),
         rope_theta=(rope if "rope_theta" in rope else config).number("rope_theta", 10000.0),
-        rotary_dim=int(hidden_size // heads * partial),
+        rotary_dim=int(round(hidden_size // heads * partial, 6)),
         short_factor=rope.numbers("short_factor"),
         long_factor=rope.numbers("long_factor"),
         short_tokens=(rope if border in rope else config).size(border),

@@ -94,12 +94,11 @@ def build_oracle(
     placeholders: Mapping[MediaKind, int],
     device: torch.device | str,
     dtype: torch.dtype,
-    attention: Mapping[str, str] = ATTENTION,
 ) -> Any:  # noqa: ANN401
     """transformers' model in these sizes, its weights not yet set; placeholders are the ids that media stand on."""
     transformers = import_transformers()
     settings = transformers.Phi4MultimodalConfig(**_settings(config, placeholders))
-    settings._attn_implementation = dict(attention)
+    settings._attn_implementation = dict(ATTENTION)
     with torch.device("meta"):
         oracle = transformers.Phi4MultimodalForCausalLM(settings)
     oracle = oracle.to(dtype).to_empty(device=device).eval().requires_grad_(False)
@@ -172,7 +171,7 @@ def _audio_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def fill_oracle(oracle: Any, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:  # noqa: ANN401
-    """Set every weight but the adapters; raises CheckpointError for one that is unknown or missing."""
+    """Set every weight but the adapters; raises CheckpointError for what is unknown, missing or of another shape."""
     targets: dict[str, Tensor] = oracle.state_dict()
     missing = {name for name in targets if not is_unused(name, config)}
     for official in weights:
@@ -181,7 +180,11 @@ def fill_oracle(oracle: Any, config: ModelConfig, weights: Mapping[str, Tensor])
         name = transformers_name(official)
         if name not in targets:
             raise CheckpointError(f"transformers' model has no place for the tensor {official!r}")
-        targets[name].copy_(weights[official])
+        weight = weights[official]
+        if weight.shape != targets[name].shape:
+            shapes = f"{tuple(weight.shape)} and not {tuple(targets[name].shape)}"
+            raise CheckpointError(f"the tensor {official!r} is {shapes}, as transformers' model has it")
+        targets[name].copy_(weight)
         missing.discard(name)
     if missing:
         raise CheckpointError(f"transformers' model needs {len(missing)} more tensors, one is {min(missing)!r}")

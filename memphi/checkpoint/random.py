@@ -5,7 +5,7 @@ and the best logit stands out from the next. For trying the engine, for measurin
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
@@ -18,7 +18,7 @@ from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
 from memphi.model.meta import on_meta
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.quant.swap import quantised_weights, store
+from memphi.model.quant.swap import pieces, quantised_weights, store
 
 TOWER_BRANCH = 0.12
 """How much each branch of a tower's layers adds, about 1 / sqrt(branches): at 1, 24 layers make all features alike."""
@@ -60,7 +60,7 @@ def random_model(
     done, total = 0, sum(shape.numel() for shape in kept.values()) * dtype.itemsize
     for name, shape in kept.items():
         adapter = [_draw(_empty(model, shapes[part]), seed, part) for part in adapters.get(name, ())]
-        for first, last in _parts(shape):
+        for first, last in pieces(shape[0], math.prod(shape[1:]), DRAWN_NUMBERS):
             place = tensors[name][first:last] if name in tensors else None
             is_here = place is not None and place.device == model.device
             rows = place if place is not None and is_here else _empty(model, (last - first, *shape[1:]))
@@ -79,13 +79,6 @@ def random_model(
 
 def _empty(model: Phi4MM, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=model.dtype, device=model.device)
-
-
-def _parts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another, of DRAWN_NUMBERS at most."""
-    most = max(DRAWN_NUMBERS // math.prod(shape[1:]), 1)
-    for first in range(0, shape[0], most):
-        yield first, min(first + most, shape[0])
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

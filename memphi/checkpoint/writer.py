@@ -38,10 +38,12 @@ def write_checkpoint(
     (`.<folder>.partial`) and renamed in the end, so that a kill or a full disk never leaves a folder that looks
     finished; what a killed run left is replaced by the next. Tensors that are never computed (the tower's last layer,
     norm and head, spec 4.1) are not written. Raises CheckpointError if the folder exists and is not empty, if
-    writing fails, and for a model into whose weights an adapter is merged.
+    writing fails, and for a model into whose weights an adapter is merged or whose weights come and go.
     """
     if model.merged is not None:
         raise CheckpointError(f"the {model.merged} adapter is merged into this model; load it anew to write it")
+    if model.placement != "resident":
+        raise CheckpointError("weights of this model lie on the host until they are needed; load it anew to write it")
     if any(isinstance(module, HostInt4Weight) for module in model.modules()):
         raise CheckpointError(
             "this model's weights are in the order that a CPU computes with; load it anew to write it"

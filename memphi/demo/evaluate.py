@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,9 +88,8 @@ def evaluate(engine: Engine, parts: Sequence[Part], advance: Advance = lambda _:
     """Ask all parts, then those that need an adapter without adapters; the model is left as it was."""
     answered = [ask(engine, part.samples, advance) for part in parts]
     guarded = [part for part in parts if is_guarded(part)]
-    with adapters_off(engine.model):
-        # A fresh engine: what the old one keeps of earlier prompts was computed with adapters.
-        bare = Engine(engine.model, engine.tokenizer, engine.config)
+    # A fresh engine: what the old one keeps of earlier prompts was computed with adapters.
+    with adapters_off(engine.model), closing(Engine(engine.model, engine.tokenizer, engine.config)) as bare:
         unadapted = [ask(bare, part.samples, advance) for part in guarded]
     lines = list(zip(parts, answered, strict=True))
     return Report(
@@ -120,7 +119,8 @@ def request(sample: Sample) -> Request:
 
 @contextmanager
 def adapters_off(model: Phi4MM) -> Iterator[None]:
-    """Make both adapters add nothing, until the end of the block."""
+    """Make both adapters add nothing, until the end of the block; they must not come and go."""
+    assert model.placement in ("resident", "towers"), "adapters on the host would come back as they were"
     found = [module.b for module in model.modules() if isinstance(module, Adapter)]
     matrices = cast(list[Tensor | Int8Weight], found)  # Under a scheme the one is in the other's place.
     weights = [matrix.codes if isinstance(matrix, Int8Weight) else matrix for matrix in matrices]

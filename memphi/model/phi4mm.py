@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import cast
 
 import numpy as np
@@ -221,8 +222,8 @@ class Phi4MM(nn.Module):
         by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
-        ends = packing.bounds[1:] - 1
-        places = ends if logits_at is None else upload(np.array(logits_at, dtype=np.int64), ids.device)
+        ends = [end - 1 for end in accumulate(packing.lengths)]
+        places = upload(np.array(ends if logits_at is None else logits_at, dtype=np.int64), ids.device)
         if by_kernels and cache is not None:
             hidden = compute(self.language, self.embed(ids, media), packing, cache)
         else:

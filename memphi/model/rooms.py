@@ -39,19 +39,18 @@ class Room:
             for slot in list(slots(modules)):
                 self._view(*slot)
 
-    def bring(self, name: str) -> bool:
-        """See to it that a group is there for what is launched next; whether it had to be copied.
+    def bring(self, name: str) -> None:
+        """See to it that a group is there for what is launched next.
 
         Raises what the device raises; then the room counts as empty.
         """
         if self.holds == name:
-            return False
+            return
         self.holds = None
         chunks = self._chunks[name]
         for chunk, part in zip(chunks, self._memory.split(CHUNK_BYTES), strict=False):
             part[: len(chunk)].copy_(chunk, non_blocking=True)
         self.holds = name
-        return True
 
     def _view(self, module: nn.Module, name: str, tensor: Tensor, start: int) -> None:
         """Make a module's tensor a view of the room."""

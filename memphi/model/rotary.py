@@ -21,10 +21,16 @@ def rotary_table(config: LanguageConfig, positions: Tensor, long: Tensor, dtype:
     positions [tokens] and long [tokens] say where each token stands and which factors apply to it.
     Returns two tensors [tokens, 1, rotary_dim] of the given dtype.
     """
-    frequencies = rotary_frequencies(config, positions.device)[long.long()]  # [tokens, rotary_dim / 2]
-    angles = positions[:, None].float() * frequencies
+    frequencies = rotary_frequencies(config, positions.device)
+    cos, sin = turns(positions, long, frequencies, config.rope_scale)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def turns(positions: Tensor, long: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same in fp32, of `rotary_frequencies`."""
+    angles = positions[:, None].float() * frequencies[long.long()]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return (angles.cos() * config.rope_scale).to(dtype), (angles.sin() * config.rope_scale).to(dtype)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -98,7 +98,6 @@ class Lines:
 class Paging:
     """Where the rows' keys and values lie in a pool, and how to read them where no kernel walks the pages."""
 
-    table: Tensor  # [rows, most pages] int32; shorter rows repeat their last page
     token_pages: Tensor  # [tokens] int64
     token_offsets: Tensor  # [tokens] int64: the place within the page
     begun_pages: Tensor | None  # [pages] int64: begun in this step and not filled by it
@@ -122,7 +121,6 @@ class Packing:
     """Rows laid end to end: the metadata that the decoder's layers share."""
 
     rows: tuple[Row, ...]
-    bounds: Tensor  # [rows + 1] int32: the first packed token of each row, then the number of tokens
     positions: Tensor  # [tokens] int64
     long: Tensor  # [tokens] bool
     adapter_tokens: AdapterTokens
@@ -148,7 +146,6 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
     adapters = np.repeat(np.array([row.adapter or "" for row in rows]), lengths)
     return Packing(
         rows=tuple(rows),
-        bounds=upload(bounds.astype(np.int32), device),
         positions=upload(positions, device),
         long=upload(np.repeat(np.array([row.long for row in rows]), lengths), device),
         adapter_tokens=AdapterTokens(
@@ -194,12 +191,11 @@ def _page(
         return upload(numbers, device)
 
     return Paging(
-        table=place(table.astype(np.int32)),
         token_pages=place(table[of_token, positions // page_tokens]),
         token_offsets=place(positions % page_tokens),
         begun_pages=place(begun) if begun.size else None,
         lines=tuple(
-            _line_up(group, rows, bounds, table, page_tokens, new_tokens, device)
+            _line_up(group, bounds, ends, table, page_tokens, new_tokens, device)
             for new_tokens, group in (
                 (1, [i for i in sorted(lined) if rows[i].tokens == 1]),
                 (LINE_TOKENS, [i for i in sorted(lined) if rows[i].tokens > 1]),
@@ -246,21 +242,21 @@ def _continue(
 
 def _line_up(
     group: Sequence[int],
-    rows: Sequence[Row],
     bounds: Integers,
+    ends: Integers,
     table: Integers,
     page_tokens: int,
     new_tokens: int,
     device: torch.device,
 ) -> Lines:
-    counts = [lines_of(rows[i].tokens) for i in group]
+    counts = -(-np.diff(bounds)[group] // LINE_TOKENS)
     of_line = np.repeat(np.array(group), counts)
     # Lines of a row end where it ends, so that only its first may begin before it.
     after = np.concatenate([new_tokens * np.arange(count)[::-1] for count in counts])
     places = (bounds[of_line + 1] - after)[:, None] + np.arange(-new_tokens, 0)  # [lines, new_tokens]
     kept = (places >= bounds[of_line, None]).ravel()
     tokens = np.maximum(places, bounds[of_line, None]).ravel()
-    ends = np.array([row.past + row.tokens for row in rows])[of_line] - after
+    ends = ends[of_line] - after
 
     def place(numbers: NDArray[np.generic]) -> Tensor:
         return upload(numbers, device)
@@ -273,11 +269,6 @@ def _line_up(
         lengths=place(ends.astype(np.int32)),
         table=place(table[of_line, : -(-ends.max() // page_tokens)].astype(np.int32)),
     )
-
-
-def lines_of(tokens: int) -> int:
-    """In how many lines a row of so many new tokens goes."""
-    return -(-tokens // LINE_TOKENS)
 
 
 def _as_bounds(bounds: Integers, device: torch.device) -> Tensor:

@@ -93,6 +93,9 @@ class KnowsAll:
         off = not any(module.b.any() for module in self.model.modules() if isinstance(module, Adapter))
         return [Said(self.answers[_key(request)] if not (off and request.media) else "nothing") for request in requests]
 
+    def close(self):
+        pass
+
 
 @dataclass(frozen=True)
 class Said:

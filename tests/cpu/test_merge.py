@@ -105,6 +105,15 @@ def test_a_merged_model_is_not_written(folder, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("placement", ["towers", "adapters", "streamed"])
+def test_a_model_whose_weights_come_and_go_is_not_written(folder, tmp_path, placement):
+    model = load_model(folder, "cpu", torch.float32)
+    model.place(placement)
+    with pytest.raises(CheckpointError, match="lie on the host until they are needed; load it anew to write it"):
+        write_checkpoint(model, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 # --- answers -------------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,6 @@ def test_packing_names_the_tokens_of_each_adapter():
     assert packing.long.tolist() == [False] * 5 + [True, False]
     assert packing.adapter_tokens["speech"] == slice(5, 6)
     assert packing.adapter_tokens["vision"].tolist() == [0, 1, 6]
-    assert packing.bounds.tolist() == [0, 2, 5, 6, 7]
     assert packing.lengths == [2, 3, 1, 1]
     assert pack(rows[:1], torch.device("cpu")).adapter_tokens == {"vision": None}
 

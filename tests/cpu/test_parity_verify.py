@@ -92,9 +92,13 @@ def test_without_transformers_it_says_what_to_install(folder, monkeypatch):
         verify(str(folder), CPU, torch.float32)
 
 
-def test_a_checkpoint_of_other_sizes_is_no_oracle(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "sizes", "reason"),
+    [("vision", {"layers": 1}, "more tensors"), ("language", {"intermediate_size": 80}, "and not")],
+)
+def test_a_checkpoint_of_other_sizes_is_no_oracle(folder, tmp_path, part, sizes, reason):
     config = tiny_config()
-    smaller = replace(config, vision=replace(config.vision, layers=1))
-    other = tiny_checkpoint(tmp_path / "other", smaller, torch.float32)
-    with pytest.raises(CheckpointError, match="more tensors"):
+    other_config = replace(config, **{part: replace(getattr(config, part), **sizes)})
+    other = tiny_checkpoint(tmp_path / "other", other_config, torch.float32)
+    with pytest.raises(CheckpointError, match=reason):
         verify(str(folder), CPU, torch.float32, oracle=str(other), new_tokens=0)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.quality import POWER, robust_fit
 from memphi.config import AdapterConfig, group_size
 from memphi.errors import CheckpointError
 from memphi.model.adapters import AdaptedLinear, AdapterTokens
@@ -138,8 +139,10 @@ def test_half_quadratic_is_better_than_rounding_to_nearest(kind):
 @pytest.mark.parametrize("kind", ["normal", "heavy", "heavier"])
 def test_the_robust_fit_leaves_outliers(kind):
     groups = groups_of(kind)
-    powers = [error(groups, half_quadratic(groups, robust)).abs().pow(calibration.POWER).sum() for robust in (1, 0)]
-    assert powers[0] < powers[1] < error(groups, nearest(groups)).abs().pow(calibration.POWER).sum()
+    robust, squared, rounded = (
+        error(groups, choose(groups)).abs().pow(POWER).sum() for choose in (robust_fit, half_quadratic, nearest)
+    )
+    assert robust < squared < rounded
 
 
 def test_more_rounds_change_little(monkeypatch):
@@ -187,6 +190,14 @@ def test_rows_may_stand_in_a_wider_matrix_and_have_more_axes(scheme):
     x, weight = normal(6, 300)[:, 17:217], stored(scheme, normal(30, 200))
     # Sums of rows that stand elsewhere in memory may be taken in another order.
     assert torch.allclose(weight(x.unflatten(0, (2, 3))), weight(x.contiguous()).unflatten(0, (2, 3)), atol=1e-4)
+
+
+@SCHEMES
+def test_no_rows_ask_nothing_of_the_weight(scheme, monkeypatch):
+    """A prompt's chunk that scores nothing would have the whole embedding made 16 bits again."""
+    weight = stored(scheme, normal(8, 64))
+    monkeypatch.setattr(weight, "block", lambda *_: pytest.fail("dequantised"))
+    assert weight(torch.empty(0, 64)).shape == (0, 8)
 
 
 def test_rows_of_fp8_keep_their_scale():

@@ -94,27 +94,12 @@ def test_what_they_add_to_many_rows_is_the_same(device, border, dtype, numbers_a
 
 
 @SCHEMES
-@pytest.mark.parametrize("weights_first", [False, True])
-@pytest.mark.parametrize("rows", [3, 40])
-def test_either_may_come_first(device, scheme, weights_first, rows, monkeypatch):
-    weight = stored(scheme, 70, 304, device)
-    module = four_bits if scheme == "int4" else eight_bits
-    monkeypatch.setattr(module, "VECTOR_ROWS", 0)
-    monkeypatch.setattr(module, "choose_tile", lambda *_: (32, 32, 2, 4, weights_first))
-    x = numbers(rows, 304, device=device, dtype=torch.float16)
-    out, expected = (torch.empty(rows, 70, device=device, dtype=torch.float16) for _ in range(2))
-    module.multiply(x, *weight.buffers(), out)
-    module.plain_multiply(x, *weight.buffers(), expected)
-    assert_near(out, expected, scheme)
-
-
-@SCHEMES
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_inputs_in_parts(device, scheme, parts, monkeypatch):
     """Of blocks that do not divide evenly, so that the last gets fewer; adapters are added once."""
     module = four_bits if scheme == "int4" else eight_bits
     block = 16 if scheme == "int4" else 64
-    monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4, True))
+    monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4))
     monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
     n_out, n_in, rows = 70, 688, 9
     weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=torch.float32)

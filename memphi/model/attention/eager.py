@@ -24,10 +24,11 @@ class EagerAttention:
     def paged(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Kept, values: Kept, packing: Packing, out: Tensor
     ) -> None:
-        assert packing.paging is not None
         outputs = []
-        for row, pages, q in zip(packing.rows, packing.paging.table, query.split(packing.lengths), strict=True):
-            k, v = (kept.read(pages, q.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (keys, values))
+        for row, q in zip(packing.rows, query.split(packing.lengths), strict=True):
+            end = row.past + row.tokens
+            pages = torch.tensor(row.pages[: -(-end // keys.numbers.shape[1])], device=q.device)
+            k, v = (kept.read(pages, q.dtype).flatten(0, 1)[:end] for kept in (keys, values))
             outputs.append(self.causal(q[None], k[None], v[None])[0])
         out.copy_(torch.cat(outputs))
 

@@ -164,13 +164,16 @@ def load_rows(x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Til
 
 
 @jit
-def add_product(values: Tile, weights: Tile, sums: Tile, weights_first: constexpr) -> Tile:
-    """sums + values weights^T, of [rows, in] and [outs, in]; with the weights first, all of it transposed."""
-    if weights_first:
-        sums = tl.dot(weights, tl.trans(values), sums, input_precision="ieee")
-    else:
-        sums = tl.dot(values, tl.trans(weights), sums, input_precision="ieee")
-    return sums
+def load_block(codes: Tile, inside: Tile, places: Tile, width: constexpr) -> Tile:
+    """A block of codes, of lines as wide as given: read once in a step, so the cache need not keep them."""
+    exists = inside[:, None] & (places < width)[None, :]
+    return tl.load(codes + places[None, :], exists, other=0, eviction_policy="evict_first")
+
+
+@jit
+def add_product(values: Tile, weights: Tile, sums: Tile) -> Tile:
+    """sums [outs, rows] + weights values^T, of [outs, in] and [rows, in]: for few rows tensor cores want it so."""
+    return tl.dot(weights, tl.trans(values), sums, input_precision="ieee")
 
 
 @jit
@@ -189,24 +192,19 @@ def add_columns(
     exists: Tile,
     ranks: constexpr,
     block: constexpr,
-    weights_first: constexpr,
 ) -> Tile:
-    """sums + t B^T, a block of columns after another, each rounded to t's dtype."""
+    """sums [outs, rows] + B t^T, a block of columns after another, each rounded to t's dtype."""
     for start in range(0, ranks, block):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
         values = load_rows(t, t_stride, numbers, exists, places, places < ranks)
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
-        sums = add_product(values, columns, sums, weights_first)
+        sums = add_product(values, columns, sums)
     return sums
 
 
 @jit
-def store_tile(
-    sums: Tile, out: Tile, out_stride: Tile, outs: Tile, inside: Tile, numbers: Tile, exists: Tile, first: constexpr
-) -> None:
-    """Store sums, which are transposed where the weights came first."""
-    if first:
-        sums = tl.trans(sums)
+def store_tile(sums: Tile, out: Tile, out_stride: Tile, outs: Tile, inside: Tile, numbers: Tile, exists: Tile) -> None:
+    """Store sums [outs, rows] as rows."""
     to = out + numbers.to(tl.int64)[:, None] * out_stride + outs[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), exists[:, None] & inside[None, :])
+    tl.store(to, tl.trans(sums).to(out.dtype.element_ty), exists[:, None] & inside[None, :])

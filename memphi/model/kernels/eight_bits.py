@@ -15,6 +15,7 @@ from memphi.model.kernels.coded import (
     add_product,
     choose_parts,
     column_arguments,
+    load_block,
     load_columns,
     load_rows,
     load_scales,
@@ -98,7 +99,7 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     added, places, ranks = column_arguments(x, columns)
-    block_out, block_in, stages, warps, weights_first = choose_tile(rows, n_out, x.itemsize, capability(x.device))
+    block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device))
     steps = scale
     if is_e4m3:
         rounded, steps = torch.empty_like(x, dtype=codes.dtype), x.new_empty(rows, dtype=torch.float32)
@@ -113,7 +114,6 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         n_in=n_in,
         ranks=ranks,
         is_e4m3=is_e4m3,
-        weights_first=weights_first,
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,
@@ -144,16 +144,17 @@ def block_of_rows(rows: int) -> int:
     return min(max(power_of_two(rows), fewest), most)
 
 
-def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int, bool]:
-    """Outputs, inputs, stages and warps of a program on the tensor cores of a card of some compute capability, and
-    whether weights come first there; x has itemsize bytes a number.
+def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Outputs, inputs, stages and warps of a program on the tensor cores of a card of some compute capability.
+
+    x has itemsize bytes a number.
     """
     block_in = 128 if itemsize <= 2 else 64
     if on not in ROOMY_CAPABILITY:
-        return 64, block_in, 3 if itemsize <= 2 else 2, 4, True
+        return 64, block_in, 3 if itemsize <= 2 else 2, 4
     if n_out >= WIDE_OUT and rows > BLOCK_ROWS[0]:
-        return 128, block_in, 4, 8, True
-    return 64, block_in, 4, 4, True
+        return 128, block_in, 4, 8
+    return 64, block_in, 4, 4
 
 
 @jit
@@ -187,7 +188,7 @@ def _multiply_vectors(
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside, places = outs < n_out, tl.arange(0, block_in)
     codes += outs.to(tl.int64)[:, None] * n_in
-    c = _load_codes(codes, inside, places, n_in)
+    c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
@@ -208,7 +209,7 @@ def _multiply_vectors(
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
-            c = _load_codes(codes, inside, start + places, n_in)
+            c = load_block(codes, inside, start + places, n_in)
         wide = widened(c, is_e4m3).to(tl.float32)
         sums0 += wide * _load_x(x0, start + places, n_in, step0, is_e4m3)
         if rows > 1:
@@ -230,13 +231,6 @@ def _multiply_vectors(
         if ranks > 0:
             total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
         tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
-
-
-@jit
-def _load_codes(codes: Tile, inside: Tile, places: Tile, n_in: constexpr) -> Tile:
-    """Read once in a step, so the cache need not keep them."""
-    exists = inside[:, None] & (places < n_in)[None, :]
-    return tl.load(codes + places[None, :], exists, other=0, eviction_policy="evict_first")
 
 
 @jit
@@ -270,7 +264,6 @@ def _multiply_tiles(
     n_in: constexpr,
     ranks: constexpr,
     is_e4m3: constexpr,
-    weights_first: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
@@ -285,29 +278,29 @@ def _multiply_tiles(
     places = part * share + tl.arange(0, block_in)
     dtype = tl.float16 if is_e4m3 else x.dtype.element_ty
     codes += outs.to(tl.int64)[:, None] * n_in
-    c = _load_codes(codes, inside, places, n_in)
+    c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if dependent:
         tl.extra.cuda.gdc_wait()
     values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
-    sums = tl.zeros([block_out, block_rows] if weights_first else [block_rows, block_out], tl.float32)
-    sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums, weights_first)
+    sums = tl.zeros([block_out, block_rows], tl.float32)
+    sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums)
     for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
-        c = _load_codes(codes, inside, start + places, n_in)
+        c = load_block(codes, inside, start + places, n_in)
         values = load_rows(x, x_stride, numbers, exists, start + places, start + places < n_in)
-        sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums, weights_first)
-    sums *= scales[:, None] if weights_first else scales[None, :]
+        sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums)
+    sums *= scales[:, None]
     if is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * 65536.0
-        sums *= of_rows[None, :] if weights_first else of_rows[:, None]
+        sums *= of_rows[None, :]
     if ranks > 0 and part == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
-            *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
+            *(outs, inside, numbers, exists, ranks, block_ranks),
         )
     out += part.to(tl.int64) * part_stride
-    store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
+    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
 
 
 def plain_dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from memphi.model.kernels.coded import (
     add_product,
     choose_parts,
     column_arguments,
+    load_block,
     load_columns,
     load_rows,
     load_scales,
@@ -81,14 +82,13 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
             **launch_options(x.device),
         )
         return
-    block_out, block_words, stages, warps, weights_first = choose_tile(rows, n_out, x.itemsize, capability(x.device))
+    block_out, block_words, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device))
     block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
     share = share_of(groups * part, block_words, choose_parts(blocks, x.device))
     found = room_for_parts(out, -(-groups * part // share))
     _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
         *(*tensors[:-1], found, *strides[:-1], found.stride(0), found.stride(1), n_out, rows, share),
         **sizes,
-        weights_first=weights_first,
         block_rows=block_rows,
         block_out=block_out,
         block_words=block_words,
@@ -113,14 +113,15 @@ def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
     return block_out, block_words, warps
 
 
-def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int, bool]:
-    """Outputs, words, stages and warps of a program on the tensor cores of a card of some compute capability, and
-    whether weights come first there; x has itemsize bytes a number.
+def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Outputs, words, stages and warps of a program on the tensor cores of a card of some compute capability.
+
+    x has itemsize bytes a number.
     """
     few, block_words = block_of_rows(rows) <= 16, 32 if itemsize <= 2 else 16
     if on in ROOMY_CAPABILITY:
-        return 64, 2 * block_words if few else block_words, 3, 4, True
-    return 64, block_words, 3 if few else 2, 4, True
+        return 64, 2 * block_words if few else block_words, 3, 4
+    return 64, block_words, 3 if few else 2, 4
 
 
 @jit
@@ -156,7 +157,7 @@ def _multiply_vectors(
     inside, numbers = outs < n_out, tl.arange(0, block_words)
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
-    w = _load_words(words, inside, numbers, n_words)
+    w = load_block(words, inside, numbers, n_words)
     lines = _load_lines(affine, inside, 0, n_words, part, block_words)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
@@ -169,7 +170,7 @@ def _multiply_vectors(
     if rows == 1:
         for start in tl.static_range(0, n_words, block_words):
             if start > 0:
-                w = _load_words(words, inside, start + numbers, n_words)
+                w = load_block(words, inside, start + numbers, n_words)
                 lines = _load_lines(affine, inside, start, n_words, part, block_words)
             first = _first_inputs(start + numbers, part)
             sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
@@ -183,7 +184,7 @@ def _multiply_vectors(
                 sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
             if rows > 3:
                 sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
-            w = _load_words(words, inside, start + block_words + numbers, n_words)
+            w = load_block(words, inside, start + block_words + numbers, n_words)
             lines = _load_lines(affine, inside, start + block_words, n_words, part, block_words)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     if ranks > 0:
@@ -213,13 +214,6 @@ def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr,
     found = tl.sum(tl.reshape(found, [words.shape[0], groups, part]), 2) * 38685626227668133590597632.0
     added = tl.sum(tl.reshape(added, [groups, part]), 1)
     return found * _scale(lines) + added[None, :] * _shift(lines)
-
-
-@jit
-def _load_words(words: Tile, inside: Tile, numbers: Tile, n_words: constexpr) -> Tile:
-    """Read once in a step, so the cache need not keep them."""
-    exists = inside[:, None] & (numbers < n_words)[None, :]
-    return tl.load(words + numbers[None, :], exists, other=0, eviction_policy="evict_first")
 
 
 @jit
@@ -285,7 +279,6 @@ def _multiply_tiles(
     n_words: constexpr,
     part: constexpr,
     ranks: constexpr,
-    weights_first: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_words: constexpr,
@@ -301,27 +294,25 @@ def _multiply_tiles(
     places = begin + tl.arange(0, block_words)
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
-    w = _load_words(words, inside, places, n_words)
+    w = load_block(words, inside, places, n_words)
     lines = _load_lines(affine, inside, begin, n_words, part, block_words)
     if dependent:
         tl.extra.cuda.gdc_wait()
-    sums = tl.zeros([block_out, block_rows] if weights_first else [block_rows, block_out], tl.float32)
-    sums = _add_words(
-        *(sums, w, lines, x, x_stride, numbers, exists, _first_inputs(places, part)), n_in, part, weights_first
-    )
+    sums = tl.zeros([block_out, block_rows], tl.float32)
+    sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, _first_inputs(places, part), n_in, part)
     for start in range(block_words, tl.minimum(share, n_words - begin), block_words):
-        w = _load_words(words, inside, start + places, n_words)
+        w = load_block(words, inside, start + places, n_words)
         lines = _load_lines(affine, inside, begin + start, n_words, part, block_words)
         first = _first_inputs(start + places, part)
-        sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part, weights_first)
+        sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part)
     if ranks > 0 and own == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
-            *(outs, inside, numbers, exists, ranks, block_ranks, weights_first),
+            *(outs, inside, numbers, exists, ranks, block_ranks),
         )
     out += own.to(tl.int64) * part_stride
-    store_tile(sums, out, out_stride, outs, inside, numbers, exists, weights_first)
+    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
 
 
 @jit
@@ -336,7 +327,6 @@ def _add_words(
     first: Tile,
     n_in: constexpr,
     part: constexpr,
-    weights_first: constexpr,
 ) -> Tile:
     """sums, and the products of a block of words, a code of each after another."""
     scale, shift = _spread(_scale(lines), words.shape, part), _spread(_shift(lines), words.shape, part)
@@ -344,7 +334,7 @@ def _add_words(
         places = first + number * part
         values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
         weights = _meant(words, scale, shift, number).to(values.dtype)
-        sums = add_product(values, weights, sums, weights_first)
+        sums = add_product(values, weights, sums)
     return sums
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.codes import as_bytes, code_limit, decode, encode
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
-from memphi.model.rotary import rotate
+from memphi.model.rotary import rotate, turns
 
 
 def plain_tabulate(
@@ -18,10 +17,8 @@ def plain_tabulate(
 
     positions and long [tokens]; frequencies of `rotary_frequencies`; scale is the config's rope_scale.
     """
-    angles = positions[:, None].float() * frequencies[long.long()]
-    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-    cos.copy_(angles.cos() * scale)
-    sin.copy_(angles.sin() * scale)
+    for out, part in zip((cos, sin), turns(positions, long, frequencies, scale), strict=True):
+        out.copy_(part)
 
 
 def tabulate(positions: Tensor, long: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> None:

@@ -15,8 +15,6 @@ FIRST_SHARE = 0.9
 """The part of a group's range that the codes span at first: its ends are rare."""
 FIRST_SHARES, FEW_ROUNDS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 6
 """The same, where each is tried, and rounds of each."""
-POWER, STRENGTH = 0.7, 10.0
-"""Of the norm that a robust fit makes small, and how little of an error it takes for an outlier."""
 LEAST_SCALE = 1e-30
 LEAST_SPREAD = 1e-9
 """Of codes weighted by importance: below it, all that count are one."""
@@ -30,22 +28,15 @@ def nearest(groups: Tensor, share: float = 1.0) -> Affine:
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = (high - low) * (share / (LARGEST_CODE - LEAST_CODE))
     # Halfway between the ends lies half a step above the code 0.
-    return _stored(scale, (low + high + scale) / 2)
+    return stored(scale, (low + high + scale) / 2)
 
 
-def half_quadratic(groups: Tensor, robust: bool = False) -> Affine:
-    """Scale and shift of the least squared error that turns of choosing codes and fitting them lead to.
-
-    robust: errors that the norm of POWER would rather leave than share out are taken for outliers, and not fitted; the
-    half-quadratic splitting of HQQ, with errors in steps. It makes that norm smaller and the squared error, which is
-    what a product sees of it, larger; for comparison.
-    """
+def half_quadratic(groups: Tensor) -> Affine:
+    """Scale and shift of the least squared error that turns of choosing codes and fitting them lead to."""
     scale, shift = nearest(groups, FIRST_SHARE)
     for _ in range(ROUNDS):
-        codes = choose_codes(groups, scale, shift)
-        wanted = groups - _outliers(groups, codes, scale, shift) if robust else groups
-        scale, shift = _fit(codes, wanted, scale)
-    return _stored(scale, shift)
+        scale, shift = fit(choose_codes(groups, scale, shift), groups, scale)
+    return stored(scale, shift)
 
 
 def weighted_line(groups: Tensor, importance: Tensor) -> Affine:
@@ -72,7 +63,7 @@ def _weighted_fit(groups: Tensor, share: Tensor, first_share: float) -> Affine:
         fitted = apart.mul_(groups) @ share[:, None] / spread.clamp(min=LEAST_SPREAD)
         scale = torch.where((spread > LEAST_SPREAD) & (fitted > 0), fitted, scale)
         shift = middle - scale * mean
-    return _stored(scale, shift)
+    return stored(scale, shift)
 
 
 def _weighted_error(groups: Tensor, share: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -85,7 +76,7 @@ def choose_codes(groups: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return groups.sub(shift).div_(scale.clamp(min=LEAST_SCALE)).round_().clamp_(LEAST_CODE, LARGEST_CODE)
 
 
-def _fit(codes: Tensor, wanted: Tensor, scale: Tensor) -> Affine:
+def fit(codes: Tensor, wanted: Tensor, scale: Tensor) -> Affine:
     """The line through what the codes should stand for; the scale before, where all codes are one."""
     mean, middle = codes.mean(-1, keepdim=True), wanted.mean(-1, keepdim=True)
     apart = codes - mean
@@ -95,13 +86,6 @@ def _fit(codes: Tensor, wanted: Tensor, scale: Tensor) -> Affine:
     return scale, middle - scale * mean
 
 
-def _outliers(groups: Tensor, codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The part of each error that the norm leaves: what remains when it is shrunk."""
-    steps = (groups - codes * scale - shift) / scale.clamp(min=LEAST_SCALE)
-    size = steps.abs()
-    return steps.sign() * torch.relu(size - size.clamp(min=1e-6) ** (POWER - 1) / STRENGTH) * scale
-
-
-def _stored(scale: Tensor, shift: Tensor) -> Affine:
+def stored(scale: Tensor, shift: Tensor) -> Affine:
     """As they are kept, so that codes are chosen for what is kept."""
     return scale.clamp(min=LEAST_SCALE).bfloat16().float(), shift.bfloat16().float()

@@ -65,11 +65,6 @@ class HostInt4Weight(HostProduct):
     def product(self, x: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.affine)
 
-    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Asks the product for each input's column; slow."""
-        ones = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return self.product(ones)[:, first:last].t().to(dtype)
-
 
 def use_host_products(model: nn.Module) -> None:
     """Have a bf16 model's quantised weights multiplied by ATen, where their sizes allow it.

@@ -62,9 +62,12 @@ def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
         weight.store(first + start, checked(rows[start:end], name))
 
 
-def pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another, so many that a piece has QUANTISED_NUMBERS at most, or is one row."""
-    most = max(QUANTISED_NUMBERS // columns, 1)
+def pieces(rows: int, columns: int, most_numbers: int | None = None) -> Iterator[tuple[int, int]]:
+    """Rows from one to before another, so many that a piece has most_numbers at most, or is one row.
+
+    None: as many as are quantised at once.
+    """
+    most = max((most_numbers or QUANTISED_NUMBERS) // columns, 1)
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
 

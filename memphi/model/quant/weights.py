@@ -67,7 +67,9 @@ class QuantisedWeight(nn.Module):
 
         Numbers of a row lie side by side.
         """
-        if self.kernels and 0 < len(x) <= self.most_rows(x):
+        if not len(x):
+            return
+        if self.kernels and len(x) <= self.most_rows(x):
             self.multiply_few(x, out, columns)
             return
         self.multiply_many(x, out)
