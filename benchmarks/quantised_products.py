@@ -200,8 +200,7 @@ def tilings(module: ModuleType, rows: int) -> Iterator[tuple[str, Run]]:
                 yield "vector {}x{}, {} warps".format(*block), partial(with_block, module, block)
     if rows > 1:
         for tile, parts in product(tiles, PARTS):
-            order = "weights" if tile[-1] else "rows"
-            name = "tile {}x{}, {} stages, {} warps, {} first, {} parts".format(*tile[:-1], order, parts)
+            name = "tile {}x{}, {} stages, {} warps, {} parts".format(*tile, parts)
             yield name, partial(with_tile, module, tile, parts)
 
 

@@ -61,9 +61,9 @@ class Media:
 
     kind: MediaKind
     name: str
-    content: bytes | Pixels | Samples = field(repr=False)
+    content: bytes | Pixels | Samples = field(repr=False, compare=False)
     digest: str
-    """A hash of the content: equal media have equal digests."""
+    """A hash of the content, which stands for it where media are compared."""
     detail: Detail = "auto"
     """For an image."""
 

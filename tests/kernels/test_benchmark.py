@@ -54,7 +54,7 @@ def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypa
         monkeypatch.setattr(quantised_products, name, [block])
         monkeypatch.setattr(module, "BLOCK", block)
     for name in ("BYTE_TILES", "WORD_TILES"):
-        monkeypatch.setattr(quantised_products, name, [(64, 32, 3, 4, True)])
+        monkeypatch.setattr(quantised_products, name, [(64, 32, 3, 4)])
     monkeypatch.setattr(quantised_products, "PARTS", (1, 2))
     out = tmp_path / "products.json"
     arguments = ["--out", str(out), "--commit", "none", "--rows", "1,5", "--columns", "8", "--sweep"]
@@ -64,5 +64,5 @@ def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypa
     always = {"chosen", "kernel", "many", "bf16"}
     assert set(figures[0]["microseconds"]) == always | {"vector 128x256, 4 warps"}
     assert set(figures[-1]["microseconds"]) == always | {
-        f"tile 64x32, 3 stages, 4 warps, weights first, {parts} parts" for parts in (1, 2)
+        f"tile 64x32, 3 stages, 4 warps, {parts} parts" for parts in (1, 2)
     }

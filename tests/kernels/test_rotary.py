@@ -80,7 +80,7 @@ def test_turning_and_keeping_equals_its_definition(device, data, dtype, seed, kv
     turned = [strided(wide), strided(wide)]
     token_pages = packing.paging.token_pages.clone()
     if data.draw(st.booleans()):
-        token_pages[packing.bounds[-2] :] = -1  # The last row only fills up the batch.
+        token_pages[-rows[-1].tokens :] = -1  # The last row only fills up the batch.
     for run, qkv, (pool, scales) in zip((plain_rotate_and_keep, rotate_and_keep), turned, kept, strict=True):
         places = (token_pages, packing.paging.token_offsets, None if scales is None else scales[:, 1])
         run(qkv, *table, pool[:, 1, 0], pool[:, 1, 1], *places)

@@ -203,12 +203,12 @@ def test_damage_raises_only_our_errors(container, codec, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(1, len(content)))]
-    started = time.monotonic()
+    started = time.process_time()
     with suppress(MemphiError):
         media = open_media(bytes(content))
         measured = measure_clip(media, AUDIO)
         assert prepare_clip(media, AUDIO).footprint == measured
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_comment_cannot_claim_memory():

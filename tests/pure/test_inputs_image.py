@@ -215,11 +215,11 @@ def test_extreme_shapes_are_refused():
 def test_a_bomb_is_not_decoded():
     for side in (10_001, 60_000):
         media = open_media(png_header(side, side), "bomb.png")
-        started = time.monotonic()
+        started = time.process_time()
         for use in (measure_image, prepare_image):
             with pytest.raises(MediaError, match=r"bomb\.png.* more than 100000000 pixels"):
                 use(media, VISION)
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("format", PICTURE_FORMATS)

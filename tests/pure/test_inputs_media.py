@@ -135,6 +135,14 @@ def test_bad_urls_are_refused(site, page, message):
         open_media(site + page, limits=MediaLimits(bytes=5))
 
 
+def test_arrays_of_the_same_numbers_are_the_same_media():
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert image_media(pixels) == image_media(pixels.copy())
+    assert image_media(pixels) != image_media(pixels + 1)
+    sound = np.linspace(-1, 1, 16, dtype=np.float32)
+    assert audio_media(sound, 16_000) == audio_media(sound.copy(), 16_000) != audio_media(sound, 8_000)
+
+
 def test_arrays_are_media():
     pixels = np.zeros((4, 6, 3), np.uint8)
     assert image_media(pixels).digest == image_media(pixels.copy()).digest
