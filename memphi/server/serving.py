@@ -1,12 +1,15 @@
 """The port: bound before anything is loaded, and drained before the server ends."""
 
+import asyncio
 import signal
 import socket
 import time
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from memphi.errors import MemphiError
 from memphi.server.service import Service
@@ -14,6 +17,8 @@ from memphi.server.service import Service
 BACKLOG = 2048
 CUT_SECONDS = 1
 """What is open still when the time to drain is over gets so long to notice that it is cut off."""
+STANDSTILL_SECONDS = 60.0
+"""A connection is ended that does not get any further between two looks at it, so far apart."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -33,6 +38,34 @@ def address_of(listener: socket.socket, encrypted: bool) -> str:
     return f"http{'s' if encrypted else ''}://{shown}:{port}"
 
 
+class Connection(H11Protocol):
+    """One connection; it ends where a request does not come, or where what is left to send at its end is not taken."""
+
+    _timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: object) -> None:
+        """Called again and again, with where it stood the last time."""
+        now = self._waits_for()
+        if now is not None and now == before:
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(STANDSTILL_SECONDS, self._look, now)
+
+    def _waits_for(self) -> object:
+        """What the client has to do next, equal as long as it has done nothing of it; None: it is not its turn."""
+        if self.transport.is_closing():
+            return self.transport.get_write_buffer_size()
+        return ("the request after", self.cycle) if self.conn.their_state is h11.IDLE else None
+
+
 class Server(uvicorn.Server):
     """Ends when a signal comes, after what is open then has been answered; at once when a second one comes."""
 
@@ -40,6 +73,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 import memphi
 from memphi.checkpoint.locate import locate
 from memphi.server.app import make_app
+from memphi.server.serving import Connection
 from memphi.server.settings import ServerSettings
 from tests.server.fakes import FakeEngine
 
@@ -71,7 +72,7 @@ def wait_for(holds, seconds=10):
 @contextmanager
 def listening(app):
     """A real server on a free port, in a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

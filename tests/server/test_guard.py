@@ -5,18 +5,21 @@ import hmac
 import logging
 import socket
 import threading
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
+from uvicorn.server import ServerState
 
 from memphi.server import guard as guards
+from memphi.server import serving
 from memphi.server.guard import guard
 from memphi.server.service import Service
 from memphi.server.settings import Limits, ServerSettings
@@ -313,6 +316,29 @@ def by_hand(**fields):
     }
 
 
+class Hurried(asyncio.SelectorEventLoop):
+    """A loop that waits for nothing: where it would, it is later at once."""
+
+    def __init__(self):
+        self._now = 0.0
+        super().__init__()
+        select = self._selector.select
+
+        def skip(timeout):
+            self._now += timeout or 0
+            return select(0)
+
+        self._selector.select = skip
+
+    def time(self):
+        return self._now
+
+
+def hurry(work):
+    with asyncio.Runner(loop_factory=Hurried) as runner:
+        return runner.run(work)
+
+
 async def call(app, messages=None, stays=False, **fields):
     """What an app sends for one request; after its messages the client leaves, or stays and says nothing.
 
@@ -385,14 +411,14 @@ def test_bodies_of_all_requests_together_are_bounded(monkeypatch):
 
     async def several():
         held = [asyncio.create_task(call(app, [piece(BODY)], stays=True)) for _ in range(2)]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # Until all else has been done.
         refused = await call(app, [piece(1)])
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
         return refused, await call(app, [piece(BODY, more=False)])
 
-    refused, later = asyncio.run(several())
+    refused, later = hurry(several())
     assert refused[0]["status"] == 503
     assert b"retry-after" in dict(refused[0]["headers"])
     assert later[0]["status"] == 200
@@ -457,42 +483,93 @@ def flood():
 
 
 def test_a_client_that_takes_nothing_is_hung_up_on(flood, monkeypatch):
+    """Its request ends, and its connection, though what was sent is never taken."""
     monkeypatch.setattr(guards, "STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(serving, "STANDSTILL_SECONDS", 2)
+    ended = note_ends(monkeypatch)
     port, stopped = flood
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert stopped.wait(20)
+        assert ended.wait(20)
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 20):
+                pass
 
 
-def test_a_client_that_takes_its_time_is_not(flood, monkeypatch):
-    monkeypatch.setattr(guards, "STUCK_SECONDS", 0.2)
-    port, stopped = flood
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        for _ in range(40):
-            for _ in range(8):
-                assert connection.recv(1 << 20)
-            time.sleep(0.02)
-        assert not stopped.is_set()
-    assert stopped.wait(20)
+def note_ends(monkeypatch):
+    """An event that is set once a connection of a real server has ended."""
+    ended, end = threading.Event(), serving.Connection.connection_lost
+
+    def note(connection, error):
+        end(connection, error)
+        ended.set()
+
+    monkeypatch.setattr(serving.Connection, "connection_lost", note)
+    return ended
 
 
-def test_a_client_that_has_to_wait_is_not_hung_up_on(monkeypatch):
-    monkeypatch.setattr(guards, "STUCK_SECONDS", 0.1)
-    app = make_app()
+@pytest.mark.parametrize("earlier", [0, 1])
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: local"], ids=["nothing", "half a head"])
+def test_a_client_whose_request_does_not_come_is_hung_up_on(monkeypatch, earlier, sent):
+    monkeypatch.setattr(serving, "STANDSTILL_SECONDS", 0.1)
+    with (
+        listening(make_app()) as url,
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection,
+        suppress(ConnectionError),
+    ):
+        for _ in range(earlier):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.recv(1 << 16)
+        connection.sendall(sent)
+        while connection.recv(1 << 16):
+            pass
 
-    @app.post("/slow")
-    async def answer_slowly():
-        async def pieces():
-            yield b"a"
-            await asyncio.sleep(0.4)
-            yield b"b"
 
-        return EventStream(pieces())
+def send_slowly(seconds, pause=0.0):
+    """What of three pieces arrives at a client that takes so long for each, from an app that pauses between them."""
+    taken = []
 
-    sent = asyncio.run(call(app, stays=True, path="/slow"))
-    assert b"".join(message.get("body", b"") for message in sent) == b"ab"
-    assert not sent[-1]["more_body"]
+    async def app(scope, receive, send):
+        for number in range(3):
+            await send(number)
+            await asyncio.sleep(pause)
+
+    async def send(piece):
+        await asyncio.sleep(seconds)
+        taken.append(piece)
+
+    hurry(guards.Patience(app)({"type": "http"}, None, send))
+    return taken
+
+
+def test_patience_is_for_who_takes_something_and_who_has_to_wait():
+    assert send_slowly(2.1 * guards.STUCK_SECONDS) == []
+    assert send_slowly(0.9 * guards.STUCK_SECONDS) == [0, 1, 2]
+    assert send_slowly(0, pause=5 * guards.STUCK_SECONDS) == [0, 1, 2]
+
+
+def test_a_connection_stays_while_it_is_worked_for():
+    """However long an answer takes, it is the server's turn."""
+    transport = MagicMock()
+    transport.is_closing.return_value = False
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(10 * serving.STANDSTILL_SECONDS)
+        assert not transport.abort.called
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def ask():
+        state = ServerState()
+        connection = serving.Connection(uvicorn.Config(app, log_config=None), state, {})
+        connection.connection_made(transport)
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await asyncio.gather(*state.tasks)
+        assert b"done" in transport.write.call_args_list[-2].args[0] + transport.write.call_args_list[-1].args[0]
+        connection.connection_lost(None)
+
+    hurry(ask())
 
 
 def test_sockets_of_the_web_are_closed():
