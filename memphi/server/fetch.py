@@ -10,7 +10,9 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, ip_address, ip_network
 from urllib.parse import urljoin, urlsplit
 
@@ -27,6 +29,9 @@ CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 1 << 16
 AT_ONCE = 8
 """URLs of one request that are fetched at the same time."""
+
+_LOOK_UPS = ThreadPoolExecutor(4 * AT_ONCE, "look-up")
+"""Names are looked up in threads that do nothing else: those that hang keep no other work waiting."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -92,7 +97,8 @@ class Place:
 
 async def resolve(host: str, port: int) -> list[str]:
     """Ask the system for a host's addresses; raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, look_up)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -151,7 +157,7 @@ class Fetcher:
     async def fetch(self, urls: Iterable[str]) -> dict[str, bytes | MediaError]:
         """What the https URLs of one request hold, as it is sent; or the reason, one sentence each, why it is not here.
 
-        Cancelling this ends all connections.
+        Cancelling this ends all connections, and so does a defect.
         """
         distinct = list(dict.fromkeys(urls))
         allowance, places = Allowance(self.limit_bytes), asyncio.Semaphore(AT_ONCE)
@@ -166,7 +172,9 @@ class Fetcher:
             except MediaError as error:
                 return error
 
-        return dict(zip(distinct, await asyncio.gather(*map(fetch, distinct)), strict=True))
+        async with asyncio.TaskGroup() as group:
+            tasks = {url: group.create_task(fetch(url)) for url in distinct}
+        return {url: task.result() for url, task in tasks.items()}
 
     async def _follow(self, url: str, allowance: Allowance) -> bytes:
         place = self._check("", url)

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import threading
 
 import pytest
 import trustme
@@ -9,7 +10,7 @@ from starlette.testclient import TestClient
 
 from memphi.errors import MediaError, RequestError
 from memphi.server.app import make_app
-from memphi.server.fetch import AT_ONCE, REDIRECTS, Fetcher, HostRule, connector, is_public
+from memphi.server.fetch import AT_ONCE, REDIRECTS, Fetcher, HostRule, connector, is_public, resolve
 from memphi.server.settings import ServerSettings
 from tests.server.fakes import FakeEngine
 
@@ -513,6 +514,46 @@ def test_cancelling_ends_the_connections(web):
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert task.cancelled()
+
+    asyncio.run(run())
+
+
+def test_a_defect_ends_the_other_fetches():
+    begun, ended = asyncio.Event(), []
+
+    async def look_up(host, port):
+        if host == "images.test":
+            await begun.wait()
+            raise ZeroDivisionError
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(host)
+
+    async def run():
+        fetcher = Fetcher((HostRule.parse("*.test"), HostRule.parse("images.test")), 1000, resolve=look_up)
+        with pytest.raises(ExceptionGroup) as raised:
+            await fetcher.fetch(["https://images.test/", "https://other.test/"])
+        assert raised.group_contains(ZeroDivisionError)
+        assert ended == ["other.test"]
+
+    asyncio.run(run())
+
+
+def test_look_ups_that_hang_keep_no_other_work_waiting(monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: go_on.wait(60) and [(None, None, None, "", (PUBLIC, 0))])
+
+    async def run():
+        hanging = [asyncio.create_task(resolve("images.test", 443)) for _ in range(100)]
+        try:
+            async with asyncio.timeout(30):
+                await asyncio.sleep(0)  # Now all of them have begun.
+                assert await asyncio.to_thread(lambda: "done") == "done"
+        finally:
+            go_on.set()
+        assert await asyncio.gather(*hanging) == [[PUBLIC]] * 100
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import io
 import json
+import threading
 import time
 import wave
 from contextlib import aclosing, suppress
@@ -20,6 +21,7 @@ from memphi.errors import DoesNotFitError, MediaError
 from memphi.inputs.media import audio_media, open_media
 from memphi.inputs.segments import cut_recording
 from memphi.request import Delta, FinishReason, Request, TokenLogprob
+from memphi.server import recordings
 from memphi.server.app import make_app
 from memphi.server.recordings import Recording, open_recording
 from memphi.server.service import Service
@@ -434,6 +436,39 @@ def test_one_recording_leaves_rows_for_others():
         assert service.open_answers == 0
 
     asyncio.run(listen())
+
+
+@pytest.mark.parametrize("step", ["measure", "cut"])
+def test_recordings_that_take_long_keep_no_other_work_waiting(monkeypatch, step):
+    go_on = threading.Event()
+
+    def cut(media, limits):
+        assert go_on.wait(60)
+        yield from ()
+
+    def measure(media, limits):
+        assert step == "cut" or go_on.wait(60)
+        return 1.0
+
+    monkeypatch.setattr(recordings, "measure_recording", measure)
+    monkeypatch.setattr(recordings, "cut_recording", cut)
+    service = Service(FakeEngine(), ServerSettings("demo", limits=Limits(queue=1000)))
+
+    async def hear():
+        return (await (await open_recording(service, open_media(SHORT), ask)).hear()).text
+
+    async def run():
+        hanging = [asyncio.create_task(hear()) for _ in range(100)]
+        try:
+            async with asyncio.timeout(30):
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                assert await asyncio.to_thread(lambda: "done") == "done"
+        finally:
+            go_on.set()
+        assert await asyncio.gather(*hanging) == [""] * 100
+
+    asyncio.run(run())
 
 
 def test_a_defect_ends_the_recording_and_hangs_nobody():
