@@ -2,10 +2,12 @@
 
 import base64
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
 
+import httpx2
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
@@ -61,12 +63,22 @@ def refused(response, status, param=None):
     return error["message"]
 
 
-def wait_for(holds, seconds=10):
+def wait_for(holds, seconds=30):
     """Until something holds, which another thread does."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)
+
+
+@contextmanager
+def asked(url, path, **content):
+    """The connection of a POST that has been sent whole; its client leaves at the end of the block."""
+    request = httpx2.Request("POST", url + path, **content)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection((request.url.host, request.url.port), timeout=30) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        yield connection
 
 
 @contextmanager

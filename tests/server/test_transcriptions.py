@@ -5,11 +5,9 @@ import functools
 import io
 import json
 import threading
-import time
 import wave
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
-import httpx2
 import numpy as np
 import openai
 import pytest
@@ -26,7 +24,7 @@ from memphi.server.app import make_app
 from memphi.server.recordings import Recording, open_recording
 from memphi.server.service import Service
 from memphi.server.settings import Limits, ServerSettings
-from tests.server.conftest import listening, refused, sample
+from tests.server.conftest import asked, listening, refused, sample, wait_for
 from tests.server.fakes import FakeEngine, said
 
 RATE = 16_000
@@ -402,23 +400,17 @@ def ask(media, seconds):
     return Request.ask(CARD_PROMPT, (media,))
 
 
-def wait_until(condition):
-    """Wait for what a server in another thread does."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-async def until(condition):
-    """Wait for what other tasks and threads do."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def test_one_recording_leaves_rows_for_others():
+def test_one_recording_leaves_rows_for_others(monkeypatch):
     """It runs as many segments as it may, no more; once nobody listens, all of them end."""
+    full = asyncio.Event()
+
+    class Places(asyncio.Semaphore):
+        async def acquire(self):
+            if self.locked():
+                full.set()
+            return await super().acquire()
+
+    monkeypatch.setattr(asyncio, "Semaphore", Places)
 
     async def listen():
         engine = FakeEngine(lambda request: [Delta("on", (1,))])
@@ -428,8 +420,7 @@ def test_one_recording_leaves_rows_for_others():
         assert 1 <= most < 20
         async with aclosing(recording.pieces()) as pieces:
             assert (await anext(pieces))[0] == "on"
-            await until(lambda: len(engine.requests) == most)
-            await asyncio.sleep(0.05)
+            await asyncio.wait_for(full.wait(), 30)
             assert (len(engine.requests), service.open_answers) == (most, most)
             assert engine.worker.cancelled == []
         assert sorted(engine.worker.cancelled) == list(range(most))
@@ -506,16 +497,11 @@ def test_a_server_that_drains_finishes_what_it_has_begun(client, fake):
 def test_a_client_that_leaves_ends_all_its_segments(stream):
     engine = FakeEngine(lambda request: [Delta("on", (1,))])
     app = make_app(engine, SETTINGS)
-    with listening(app) as url, httpx2.Client(base_url=url, timeout=1) as client:
-        form = {"files": {"file": ("talk.wav", LONG)}, "data": {"stream": stream}}
-        with (
-            suppress(httpx2.ReadTimeout),
-            client.stream("POST", "/v1/audio/transcriptions", **form) as answer,
-        ):
-            lines = answer.iter_lines()
-            next(lines)
-            wait_until(lambda: len(engine.requests) == 4)
-        wait_until(lambda: app.state.service.open_answers == 0)
+    form = {"files": {"file": ("talk.wav", LONG)}, "data": {"stream": stream}}
+    with listening(app) as url:
+        with asked(url, "/v1/audio/transcriptions", **form):
+            wait_for(lambda: len(engine.requests) == 4)
+        wait_for(lambda: app.state.service.open_answers == 0)
         assert sorted(engine.worker.cancelled) == [0, 1, 2, 3]
 
 
