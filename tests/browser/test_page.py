@@ -13,7 +13,7 @@ from memphi.request import Delta, FinishReason
 from memphi.server.app import make_app
 from memphi.server.settings import ServerSettings
 from tests.browser.scripted import Script, scripted
-from tests.browser.steps import ask, attach, wait_for_answer
+from tests.browser.steps import MEDIA, ask, attach, wait_for_answer
 from tests.server.conftest import listening, sample
 from tests.server.fakes import said
 
@@ -40,6 +40,20 @@ HITS = (
     "<a href=javascript:window.hit=1>press</a><form action=//elsewhere.example><button>press</button></form>",
 )
 """Answers that would do harm in a page that believed them."""
+
+
+HELD_MICROPHONE = """{
+    const get = MediaDevices.prototype.getUserMedia, Recorder = MediaRecorder;
+    MediaDevices.prototype.getUserMedia = async function (...all) {
+        return (window.microphone = await get.apply(this, all));
+    };
+    window.MediaRecorder = class extends Recorder {
+        constructor(...all) { super(...all); window.recorder = this; }
+    };
+}"""
+BLOCKED = """for (const name of ["localStorage", "sessionStorage", "indexedDB"]) {
+    Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });
+}"""
 
 
 def kept(page):
@@ -115,6 +129,34 @@ def test_no_microphone_is_said(visit, server):
     )
     page.click("#record")
     page.wait_for_selector("#problem >> text=allow it for this page")
+
+
+def test_nothing_is_sent_before_all_files_are_read(visit, server):
+    page = visit(server[0])
+    page.evaluate("""() => {
+        const read = Blob.prototype.arrayBuffer, held = new Promise((resolve) => (window.goOn = resolve));
+        Blob.prototype.arrayBuffer = function () { return held.then(() => read.call(this)); };
+    }""")
+    page.set_input_files("#picker", MEDIA / "red-circle.png")
+    ask(page, "What is it?")
+    assert page.input_value("#text") == "What is it?"
+    assert page.is_disabled("#send")
+    page.evaluate("() => window.goOn()")
+    page.wait_for_selector("#send:enabled")
+    page.press("#text", "Enter")
+    wait_for_answer(page)
+    assert [media.kind for media in server[1].last.media] == ["image"]
+
+
+@pytest.mark.parametrize("composing", ["isComposing: true", "keyCode: 229"])
+def test_the_enter_of_an_input_method_sends_nothing(visit, server, composing):
+    page = visit(server[0])
+    page.fill("#text", "にほん")
+    page.evaluate(f"""() => {{
+        const enter = {{key: "Enter", bubbles: true, cancelable: true, {composing}}};
+        document.querySelector("#text").dispatchEvent(new KeyboardEvent("keydown", enter));
+    }}""")
+    assert page.input_value("#text") == "にほん"
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])

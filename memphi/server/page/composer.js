@@ -15,6 +15,8 @@ export class Composer {
   #attachments = [];
   #problems = new Map();
   #busy = false;
+  /** How many times files are being read. */
+  #reading = 0;
   #timer = null;
   #pricing = new AbortController();
   #addresses = new Addresses();
@@ -61,6 +63,8 @@ export class Composer {
   /** Attach files, in their order. */
   async add(files) {
     this.report("");
+    this.#reading++;
+    this.#changed();
     for (const file of files) {
       try {
         const attachment = await attachmentOf(file);
@@ -70,6 +74,7 @@ export class Composer {
         this.report(error.message);
       }
     }
+    this.#reading--;
     this.#changed();
     this.focus();
   }
@@ -87,16 +92,21 @@ export class Composer {
   }
 
   #submit() {
-    const text = this.#text.value.trim();
-    if (this.#busy || (!text && !this.#attachments.length) || this.#problems.size) return;
-    const draft = { text, attachments: this.#attachments };
+    if (this.#busy || !this.#complete) return;
+    const draft = { text: this.#text.value.trim(), attachments: this.#attachments };
     this.clear();
     this.#send(draft);
   }
 
+  /** Whether there is something to send, and all of it is there and can be used. */
+  get #complete() {
+    const empty = !this.#text.value.trim() && !this.#attachments.length;
+    return !empty && !this.#reading && !this.#problems.size;
+  }
+
   #key(event) {
-    // While a word is composed (Chinese, Japanese, …), Enter belongs to the input method.
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    // While a word is composed (Chinese, Japanese, …), Enter belongs to the input method; 229 is how Safari says it.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     this.#submit();
   }
@@ -177,11 +187,10 @@ export class Composer {
   #changed() {
     this.#text.style.height = "auto";
     this.#text.style.height = `${this.#text.scrollHeight}px`;
-    const empty = !this.#text.value.trim() && !this.#attachments.length;
-    byId("send").disabled = empty || this.#problems.size > 0;
+    byId("send").disabled = !this.#complete;
     this.#pricing.abort();
     clearTimeout(this.#timer);
-    if (empty || this.#busy || this.#problems.size) this.#price.textContent = "";
+    if (this.#busy || !this.#complete) this.#price.textContent = "";
     else this.#timer = setTimeout(() => this.#priceAll(), PAUSE_MS);
   }
 
