@@ -237,6 +237,49 @@ def test_conversations_stay(visit, server):
     assert [one["title"] for one in kept(page)] == ["Second question"]
 
 
+def test_attachments_are_kept_once_there_is_room_for_them(visit, server):
+    page = visit(server[0])
+    page.evaluate("""() => {
+        const put = IDBObjectStore.prototype.put;
+        window.full = true;
+        IDBObjectStore.prototype.put = function (value) {
+            const request = put.call(this, value);
+            if (window.full) request.onsuccess = () => this.transaction.abort();
+            return request;
+        };
+    }""")
+    ask(page, "One", "red-circle.png")
+    wait_for_answer(page)
+    page.wait_for_selector("#unkept:not([hidden])", state="attached")
+    assert kept(page) == []
+    page.evaluate("() => { window.full = false; }")
+    ask(page, "Two")
+    wait_for_answer(page, 1)
+    page.reload()
+    page.wait_for_selector(".prose >> nth=1")
+    assert page.locator(".asked img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+
+
+def test_a_conversation_whose_attachments_are_lost_goes_on_without(visit, server):
+    address, script = server
+    page = visit(address)
+    ask(page, "One", "red-circle.png")
+    wait_for_answer(page)
+    page.evaluate("""() => new Promise((resolve) => {
+        const request = indexedDB.open("memphi", 1);
+        request.onsuccess = () => {
+            const transaction = request.result.transaction("blobs", "readwrite");
+            transaction.objectStore("blobs").clear();
+            transaction.oncomplete = resolve;
+        };
+    })""")
+    page.reload()
+    page.wait_for_selector(".asked >> text=red-circle.png is missing")
+    ask(page, "Two")
+    assert wait_for_answer(page, 1) == "It is a fake."
+    assert [message.content for message in script.last.messages][::2] == [("One",), ("Two",)]
+
+
 def test_a_follow_up_carries_what_went_before(visit, server):
     address, script = server
     page = visit(address)

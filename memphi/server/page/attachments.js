@@ -2,7 +2,7 @@
 //
 // An attachment is plain data, as the store keeps it:
 //   {id, kind: "image" | "audio", name, type, blob, seconds, peaks}
-// seconds and peaks are those of a recording that the browser can decode itself.
+// seconds and peaks are those of a recording that the browser can decode itself; blob is missing where it was lost.
 
 import { newId } from "./dom.js";
 import { decoded, peaks, secondsOf } from "./sound.js";
@@ -92,7 +92,9 @@ function dataUri(blob) {
 export class Addresses {
   #urls = new Map();
 
+  /** null for an attachment whose content is lost. */
   of(attachment) {
+    if (!attachment.blob) return null;
     if (!this.#urls.has(attachment.id)) this.#urls.set(attachment.id, URL.createObjectURL(attachment.blob));
     return this.#urls.get(attachment.id);
   }

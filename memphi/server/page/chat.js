@@ -36,18 +36,22 @@ export async function bodyOf(model, settings, messages, part = partOf) {
   return body;
 }
 
-/** The conversation in OpenAI's words; answers that never came are left out. */
+/** The conversation in OpenAI's words; answers that never came and attachments that are lost are left out. */
 export async function openaiMessages(settings, messages, part = partOf) {
   const turns = settings.system.trim() ? [{ role: "system", content: settings.system.trim() }] : [];
-  for (const { role, text, attachments } of messages) {
+  for (const message of messages) {
+    const { role, text } = message;
     if (role === "assistant" && !text) continue;
-    const parts = await Promise.all((attachments ?? []).map(part));
+    const attached = attachedTo(message);
+    const parts = await Promise.all(attached.map(part));
     // Attachments stand before what is written about them, as the model was trained.
     if (text) parts.push({ type: "text", text });
-    turns.push({ role, content: attachments?.length ? parts : text });
+    turns.push({ role, content: attached.length ? parts : text });
   }
   return turns;
 }
+
+const attachedTo = ({ attachments }) => (attachments ?? []).filter(({ blob }) => blob);
 
 /** Prices in tokens, before anything is sent to be answered. */
 export class Prices {
@@ -79,7 +83,7 @@ export class Prices {
 
   /** What is written takes, and what all attachments take; together exactly what the whole does, without sending it. */
   async conversation(settings, messages, signal) {
-    const attachments = messages.flatMap((message) => message.attachments ?? []);
+    const attachments = messages.flatMap(attachedTo);
     const tokens = await Promise.all(attachments.map((one) => this.attachment(one, settings)));
     const body = await bodyOf(await this.#model(), settings, messages, () => STAND_IN);
     const price = await this.#server.json("/v1/tokenize", { body, signal, quiet: true });

@@ -2,9 +2,14 @@
 
 import { byId, clock, h, icon, sized } from "./dom.js";
 
-/** A picture or a player, whichever the attachment is. */
-export const preview = (attachment, url) =>
-  attachment.kind === "image" ? picture(attachment, url) : player(attachment, url);
+/** A picture or a player, whichever the attachment is; its name alone where its content is lost. */
+export function preview(attachment, url) {
+  if (!attachment.blob) return lost(attachment);
+  return attachment.kind === "image" ? picture(attachment, url) : player(attachment, url);
+}
+
+const lost = ({ name }) =>
+  h("div", { class: "player", title: name }, icon("alert"), h("span", { class: "name" }, `${name} is missing`));
 
 function picture({ name }, url) {
   const image = h("img", { src: url, alt: name, loading: "lazy" });

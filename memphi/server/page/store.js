@@ -39,7 +39,7 @@ export class Store {
     return all.sort((one, other) => other.changed - one.changed);
   }
 
-  /** One conversation with all that is attached to it; undefined where there is none. */
+  /** One conversation with all that is attached to it, as far as it is there; undefined where there is none. */
   async load(id) {
     const transaction = this.#database.transaction(["conversations", "blobs"]);
     const conversation = await settled(transaction.objectStore("conversations").get(id));
@@ -53,12 +53,11 @@ export class Store {
   async save(conversation) {
     const transaction = this.#database.transaction(["conversations", "blobs"], "readwrite");
     const blobs = transaction.objectStore("blobs");
-    for (const { id, blob } of attachmentsOf(conversation)) {
-      if (!this.#kept.has(id)) blobs.put({ id, conversation: conversation.id, blob });
-      this.#kept.add(id);
-    }
+    const fresh = attachmentsOf(conversation).filter(({ id, blob }) => blob && !this.#kept.has(id));
+    for (const { id, blob } of fresh) blobs.put({ id, conversation: conversation.id, blob });
     transaction.objectStore("conversations").put(withoutBlobs(conversation));
     await finished(transaction);
+    fresh.forEach(({ id }) => this.#kept.add(id));
   }
 
   async delete(id) {
