@@ -441,6 +441,16 @@ def test_a_server_that_loads_is_waited_for(visit, monkeypatch):
         assert wait_for_answer(page) == "It is a fake."
 
 
+def test_a_server_that_fails_in_words_of_no_api_is_asked_again(visit, server):
+    page = visit(server[0], expected=["503"])
+    page.wait_for_selector("body[data-server=ready]")
+    for path in ("memory", "health"):
+        page.route(f"**/{path}", lambda route: route.fulfill(status=503, body="<h1>No server</h1>"))
+    page.wait_for_selector("body[data-server=away]")
+    page.unroute_all()
+    page.wait_for_selector("body[data-server=ready]")
+
+
 def test_a_lost_engine_is_said(visit, server):
     address, script = server
     script.answer = [Delta("Half an ans", (1,)), WorkerError("the engine has stopped; send the request again")]

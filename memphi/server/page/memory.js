@@ -33,11 +33,14 @@ export class Memory {
   async poll() {
     clearTimeout(this.#timer);
     if (document.hidden) return;
-    this.#become(...(await this.#ask()));
-    clearTimeout(this.#timer);
-    const rest = this.#state === "ready" && this.busy ? BUSY_MS : REST_MS;
-    // Without the key there is nothing to be seen; who enters it asks again.
-    if (this.#state !== "locked") this.#timer = setTimeout(() => this.poll(), rest);
+    try {
+      this.#become(...(await this.#ask()));
+    } finally {
+      clearTimeout(this.#timer);
+      const rest = this.#state === "ready" && this.busy ? BUSY_MS : REST_MS;
+      // Without the key there is nothing to be seen; who enters it asks again.
+      if (this.#state !== "locked") this.#timer = setTimeout(() => this.poll(), rest);
+    }
   }
 
   /** The server's state, and what is to be said of it. */
@@ -62,10 +65,9 @@ export class Memory {
   async #trouble(error) {
     if (error.status === 401) return ["locked", "The server wants an API key."];
     if (error.status !== 503) return ["away", error.message];
-    const health = await fetch("/health").then(
-      (response) => response.json(),
-      () => ({}),
-    );
+    const health = await fetch("/health")
+      .then((response) => response.json())
+      .catch(() => ({})); // What stands before the server may answer in words of its own.
     if (health.state !== "loading") return [health.state ?? "away", error.message];
     const share = health.total_bytes ? ` ${Math.floor((100 * health.loaded_bytes) / health.total_bytes)} %` : "";
     return ["loading", `The model is being loaded…${share}`];
