@@ -89,11 +89,15 @@ class Watched:
 
 @pytest.fixture
 def visit(browser):
-    """visit(address, expected=(), **settings) opens the page; expected: words of errors that may come."""
+    """visit(address, expected=(), script="", **settings) opens the page.
+
+    expected: words of errors that may come; script: what runs before those of the page.
+    """
     opened = []
 
-    def visit(address, expected=(), **settings):
+    def visit(address, expected=(), script="", **settings):
         context = browser.new_context(**settings)
+        context.add_init_script(script)
         context.set_default_timeout(8000)
         watched = Watched(address, expected)
         page = context.new_page()

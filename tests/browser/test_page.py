@@ -131,6 +131,25 @@ def test_no_microphone_is_said(visit, server):
     page.wait_for_selector("#problem >> text=allow it for this page")
 
 
+def test_a_microphone_that_cannot_be_recorded_is_let_go(visit, server):
+    page = visit(server[0], script=HELD_MICROPHONE, permissions=["microphone"])
+    page.evaluate("() => { window.AudioContext = class { constructor() { throw new Error('there is no sound'); } }; }")
+    page.click("#record")
+    page.wait_for_selector("#problem >> text=The microphone does not work: there is no sound.")
+    assert page.evaluate("window.microphone.getTracks().map((track) => track.readyState)") == ["ended"]
+    assert page.is_hidden("#recording")
+
+
+def test_a_microphone_that_is_unplugged_leaves_what_it_heard(visit, server):
+    page = visit(server[0], script=HELD_MICROPHONE, permissions=["microphone"])
+    page.click("#record")
+    page.wait_for_selector("#recording >> text=0:01")
+    page.evaluate("() => window.microphone.getTracks().forEach((track) => track.stop())")
+    page.wait_for_function("() => window.recorder.state === 'inactive'")
+    page.click("#recording-done")
+    page.wait_for_selector(".chip .tokens >> text=tokens")
+
+
 def test_nothing_is_sent_before_all_files_are_read(visit, server):
     page = visit(server[0])
     page.evaluate("""() => {

@@ -14,6 +14,7 @@ const REFUSALS = {
 export class Recorder {
   #stream;
   #recorder;
+  #ended;
   #chunks = [];
   #context;
   #analyser;
@@ -24,10 +25,16 @@ export class Recorder {
     if (!navigator.mediaDevices) throw new Error(ELSEWHERE);
     try {
       this.#stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+      this.#begin();
     } catch (error) {
+      this.#letGo();
       throw new Error(REFUSALS[error.name] ?? `The microphone does not work: ${error.message}.`);
     }
+  }
+
+  #begin() {
     this.#recorder = new MediaRecorder(this.#stream, { audioBitsPerSecond: 128000 });
+    this.#ended = new Promise((resolve) => (this.#recorder.onstop = resolve));
     this.#recorder.ondataavailable = ({ data }) => this.#chunks.push(data);
     this.#recorder.start();
     this.#started = performance.now();
@@ -50,9 +57,8 @@ export class Recorder {
 
   /** End, and hand the recording over as a WAV file. */
   async finish() {
-    const ended = new Promise((resolve) => (this.#recorder.onstop = resolve));
-    this.#recorder.stop();
-    await ended;
+    this.#stop();
+    await this.#ended;
     this.#letGo();
     const samples = await decoded(new Blob(this.#chunks, { type: this.#recorder.mimeType }));
     return new File([wav(samples)], `recording ${timeOfDay()}.wav`, { type: "audio/wav" });
@@ -60,13 +66,18 @@ export class Recorder {
 
   /** End, and forget what was recorded. */
   discard() {
-    this.#recorder.stop();
+    this.#stop();
     this.#letGo();
   }
 
+  /** It may have ended by itself, when the microphone was unplugged. */
+  #stop() {
+    if (this.#recorder.state !== "inactive") this.#recorder.stop();
+  }
+
   #letGo() {
-    this.#stream.getTracks().forEach((track) => track.stop());
-    this.#context.close();
+    this.#stream?.getTracks().forEach((track) => track.stop());
+    this.#context?.close();
   }
 }
 
