@@ -299,6 +299,20 @@ def test_a_conversation_whose_attachments_are_lost_goes_on_without(visit, server
     assert [message.content for message in script.last.messages][::2] == [("One",), ("Two",)]
 
 
+def test_a_browser_that_keeps_nothing(visit):
+    with scripted(api_keys=("open-sesame",)) as (address, _):
+        page = visit(address, expected=["401"], script=BLOCKED)
+        page.fill("[name=key]", "open-sesame")
+        page.click("text=Use this key")
+        page.wait_for_selector("body[data-server=ready]")
+        assert page.is_visible("#unkept")
+        page.click("#settings-open")
+        page.click(".choice >> text=Dark")
+        page.keyboard.press("Escape")
+        ask(page, "One")
+        assert wait_for_answer(page) == "It is a fake."
+
+
 def test_a_follow_up_carries_what_went_before(visit, server):
     address, script = server
     page = visit(address)
@@ -403,6 +417,18 @@ def test_the_key_is_asked_for(visit):
         page.keyboard.press("Enter")
         page.wait_for_selector("body[data-server=ready]")
         assert page.evaluate("[sessionStorage.length, localStorage.getItem('memphi.key')]") == [0, "open-sesame"]
+
+
+def test_what_can_be_no_key_is_not_taken(visit):
+    with scripted(api_keys=("open-sesame",)) as (address, _):
+        page = visit(address, expected=["401"])
+        page.fill("[name=key]", "öffne dich")
+        page.click("text=Use this key")
+        assert page.is_visible("#key-dialog")
+        assert page.evaluate("sessionStorage.length") == 0
+        page.fill("[name=key]", " open-sesame ")
+        page.click("text=Use this key")
+        page.wait_for_selector("body[data-server=ready]")
 
 
 def test_who_has_no_key_may_look_and_is_asked_again(visit):

@@ -1,4 +1,4 @@
-// Makes elements. Text goes in as text: nothing here ever parses a string as HTML.
+// Makes elements, and other small things that all need. Text goes in as text: nothing here ever parses a string as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -56,6 +56,15 @@ export function sized(bytes) {
   if (bytes === 0) return "0";
   const gib = bytes / 2 ** 30;
   return gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(bytes / 2 ** 20)} MiB`;
+}
+
+/** What work() returns; otherwise, where the browser refuses: with a site's data blocked, its stores throw. */
+export function tried(work, otherwise = null) {
+  try {
+    return work();
+  } catch {
+    return otherwise;
+  }
 }
 
 /** A name that nothing else has; randomUUID is not there over plain HTTP. */

@@ -1,5 +1,7 @@
 // Speaks to the server that sent this page: its key, its refusals as one sentence each, its streams of events.
 
+import { tried } from "./dom.js";
+
 const KEY = "memphi.key";
 const LOST = "The connection was lost in the middle of the answer; try again.";
 
@@ -16,16 +18,20 @@ export class Failure extends Error {
   }
 }
 
+/** The key where the browser keeps nothing; it is gone with the page. */
+let unkept = null;
+
 /** The API key: kept until the tab is closed, or on this device where its owner says so. */
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY),
+  get: () => tried(() => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY)) ?? unkept,
   set(value, remember) {
     key.forget();
-    (remember ? localStorage : sessionStorage).setItem(KEY, value);
+    unkept = tried(() => (remember ? localStorage : sessionStorage).setItem(KEY, value), value);
   },
   forget() {
-    sessionStorage.removeItem(KEY);
-    localStorage.removeItem(KEY);
+    unkept = null;
+    tried(() => sessionStorage.removeItem(KEY));
+    tried(() => localStorage.removeItem(KEY));
   },
 };
 

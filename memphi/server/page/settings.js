@@ -1,6 +1,6 @@
 // The sheet with what a conversation is asked with, and with what this browser keeps for all.
 
-import { byId } from "./dom.js";
+import { byId, tried } from "./dom.js";
 import { key } from "./server.js";
 
 const THEME = "memphi.theme";
@@ -66,12 +66,11 @@ export class Settings {
 
   #offerThemes() {
     const choices = document.querySelectorAll("input[name=theme]");
-    const now = localStorage.getItem(THEME) ?? "";
+    const now = tried(() => localStorage.getItem(THEME)) ?? "";
     for (const choice of choices) {
       choice.checked = choice.value === now;
       choice.onchange = () => {
-        if (choice.value) localStorage.setItem(THEME, choice.value);
-        else localStorage.removeItem(THEME);
+        tried(() => (choice.value ? localStorage.setItem(THEME, choice.value) : localStorage.removeItem(THEME)));
         if (choice.value) document.documentElement.dataset.theme = choice.value;
         else delete document.documentElement.dataset.theme;
       };
