@@ -496,6 +496,23 @@ def test_a_server_that_fails_in_words_of_no_api_is_asked_again(visit, server):
     page.wait_for_selector("body[data-server=ready]")
 
 
+def test_who_has_stopped_waiting_does_not_wait(visit, server):
+    page = visit(server[0])
+    state = page.evaluate("""async () => {
+        const [{ answer, emptyAnswer }, { Failure }] = await Promise.all(
+            ["/page/chat.js", "/page/server.js"].map((path) => import(path)));
+        const controller = new AbortController(), message = emptyAnswer();
+        const makeBody = async () => {
+            controller.abort();
+            throw new Failure("Not yet.", { status: 503, retrySeconds: 600 });
+        };
+        const ended = answer(null, makeBody, message, controller.signal, () => {});
+        await Promise.race([ended, new Promise((resolve) => setTimeout(resolve, 10_000))]);
+        return message.state;
+    }""")
+    assert state == "stopped"
+
+
 def test_a_lost_engine_is_said(visit, server):
     address, script = server
     script.answer = [Delta("Half an ans", (1,)), WorkerError("the engine has stopped; send the request again")]

@@ -149,6 +149,7 @@ function take(message, chunk) {
 
 function pause(seconds, signal) {
   return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
     const timer = setTimeout(resolve, 1000 * seconds);
     signal.addEventListener("abort", () => {
       clearTimeout(timer);
