@@ -299,6 +299,22 @@ def test_a_conversation_whose_attachments_are_lost_goes_on_without(visit, server
     assert [message.content for message in script.last.messages][::2] == [("One",), ("Two",)]
 
 
+def test_another_tab_goes_on_where_this_one_was(visit, server):
+    page = visit(server[0])
+    ask(page, "One")
+    wait_for_answer(page)
+    other = page.context.new_page()
+    other.goto(page.url)
+    ask(other, "Two")
+    wait_for_answer(other, 1)
+    page.evaluate("() => dispatchEvent(new Event('focus'))")
+    page.wait_for_selector(".asked >> text=Two")
+    ask(page, "Three")
+    wait_for_answer(page, 2)
+    asked = [message.content for message in server[1].last.messages if message.role == "user"]
+    assert asked == [("One",), ("Two",), ("Three",)]
+
+
 def test_a_browser_that_keeps_nothing(visit):
     with scripted(api_keys=("open-sesame",)) as (address, _):
         page = visit(address, expected=["401"], script=BLOCKED)

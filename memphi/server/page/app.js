@@ -80,6 +80,7 @@ class App {
     });
     addEventListener("pagehide", () => this.#running.forEach(({ conversation }) => this.#save(conversation)));
     addEventListener("hashchange", () => this.#open(location.hash.slice(1)));
+    addEventListener("focus", () => this.#catchUp());
   }
 
   async #learnModel() {
@@ -131,6 +132,16 @@ class App {
     const cut = kept?.messages.filter(({ state }) => state === "waiting" || state === "streaming") ?? [];
     for (const message of cut) message.state = "stopped";
     return kept;
+  }
+
+  /** Another tab may have gone on with the conversation at hand. */
+  async #catchUp() {
+    const { id } = this.#current;
+    if (this.#running.has(id)) return;
+    const kept = await this.#load(id);
+    if (!kept || this.#current.id !== id || this.#running.has(id) || kept.changed <= this.#current.changed) return;
+    this.#keepInList(kept);
+    this.#show(kept);
   }
 
   #show(conversation) {
@@ -193,6 +204,7 @@ class App {
     this.#refresh();
     await answer(this.#server, makeBody, message, controller.signal, changed);
     this.#running.delete(conversation.id);
+    conversation.changed = Date.now();
     await this.#save(conversation);
     this.#refresh();
   }
