@@ -29,9 +29,8 @@ CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 1 << 16
 AT_ONCE = 8
 """URLs of one request that are fetched at the same time."""
-
-_LOOK_UPS = ThreadPoolExecutor(4 * AT_ONCE, "look-up")
-"""Names are looked up in threads that do nothing else: those that hang keep no other work waiting."""
+LOOK_UPS = 32
+"""Of names, at the same time."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -95,11 +94,16 @@ class Place:
     """Path and query."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """Ask the system for a host's addresses; raises OSError."""
-    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, look_up)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+def resolver() -> Resolve:
+    """Asks the system for addresses, in threads that do nothing else: names that hang keep no other work waiting."""
+    threads = ThreadPoolExecutor(LOOK_UPS, "look-up")
+
+    async def resolve(host: str, port: int) -> list[str]:
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(threads, look_up)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    return resolve
 
 
 def connector(context: ssl.SSLContext | None = None) -> Connect:
@@ -151,7 +155,7 @@ class Fetcher:
     limit_bytes: int
     """For all URLs of one request together."""
     seconds: float = SECONDS
-    resolve: Resolve = resolve
+    resolve: Resolve = field(default_factory=resolver)
     connect: Connect = field(default_factory=connector)
 
     async def fetch(self, urls: Iterable[str]) -> dict[str, bytes | MediaError]:

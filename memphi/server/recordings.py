@@ -4,7 +4,6 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from memphi.inputs.media import audio_media
@@ -17,8 +16,6 @@ from memphi.server.transcripts import Passage, Transcript
 
 ROW_SHARE = 2
 """One recording takes at most one of so many of the engine's rows, so that others are answered meanwhile."""
-_DECODING = ThreadPoolExecutor(4, "recording")
-"""Recordings are decoded in threads that do nothing else: hours of them keep no other work waiting."""
 
 Ask = Callable[[Media, float], Request]
 """The request for what is said in a segment of so many seconds."""
@@ -125,7 +122,7 @@ class Recording:
         try:
             segments = cut_recording(self._media, self._service.settings.limits.media)
             loop = asyncio.get_running_loop()
-            while (segment := await loop.run_in_executor(_DECODING, next, segments, None)) is not None:
+            while (segment := await loop.run_in_executor(self._service.decoding, next, segments, None)) is not None:
                 if segment.silent:
                     self.transcript.silences.append((segment.start_seconds, segment.end_seconds))
                     continue
@@ -163,5 +160,5 @@ async def open_recording(service: Service, media: Media, ask: Ask) -> Recording:
     """Measure a recording, whether it is damaged anywhere included; raises MediaError."""
     arrived = time.perf_counter()
     loop, limits = asyncio.get_running_loop(), service.settings.limits.media
-    seconds = await loop.run_in_executor(_DECODING, measure_recording, media, limits)
+    seconds = await loop.run_in_executor(service.decoding, measure_recording, media, limits)
     return Recording(service, media, seconds, ask, arrived)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Literal, Protocol
 
@@ -19,6 +20,8 @@ from memphi.server.errors import ApiError
 from memphi.server.fetch import Fetcher, HostRule
 from memphi.server.metrics import Metrics
 from memphi.server.settings import ServerSettings
+
+DECODING_THREADS = 4
 
 
 class ServedEngine(Protocol):
@@ -58,6 +61,8 @@ class Service:
         self._engine = None if callable(engine) else engine
         rules = tuple(map(HostRule.parse, settings.allow_urls))
         self._fetcher = Fetcher(rules, settings.limits.body_bytes) if rules else None
+        self.decoding = ThreadPoolExecutor(DECODING_THREADS, "recording")
+        """Decodes recordings and nothing else: hours of them keep no other work waiting."""
         self.metrics = Metrics(lambda: self.engines, lambda: self.open_answers)
 
     @property

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from memphi.errors import MediaError, RequestError
 from memphi.server.app import make_app
-from memphi.server.fetch import AT_ONCE, REDIRECTS, Fetcher, HostRule, connector, is_public, resolve
+from memphi.server.fetch import AT_ONCE, REDIRECTS, Fetcher, HostRule, connector, is_public, resolver
 from memphi.server.settings import ServerSettings
 from tests.server.fakes import FakeEngine
 
@@ -546,6 +546,7 @@ def test_look_ups_that_hang_keep_no_other_work_waiting(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: go_on.wait(60) and [(None, None, None, "", (PUBLIC, 0))])
 
     async def run():
+        resolve = resolver()
         hanging = [asyncio.create_task(resolve("images.test", 443)) for _ in range(100)]
         try:
             async with asyncio.timeout(30):
