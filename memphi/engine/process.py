@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -158,8 +159,9 @@ class ProcessWorker:
         """Start the process again where there is none, and it has not ended too often of late."""
         with self._gate:
             if self._child is None and (successor := self._start_again()):
-                self._child = successor
-                self._supervise(successor)
+                with suppress(RuntimeError):  # As where there is no room for the process.
+                    self._supervise(successor)
+                    self._child = successor
 
     def submit(self, submission: Submission, mailbox: Mailbox) -> None:
         """Send a request, after the model is loaded again where need be. Raises WorkerError where it will not be."""
@@ -200,8 +202,14 @@ class ProcessWorker:
             thread.join()
 
     def _supervise(self, child: "_Child") -> None:
-        self._thread = threading.Thread(target=self._follow, args=(child,), name="memphi-process", daemon=True)
-        self._thread.start()
+        """Follow a child; raises RuntimeError, and ends the child, where the system has no room for another thread."""
+        thread = threading.Thread(target=self._follow, args=(child,), name="memphi-process", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            child.abandon()
+            raise
+        self._thread = thread
 
     def _follow(self, child: "_Child | None") -> None:
         """Hand out what one child after another answers, until there is none."""
@@ -214,22 +222,26 @@ class ProcessWorker:
                 child = self._succeed(child, error)
 
     def _succeed(self, child: "_Child", cause: Exception) -> "_Child | None":
-        """The child after one that has ended; who waited for that one is told."""
-        child.kill()
-        child.wait()  # Its memory is free only when it is gone.
-        with self._gate:
-            self._ends.append(time.monotonic())
-            self._child = successor = self._start_again()
-            self._trouble = trouble = None if self._closed else self._tell(child, cause)
-        if trouble is not None:
-            logging.getLogger(__name__).error("%s", trouble)
-        child.shut(trouble or WorkerError(CLOSED))
-        return successor
+        """The child after one that has ended; who waited for that one is told, whatever becomes of this."""
+        reason = WorkerError(str(cause))
+        try:
+            child.kill()
+            child.wait()  # Its memory is free only when it is gone.
+            with self._gate:
+                self._ends.append(time.monotonic())
+                self._child = successor = self._start_again()
+                self._trouble = trouble = None if self._closed else self._tell(child, cause)
+            if trouble is not None:
+                logging.getLogger(__name__).error("%s", trouble)
+            reason = trouble or WorkerError(CLOSED)
+            return successor
+        finally:
+            child.shut(reason)
 
     def _start_again(self) -> "_Child | None":
         try:
             return _Child(self.loading) if self._may_start() else None
-        except OSError:  # The system has no room for another process; a later request tries again.
+        except (OSError, RuntimeError):  # The system has no room for another process; a later request tries again.
             return None
 
     def _may_start(self) -> bool:
@@ -244,6 +256,8 @@ class ProcessWorker:
         what = str(cause) if child.loaded else f"the engine could not be started again: {cause}"
         if self._child is not None:
             return LostError(f"{what}; it is being started again: send the request once more")
+        if self._may_start():
+            return LostError(f"{what}; the system has no room for another process now: send the request again later")
         again = f"it has now ended {self._recent_ends} times within {RESTART_SECONDS:.0f} seconds and is left alone"
         return LostError(f"{what}; {again}: a request after as long starts it again")
 
@@ -252,7 +266,7 @@ class _Child:
     """One child process from its start to its end, and who waits for it."""
 
     def __init__(self, loading: Loading) -> None:
-        """Start it. Raises OSError."""
+        """Start it. Raises OSError, or RuntimeError where the system has no room for another thread."""
         self.loaded = False
         self.stats = Stats()
         self._name = "the engine's process" + ("" if loading.device == "auto" else f" on {loading.device}")
@@ -264,7 +278,11 @@ class _Child:
         self._process = context.Process(target=_begin, args=(theirs, loading), name="memphi-engine", daemon=True)
         self._process.start()
         theirs.close()  # So that the pipe ends when the child does.
-        threading.Thread(target=self._write, name="memphi-outbox", daemon=True).start()
+        try:
+            threading.Thread(target=self._write, name="memphi-outbox", daemon=True).start()
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def pid(self) -> int | None:
@@ -309,6 +327,12 @@ class _Child:
             self._process.join(GRACE_SECONDS)
             self.kill()
             self._process.join()
+
+    def abandon(self) -> None:
+        """End it before anybody has asked it anything."""
+        self.kill()
+        self.wait()
+        self.shut(WorkerError(CLOSED))
 
     def shut(self, reason: WorkerError) -> None:
         """Tell who still waits; the process is gone."""

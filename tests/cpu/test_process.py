@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -216,6 +217,48 @@ def test_one_that_keeps_dying_is_left_alone_for_a_while(monkeypatch):
         engine.generate(SHORT)
     monkeypatch.setattr(process, "RESTART_SECONDS", 0.0)
     assert engine.generate(SHORT).text
+    engine.close()
+
+
+def test_a_system_without_room_for_a_thread_leaves_nobody_waiting(monkeypatch):
+    engine = process.start("demo", device="cpu")
+    before, start = multiprocessing.active_children(), threading.Thread.start
+    full, heard = ["memphi-outbox", "memphi-process"], queue.SimpleQueue()
+
+    def start_unless_full(thread):
+        if thread.name in full:
+            full.remove(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def ask():
+        engine.hand_over(engine.accept(ENDLESS)[0], heard.put)
+
+    monkeypatch.setattr(threading.Thread, "start", start_unless_full)
+    ask()
+    os.kill(engine.pid, signal.SIGKILL)
+    while (event := heard.get(timeout=60)).delta:
+        pass
+    assert "killed by SIGKILL" in str(event.error)
+    assert "no room for another process now" in str(event.error)
+    with pytest.raises(WorkerError, match="no room for another process now"):  # There is none to follow it.
+        ask()
+    assert not full
+    assert engine.pid is None
+    assert not set(multiprocessing.active_children()) - set(before)
+    assert engine.generate(SHORT).text
+    engine.close()
+
+
+def test_who_waits_is_told_whatever_goes_wrong_with_the_successor(monkeypatch):
+    engine, heard = process.start("demo", device="cpu"), queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine._process, "_start_again", lambda: 1 / 0)
+    engine.hand_over(engine.accept(ENDLESS)[0], heard.put)
+    os.kill(engine.pid, signal.SIGKILL)
+    while (event := heard.get(timeout=60)).delta:
+        pass
+    assert "killed by SIGKILL" in str(event.error)
     engine.close()
 
 
