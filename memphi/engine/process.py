@@ -196,6 +196,7 @@ class ProcessWorker:
             return
         if thread is None:
             child.wait()
+            child.shut(WorkerError(CLOSED))
         elif thread is not threading.current_thread():
             thread.join(GRACE_SECONDS)
             child.kill()

@@ -1,6 +1,7 @@
 """The engine in a process of its own: the same answers, and no caller left hanging, whatever becomes of the process."""
 
 import asyncio
+import gc
 import io
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def requests():
     ]
 
 
-def wait_until(holds, seconds=20):
+def wait_until(holds, seconds=120):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it does not come true"
@@ -300,6 +302,21 @@ def test_what_keeps_a_model_from_loading_is_said_as_in_this_process(settings, er
     with pytest.raises(error) as there:
         process.start(**{"model": "demo", "device": "cpu"} | settings)
     assert str(there.value) == str(here.value)
+
+
+def test_a_load_that_fails_leaves_nothing_behind():
+    def held():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), sum(each.name == "memphi-outbox" for each in threading.enumerate())
+
+    def is_gone():
+        return all(now <= before for now, before in zip(held(), held_before, strict=True))
+
+    resource_tracker.ensure_running()  # Which the first child of all leaves.
+    held_before = held()
+    with pytest.raises(DeviceError):
+        process.start("demo", device="cuda:77")
+    wait_until(is_gone)
 
 
 def test_loading_can_be_interrupted():
