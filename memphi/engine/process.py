@@ -124,7 +124,7 @@ class ProcessWorker:
         self._trouble: WorkerError | None = None
         self._thread: threading.Thread | None = None
         self._child: _Child | None = _Child(loading)
-        atexit.register(self.close)  # Before multiprocessing ends the child, which would look like its death.
+        atexit.register(self.close)  # Before multiprocessing waits for the child: its SIGTERM does not end that.
 
     @property
     def bounds(self) -> Bounds:
@@ -198,8 +198,10 @@ class ProcessWorker:
             child.wait()
             child.shut(WorkerError(CLOSED))
         elif thread is not threading.current_thread():
-            thread.join(GRACE_SECONDS)
-            child.kill()
+            try:
+                thread.join(GRACE_SECONDS)
+            finally:  # Also where a Ctrl-C comes: at its exit multiprocessing waits for a child that is there.
+                child.kill()
             thread.join()
 
     def _supervise(self, child: "_Child") -> None:
@@ -364,8 +366,12 @@ class _Child:
 
 
 def _begin(connection: Connection, loading: Loading) -> None:
-    """What the child does first: a terminal's Ctrl-C reaches it too, and is for the parent to act on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What the child does first: a terminal's Ctrl-C and a service's end reach it too, and are the parent's to act on.
+
+    The parent ends it by a Close, by SIGKILL, or by ending itself, which ends the pipe.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     from memphi.engine.child import run
 
     run(connection, loading)

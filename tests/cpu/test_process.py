@@ -180,9 +180,13 @@ def test_large_attachments_do_not_hold_up_other_callers(service):
         assert waiting.result().footprint.crops > 1
 
 
-def test_a_terminals_ctrl_c_does_not_end_the_process(service):
-    os.kill(service.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_does_not_end_the_process(number, service):
+    """As a terminal's Ctrl-C, and as systemd ends a service."""
+    pid = service.pid
+    os.kill(pid, number)
     assert service.generate(SHORT).text
+    assert service.pid == pid
 
 
 def test_a_killed_process_fails_what_was_asked_and_is_started_again(service, local):
@@ -281,6 +285,20 @@ def test_closing_tells_everybody_who_waits():
     engine.close()
 
 
+def test_closing_that_is_interrupted_still_ends_the_process(monkeypatch):
+    def interrupt(timeout=None):
+        raise KeyboardInterrupt
+
+    engine = process.start("demo", device="cpu")
+    pid = engine.pid
+    os.kill(pid, signal.SIGSTOP)  # It does not read that it shall end.
+    monkeypatch.setattr(engine._process._thread, "join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    monkeypatch.undo()
+    wait_until(lambda: not is_alive(pid))
+
+
 def test_an_engine_that_is_dropped_ends_its_process():
     engine = process.start("demo", device="cpu")
     pid = engine.pid
@@ -358,7 +376,7 @@ def test_one_thread_at_a_time_reaps_a_process(monkeypatch):
     assert ends == [-signal.SIGKILL] * 4
 
 
-@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])
+@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "os.killpg(0, 15)", "raise KeyboardInterrupt"])
 def test_the_process_ends_with_its_parent(ending, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -367,11 +385,13 @@ def test_the_process_ends_with_its_parent(ending, tmp_path):
         "    engine = start('demo', device='cpu')\n    print(engine.pid, 'torch' in sys.modules, flush=True)\n"
         f"    {ending}\n"
     )
-    finished = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=50)
+    finished = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=300, start_new_session=True
+    )
     pid, has_torch = finished.stdout.split()
     assert has_torch == "False"
     assert "again" not in finished.stderr
-    wait_until(lambda: not is_alive(int(pid)), 10)
+    wait_until(lambda: not is_alive(int(pid)))
 
 
 def test_the_parent_imports_no_torch():

@@ -145,6 +145,30 @@ def test_a_server_from_its_start_to_its_end():
     assert "Traceback" not in rest
 
 
+def test_a_server_drains_though_its_processes_get_the_signal_too():
+    """As systemd ends a service: SIGTERM to all that it has started."""
+    command = [*COMMAND, *DEMO, "--drain-seconds", "600"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    asked = {**HELLO, "stream": True, "max_tokens": 700, "memphi": {"grammar": {"regex": "a{600}"}}}
+    try:
+        url = re.search(r"http://\S+", process.stderr.readline())[0]
+        with httpx2.Client(base_url=url, timeout=60) as client:
+            while client.get("/health").status_code == 503:
+                time.sleep(0.05)
+            with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
+                lines = answer.iter_lines()
+                told = [next(lines)]
+                os.killpg(process.pid, signal.SIGTERM)
+                told += lines
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+        rest = process.stderr.read()
+        process.stderr.close()
+    assert [line for line in told if line][-1] == "data: [DONE]"
+    assert "killed" not in rest
+
+
 def test_a_server_may_be_ended_while_it_loads():
     process = subprocess.Popen([*COMMAND, *DEMO], stderr=subprocess.PIPE, text=True)
     try:
