@@ -57,6 +57,7 @@ class Service:
         self.started = int(time.time())
         self.loaded_bytes, self.total_bytes = 0, 0
         self.open_answers = 0
+        self._stopped = False
         self._load = engine if callable(engine) else None
         self._engine = None if callable(engine) else engine
         rules = tuple(map(HostRule.parse, settings.allow_urls))
@@ -137,13 +138,15 @@ class Service:
 
     def start(self) -> None:
         """Load the engine beside what is served meanwhile."""
+        self._stopped = False
         if self._load is not None:
             # A daemon: whoever stops the server meanwhile does not wait for it.
             arguments = (self._load, asyncio.get_running_loop())
             threading.Thread(target=self._fetch_engine, args=arguments, name="memphi-load", daemon=True).start()
 
     async def stop(self) -> None:
-        """Close the engine that `start` has loaded; what still runs ends."""
+        """Close the engine that `start` has loaded, or will have; what still runs ends."""
+        self._stopped = True
         if self._load is not None and self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 
@@ -153,6 +156,8 @@ class Service:
     def _fetch_engine(self, load: Load, loop: asyncio.AbstractEventLoop) -> None:
         try:
             self._engine = load(self._note_progress)
+            if self._stopped:
+                self._engine.close()
         except Exception as error:
             self.failure = error
             with suppress(RuntimeError):  # The server has ended meanwhile.

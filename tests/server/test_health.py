@@ -51,6 +51,21 @@ def test_a_server_that_loads_says_so_until_it_is_ready():
     assert closed == [True], "what the server has loaded it closes"
 
 
+def test_an_engine_that_is_loaded_after_the_servers_end_is_closed(fake, monkeypatch):
+    go_on, closed = threading.Event(), threading.Event()
+    monkeypatch.setattr(fake, "close", closed.set)
+
+    def load(progress):
+        go_on.wait()
+        return fake
+
+    with serving(load) as client:
+        assert client.get("/health").json()["state"] == "loading"
+    assert not closed.is_set()
+    go_on.set()
+    assert closed.wait(60)
+
+
 def test_a_fault_of_the_servers_own_has_the_usual_shape_and_the_next_request_works(fake):
     app = make_app(fake, ServerSettings("demo"))
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
