@@ -13,6 +13,7 @@ from memphi.sampling.grammar import Grammars
 
 THREADS = 2
 """Attachments decoded at once; decoding lets go of Python's lock."""
+THREAD_NAME = "memphi-prepare"
 
 
 def prepare_sequence(
@@ -42,7 +43,7 @@ class Preparation:
         self._waiting: deque[Sequence] = deque()
         self._begun: list[tuple[Sequence, Future[Prompt]]] = []
         self._kept: list[Sequence] = []
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="memphi-prepare")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix=THREAD_NAME)
 
     def add(self, sequence: Sequence) -> None:
         """Prepare a sequence that was let in, perhaps once more after a pause; what is under way is not begun again."""

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from memphi.engine.device import current
 from memphi.engine.loop import Loop
 from memphi.engine.messages import Cancellation, Close, Event, Mailbox, Mailboxes, Submission, Wake
+from memphi.engine.preparation import THREAD_NAME as PREPARATION_NAME
 from memphi.engine.pressure import Bounds, too_large
 from memphi.engine.sequence import Sequence as Running
 from memphi.errors import WorkerError
 
 LONGEST_WAIT_SECONDS = 1.0
 """How long a loop that can do nothing waits before it looks again at the memory there is."""
+THREAD_NAME = "memphi-engine"
 
 Inbox = queue.SimpleQueue[object]
 
@@ -29,7 +31,7 @@ class ThreadWorker:
         self._loop = loop
         self._inbox = inbox
         self._mailboxes = Mailboxes()
-        self._thread = threading.Thread(target=self._work, name="memphi-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def submit(self, submission: Submission, mailbox: Mailbox) -> None:
@@ -42,10 +44,10 @@ class ThreadWorker:
         self._inbox.put(Cancellation(number))
 
     def close(self) -> None:
-        """End all requests and the thread."""
+        """End all requests and the thread; an engine's threads, in which one may be collected, do not wait for that."""
         if self._thread.is_alive():
             self._inbox.put(Close())
-            if self._thread is not threading.current_thread():  # An engine may be collected in its own thread.
+            if not threading.current_thread().name.startswith((THREAD_NAME, PREPARATION_NAME)):
                 self._thread.join()
 
     def _work(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from memphi.config import EngineConfig
+from memphi.engine import engine as engine_module
 from memphi.engine.engine import Engine
 from memphi.engine.messages import Submission
 from memphi.engine.pressure import Part
@@ -20,7 +21,7 @@ from memphi.errors import DoesNotFitError, WorkerError
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.request import FinishReason, Request
 from tests.faults import KINDS, failing
-from tests.scenes import GREEDY, mixed_requests, plan_of
+from tests.scenes import GREEDY, mixed_requests, picture, plan_of
 
 PATIENCE_SECONDS = 30
 ENDLESS = Request.ask("Go on.", sampling=replace(GREEDY, max_tokens=8000))
@@ -254,6 +255,35 @@ def test_an_engine_may_be_collected_in_its_own_thread(model, tokenizer, monkeypa
     assert not worker._thread.is_alive()
     assert events[-1].result.finish_reason is FinishReason.CANCELLED
     assert not unheard
+
+
+def test_an_engine_may_be_collected_where_its_prompts_are_prepared(model, tokenizer, monkeypatch):
+    """Any thread may collect garbage, and the engine's waits at its end for those that prepare."""
+    begun, go_on, prepare = threading.Event(), threading.Event(), engine_module.prepare_sequence
+
+    def prepare_and_collect(*arguments):
+        begun.set()
+        go_on.wait()
+        gc.collect()
+        return prepare(*arguments)
+
+    monkeypatch.setattr(engine_module, "prepare_sequence", prepare_and_collect)
+    engine = make_engine(model, tokenizer)
+    engine.itself = engine
+    thread, gone, events = engine._worker._thread, weakref.ref(engine), []
+    (part,) = engine.accept(Request.ask("What is it?", [picture(1)], sampling=GREEDY))
+    engine.hand_over(part, events.append)
+    begun.wait()
+    gc.disable()
+    try:
+        del engine
+        go_on.set()
+        thread.join(PATIENCE_SECONDS)
+    finally:
+        gc.enable()
+    assert gone() is None
+    assert not thread.is_alive()
+    assert events[-1].result.finish_reason is FinishReason.CANCELLED
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
