@@ -109,7 +109,7 @@ def test_a_stream_brings_the_whole_answer_in_pieces(service):
     assert len(pieces) > 3
     assert "".join(piece.text for piece in pieces) == result.text
     assert pieces[-1].finish_reason is result.finish_reason is FinishReason.LENGTH
-    assert 0 < result.first_token_seconds < result.seconds < 20
+    assert 0 < result.first_token_seconds < result.seconds
 
 
 def test_closing_a_stream_ends_the_request_there(service):
@@ -190,7 +190,7 @@ def test_a_signal_to_the_whole_group_does_not_end_the_process(number, service):
 
 
 def test_a_killed_process_fails_what_was_asked_and_is_started_again(service, local):
-    pid, failures = service.pid, []
+    pid, failures, states = service.pid, [], []
 
     def ask(stream):
         try:
@@ -198,13 +198,16 @@ def test_a_killed_process_fails_what_was_asked_and_is_started_again(service, loc
         except WorkerError as error:
             failures.append(str(error))
 
+    # Told first, in the thread that hands out what the process says and then waits for the new one to load.
+    service.hand_over(service.accept(ENDLESS)[0], lambda event: states.append(service._process.state))
     threads = [threading.Thread(target=ask, args=(i % 2,)) for i in range(4)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: service.stats.open == 4)
+    wait_until(lambda: service.stats.open == 5)
     os.kill(pid, signal.SIGKILL)
     for thread in threads:
-        thread.join(5)  # Long before a new process has loaded anything.
+        thread.join(60)
+    assert states[-1] == "loading", "all are told before a new process has loaded anything"
     assert len(set(failures)) == 1
     assert len(failures) == 4
     assert "killed by SIGKILL" in failures[0]
@@ -276,9 +279,9 @@ def test_closing_tells_everybody_who_waits():
         pieces = threads.submit(lambda: list(engine.stream(ENDLESS)))
         wait_until(lambda: engine.stats.open == 2)
         engine.close()
-        assert whole.result(5).finish_reason is FinishReason.CANCELLED
+        assert whole.result(60).finish_reason is FinishReason.CANCELLED
         assert whole.result().text
-        assert pieces.result(5)
+        assert pieces.result(60)
     assert not is_alive(pid)
     with pytest.raises(WorkerError, match="closed"):
         engine.generate(SHORT)
