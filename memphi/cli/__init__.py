@@ -52,8 +52,9 @@ def main() -> None:
     """
     # Waiting threads would otherwise spin and slow a busy CPU; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a file's name need not be UTF-8
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # neither what is typed nor a file's name need be UTF-8
     try:
         _run()
     except MemphiError as error:

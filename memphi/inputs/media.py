@@ -158,6 +158,8 @@ def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
         content = _read_file(source, limit)
     elif isinstance(source, TextIOBase):
         raise MediaError("is open as text; open it as bytes, with mode 'rb'")
+    elif not isinstance(source, str) and not hasattr(source, "read"):
+        raise MediaError(f"is a {type(source).__name__}; give a path, a URL, bytes or a file that is open")
     elif not isinstance(source, str):
         content = source.read(limit + 1)
     elif not source:

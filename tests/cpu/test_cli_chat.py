@@ -43,9 +43,10 @@ def scripted(monkeypatch):
 def talk(monkeypatch, capsys):
     """Run `memphi chat` in this process, the lines on its stdin; returns exit code, stdout and stderr."""
 
-    def run_chat(*lines, options=()):
+    def run_chat(*lines, options=(), encoding="utf-8"):
         monkeypatch.setattr(sys, "argv", ["memphi", "chat", *map(str, options)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
+        typed = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding))
         try:
             main()
             code = 0
@@ -108,6 +109,12 @@ def test_new_starts_over_and_keeps_the_system_prompt(talk, scripted, picture):
 def test_quit_ends_and_so_does_the_end_of_input(talk, scripted):
     assert talk("Hello.", "/quit", "Never said.")[:2] == (0, "1 messages\n")
     assert talk()[:2] == (0, "")
+
+
+def test_a_line_that_is_no_text_is_read_as_far_as_it_is(talk, scripted):
+    code, out, _ = talk("caf\xe9", "Who are you?", encoding="ascii")
+    assert (code, out.splitlines()) == (0, ["1 messages", "3 messages"])
+    assert scripted.requests[0].messages[-1].content[-1].startswith("caf")
 
 
 def test_a_turn_that_fails_is_told_and_forgotten(talk, scripted):

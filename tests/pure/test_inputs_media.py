@@ -50,6 +50,8 @@ def test_all_sources_give_the_same_media(tmp_path):
         ("", "attachment: has an empty name"),
         ("nul\0byte", "cannot be read"),
         (io.StringIO("words"), "open it as bytes, with mode 'rb'"),
+        (None, "is a NoneType; give a path, a URL, bytes or a file"),
+        (np.zeros((2, 2, 3), np.uint8), "is a ndarray; give a path"),
         (b"", "is empty"),
         (b"just some text", "neither a picture nor a sound"),
         (b"\xff\xfet\0e\0x\0t\0", "neither a picture nor a sound"),
