@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.document import write_document
-from memphi.cache.pool import make_pool
+from memphi.cache.pool import PagePool, make_pool
 from memphi.model import kernels, phi4mm
 from memphi.model.attention import sdpa
 from memphi.model.kernels import launch
@@ -96,7 +96,7 @@ def rows_of(adapters: Sequence[str | None]) -> list[Row]:
 
 @torch.inference_mode()
 def measure_step(
-    model: Phi4MM, pool: make_pool, rows: Sequence[Row], repeats: int, launches: Launches
+    model: Phi4MM, pool: PagePool, rows: Sequence[Row], repeats: int, launches: Launches
 ) -> dict[str, Any]:
     tokens = sum(row.tokens for row in rows)
     ids, seconds = torch.arange(tokens) % model.config.language.vocab_size, list[float]()

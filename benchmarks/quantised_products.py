@@ -232,7 +232,7 @@ def with_block(
 
 def with_tile(
     module: ModuleType,
-    tile: tuple[int, int, int, int, bool],
+    tile: tuple[int, int, int, int],
     parts: int,
     x: Tensor,
     weight: QuantisedWeight,

@@ -285,7 +285,7 @@ class Loop:
 
     def _fail(self, sequence: Running, error: Exception) -> Event:
         del self._answers[sequence.id]
-        self.scheduler.fail(sequence)
+        self.scheduler.end(sequence)
         self.stats.open -= 1
         self.stats.ended["failed"] += 1
         return Event(sequence.id, error=error)

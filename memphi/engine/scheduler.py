@@ -113,13 +113,15 @@ class Scheduler:
         self._run_if_encoded(sequence)
 
     def finish(self, sequence: Running, reason: FinishReason) -> None:
-        """End a sequence and free all that it holds."""
+        """End a sequence that is answered."""
         sequence.finish_reason = reason
-        self._end(sequence)
+        self.end(sequence)
 
-    def fail(self, sequence: Running) -> None:
-        """End a sequence that cannot be answered and free all that it holds."""
-        self._end(sequence)
+    def end(self, sequence: Running) -> None:
+        """End a sequence, answered or not, and free all that it holds."""
+        self._let_go(sequence)
+        sequence.state = State.ENDED
+        self._sequences.pop(sequence.id, None)
 
     def pause(self, sequence: Running) -> None:
         """Free all that a sequence holds; it waits for its turn and goes on where it was."""
@@ -385,11 +387,6 @@ class Scheduler:
         for entry in sequence.entries:
             self.media.release(entry)
         sequence.entries, sequence.prompt, sequence.keys, sequence.computed = [], None, [], 0
-
-    def _end(self, sequence: Running) -> None:
-        self._let_go(sequence)
-        sequence.state = State.ENDED
-        self._sequences.pop(sequence.id, None)
 
 
 def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelConfig) -> int:

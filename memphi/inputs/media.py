@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from io import TextIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,21 +156,28 @@ def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
         content = source
     elif isinstance(source, Path):
         content = _read_file(source, limit)
-    elif isinstance(source, TextIOBase):
-        raise MediaError("is open as text; open it as bytes, with mode 'rb'")
-    elif not isinstance(source, str) and not hasattr(source, "read"):
-        raise MediaError(f"is a {type(source).__name__}; give a path, a URL, bytes or a file that is open")
-    elif not isinstance(source, str):
-        content = source.read(limit + 1)
-    elif not source:
-        raise MediaError("has an empty name; give a path or a URL")
-    elif source.startswith("data:"):
-        content = _decode_uri(source, limit)
-    elif "://" in source:
-        content = _fetch(source, limit)
+    elif isinstance(source, str):
+        content = _read_named(source, limit)
     else:
-        content = _read_file(Path(source), limit)
+        content = _read_open(source, limit)
     _check_bytes(len(content), limit)
+    return content
+
+
+def _read_named(source: str, limit: int) -> bytes:
+    if not source:
+        raise MediaError("has an empty name; give a path or a URL")
+    if source.startswith("data:"):
+        return _decode_uri(source, limit)
+    return _fetch(source, limit) if "://" in source else _read_file(Path(source), limit)
+
+
+def _read_open(source: Any, limit: int) -> bytes:  # noqa: ANN401  # callers may give anything
+    if not hasattr(source, "read"):
+        raise MediaError(f"is a {type(source).__name__}; give a path, a URL, bytes or a file that is open")
+    if isinstance(source, TextIOBase):
+        raise MediaError("is open as text; open it as bytes, with mode 'rb'")
+    content: bytes = source.read(limit + 1)
     return content
 
 

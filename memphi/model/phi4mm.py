@@ -222,8 +222,9 @@ class Phi4MM(nn.Module):
         by_kernels = cache is not None and self.uses_kernels and not torch.is_grad_enabled()
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
-        ends = [end - 1 for end in accumulate(packing.lengths)]
-        places = upload(np.array(ends if logits_at is None else logits_at, dtype=np.int64), ids.device)
+        if logits_at is None:
+            logits_at = [end - 1 for end in accumulate(packing.lengths)]
+        places = upload(np.array(logits_at, dtype=np.int64), ids.device)
         if by_kernels and cache is not None:
             hidden = compute(self.language, self.embed(ids, media), packing, cache)
         else:

@@ -59,6 +59,12 @@ def test_a_product_through_a_gate(device, rows, size, n_in, dtype):
     assert wide[:, -5:].isnan().all()
 
 
+def test_a_gate_stands_beside_what_it_lets_through(device, monkeypatch):
+    """Also where a program has one output, as sizes may come out."""
+    monkeypatch.setattr(skinny, "choose_block", lambda *_: (1, 64, 4))
+    test_a_product_through_a_gate(device, 3, 37, 100, torch.float32)
+
+
 MASKS = {"all": None, "some": [True, False, False, True, True], "none": [False] * 5}
 
 

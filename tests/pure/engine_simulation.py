@@ -324,7 +324,7 @@ class World:
     def fail(self, sequence):
         self.operations += 1
         self.results[sequence.id] = (list(sequence.answer), None)
-        self.scheduler.fail(sequence)
+        self.scheduler.end(sequence)
 
     def prepared(self, place):
         """One prompt becomes ready, whoever waits for it."""

@@ -114,12 +114,11 @@ def test_the_official_sizes_are_read():
     assert math.isclose(config.language.rope_scale**2, 17 / 12)
 
 
-@pytest.mark.parametrize("rotary_dim", [30, 44, 56, 88, 96])
-@pytest.mark.parametrize("head_dim", [44, 88, 92, 96, 116, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(44, 30), (44, 44), (88, 30), (88, 60), (92, 58), (96, 30), (116, 58), (128, 96)]
+)
 def test_a_share_of_a_head_that_was_written_is_read(head_dim, rotary_dim):
     """Though 30 / 44 of 44 is a little less than 30."""
-    if rotary_dim > head_dim:
-        return
     sizes = {"hidden_size": 24 * head_dim, "num_attention_heads": 24, "num_key_value_heads": 8}
     rope = OFFICIAL["rope_scaling"] | {name: [1.0] * (rotary_dim // 2) for name in ("short_factor", "long_factor")}
     document = OFFICIAL | sizes | {"rope_scaling": rope, "partial_rotary_factor": rotary_dim / head_dim}

@@ -10,7 +10,7 @@ from memphi.memory.costs.sizes import largest_of
 from memphi.request import Footprint
 
 FIRST_ANSWER_TOKENS = 256
-"""The first stretch of an answer, reserved together with its prompt; further output is reserved as it is needed."""
+"""The first stretch of an answer, reserved together with its prompt; further ones, as long, when they are needed."""
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> Non
     strides = (x.stride(0), weight.stride(0), out.stride(0))
     if rows <= VECTOR_ROWS:
         block_out, block_in, warps = choose_block(rows, n_out, n_in)
+        block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
         _multiply_vectors[(-(-n_out // block_out),)](
             *(x, weight, out, *strides, n_out),
             n_in=n_in,
