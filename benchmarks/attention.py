@@ -4,9 +4,9 @@ Whole rows: variable-length flash, cuDNN row by row, cuDNN with equal rows as a 
 a length takes, when cuDNN makes a kernel ready. Chunks over a past: all in one launch or row by row, their keys copied
 out of pages in either case, and what that copying takes; and block by block of the past, for cuDNN has no mask for a
 chunk over its past, but what it makes of each block can be joined. Crops: flash and cuDNN. Every way is compared with
-flash attention row by row first, then timed under a CUDA graph.
-cuDNN of copies is for TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1, which takes no views.
-Usage: python -m benchmarks.attention --out FILE. Without a GPU small sizes are tried, by the kernels of a CPU.
+flash attention row by row first, then timed under a CUDA graph. cuDNN of copies is for
+TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1, which takes no views. Usage: python -m benchmarks.attention --out FILE
+[--only chunks,crops]. Without a GPU small sizes are tried, by the kernels of a CPU.
 """
 
 import argparse
@@ -83,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure, separated by commas")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = official_sizes() if device.type == "cuda" else small_sizes()
     with torch.inference_mode():
-        figures = list(measure_all(sizes, device))
+        figures = list(measure_all(sizes, options.only.split(","), device))
     write_document(options.out, device, options.commit, {"figures": figures})
     return 0 if all(figure["relative_error"] < LARGEST_ERROR for figure in figures) else 1
 
@@ -121,31 +122,49 @@ def small_sizes() -> Sizes:
     return Sizes(config.language, torch.float32, ((1, 20), (2, 16)), chunks, ((3, 40), (20, 5)), config.vision, (2,))
 
 
-def measure_all(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
+def measure_all(sizes: Sizes, parts: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield from PARTS[part](sizes, device)
+
+
+def measure_whole(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     for rows, tokens in sizes.whole:
-        scene = make_scene(((tokens, 0),) * rows, sizes, device)
+        scene = make_scene(((tokens, 0),) * rows, sizes.config, sizes.dtype, device)
         yield measure_ways(f"{rows} x {tokens}", scene.operations, whole_ways(scene), device)
+
+
+def measure_chunks(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     for new, past in sizes.chunks:
-        scene = make_scene(((new, past),), sizes, device)
+        scene = make_scene(((new, past),), sizes.config, sizes.dtype, device)
         yield measure_ways(f"{new} over {past}", scene.operations, chunk_ways(scene) | block_ways(scene), device)
-    scene = make_scene(sizes.together, sizes, device)
+
+
+def measure_together(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
+    scene = make_scene(sizes.together, sizes.config, sizes.dtype, device)
     name = " + ".join(f"{new} over {past}" for new, past in sizes.together)
     yield measure_ways(name, scene.operations, chunk_ways(scene), device)
+
+
+def measure_crops(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
     for crops in sizes.crops:
         sides = make_crops(crops, sizes, device)
         operations = 4 * sides[0].numel() * sides[0].shape[2]
         yield measure_ways(f"{crops} crops", operations, crop_ways(sides), device)
 
 
-def make_scene(shape: Sequence[tuple[int, int]], sizes: Sizes, device: torch.device) -> Scene:
-    config = sizes.config
+PARTS = {"whole": measure_whole, "chunks": measure_chunks, "together": measure_together, "crops": measure_crops}
+
+
+def make_scene(
+    shape: Sequence[tuple[int, int]], config: LanguageConfig, dtype: torch.dtype, device: torch.device
+) -> Scene:
     counts = [-(-(new + past) // PAGE_TOKENS) for new, past in shape]
     numbers = iter(torch.randperm(sum(counts)).tolist())
     pages = [tuple(next(numbers) for _ in range(count)) for count in counts]
     packing = pack(
         [Row(*row, pages=own) for row, own in zip(shape, pages, strict=True)], device, page_tokens=PAGE_TOKENS
     )
-    make = partial(torch.randn, device=device, dtype=sizes.dtype)
+    make = partial(torch.randn, device=device, dtype=dtype)
     parts = make(len(packing.positions), config.heads + 2 * config.kv_heads, config.head_dim)
     query, key, value = parts.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
     # Two layers, so that a page's tokens lie apart from the next one's as they do in the pool.

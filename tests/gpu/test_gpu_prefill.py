@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.attention import Scene, Sizes, make_scene
+from benchmarks.attention import Scene, make_scene
 from memphi import official
 from memphi.checkpoint.layout import read_config
 from memphi.model.attention import EagerAttention, SdpaAttention, sdpa
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def scene_of(shape, dtype):
-    return make_scene(shape, Sizes(read_config(official.folder()).language, dtype, (), (), ()), DEVICE)
+    return make_scene(shape, read_config(official.folder()).language, dtype, DEVICE)
 
 
 def attended(scene: Scene, attention):
