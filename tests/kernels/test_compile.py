@@ -8,7 +8,8 @@ from memphi.config import ModelConfig
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import choice, codes, division, gate, norm, paged, rotary
+from memphi.model.kernels import choice, division, gate, norm, paged, rotary
+from memphi.model.kernels.launch import E4M3_CAPABILITY
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import LINE_TOKENS
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
@@ -105,7 +106,7 @@ def test_drafts_and_other_numbers_fit():
 @pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
 @pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 def test_keys_and_values_in_8_bits_fit(capability, code):
-    if code == torch.float8_e4m3fn and capability < codes.FP8_CAPABILITY:
+    if code == torch.float8_e4m3fn and capability < E4M3_CAPABILITY:
         pytest.skip("such cards are told to take int8")
     dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
     numbers = torch.empty(4, dtype=torch.int64)

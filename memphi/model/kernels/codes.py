@@ -11,15 +11,12 @@ from torch import Tensor
 
 from memphi.config import CacheFormat
 from memphi.model.kept import CODE_LIMITS
-from memphi.model.kernels.launch import Tile, capability, constexpr, is_interpreted, jit, tl
-
-FP8_CAPABILITY = (8, 9)
-"""Since when cards, and Triton for them, know floats of 8 bits."""
+from memphi.model.kernels.launch import E4M3_CAPABILITY, Tile, capability, constexpr, is_interpreted, jit, tl
 
 
 def why_not_kept(cache_format: CacheFormat, device: torch.device) -> str | None:
     """What keeps kernels from reading a cache format on a device that has kernels, in words; None: nothing does."""
-    if cache_format != "fp8" or is_interpreted() or capability(device) >= FP8_CAPABILITY:
+    if cache_format != "fp8" or is_interpreted() or capability(device) >= E4M3_CAPABILITY:
         return None
     return "compute capability {}.{} has no fp8 (8.9 and later have; --cache-format int8 works)".format(
         *capability(device)

@@ -27,6 +27,7 @@ from memphi.model.kernels.coded import (
     widen_columns,
 )
 from memphi.model.kernels.launch import (
+    E4M3_CAPABILITY,
     ROOMY_CAPABILITY,
     Tile,
     capability,
@@ -37,7 +38,7 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
-from memphi.model.kernels.rounding import nearest, round_rows, row_step, widened
+from memphi.model.kernels.rounding import nearest, round_rows, row_step, wide_codes, widened
 
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
@@ -86,6 +87,7 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
         rows=rows,
         ranks=ranks,
         is_e4m3=is_e4m3,
+        knows_e4m3=capability(x.device) >= E4M3_CAPABILITY,
         block_out=block_out,
         block_in=block_in,
         block_row=power_of_two(n_in),
@@ -177,6 +179,7 @@ def _multiply_vectors(
     rows: constexpr,
     ranks: constexpr,
     is_e4m3: constexpr,
+    knows_e4m3: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
@@ -210,15 +213,15 @@ def _multiply_vectors(
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
             c = load_block(codes, inside, start + places, n_in)
-        wide = widened(c, is_e4m3).to(tl.float32)
-        sums0 += wide * _load_x(x0, start + places, n_in, step0, is_e4m3)
+        wide = wide_codes(c, is_e4m3, knows_e4m3)
+        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3)
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + places, n_in, step1, is_e4m3)
+            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3)
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + places, n_in, step2, is_e4m3)
+            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3)
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + places, n_in, step3, is_e4m3)
-    if is_e4m3:
+            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3)
+    if is_e4m3 and not knows_e4m3:
         scales *= 256.0
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     steps = (step0, step1, step2, step3)
@@ -234,10 +237,10 @@ def _multiply_vectors(
 
 
 @jit
-def _load_x(x: Tile, places: Tile, n_in: constexpr, step: Tile, is_e4m3: constexpr) -> Tile:
+def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr) -> Tile:
     values = tl.load(x + places, places < n_in, other=0).to(tl.float32)
     if is_e4m3:
-        values = nearest(values / step)
+        values = nearest(values * of_step)
     return values[None, :]
 
 

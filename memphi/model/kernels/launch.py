@@ -29,6 +29,8 @@ Triton reads the annotations' text, so files with kernels have `from __future__ 
 OLDEST_CAPABILITY = (7, 5)
 TENSOR_CAPABILITY = (8, 0)
 """Since when Triton multiplies blocks of 16 bits on tensor cores."""
+E4M3_CAPABILITY = (8, 9)
+"""Since when cards, and Triton for them, know floats of 8 bits."""
 ROOMY_CAPABILITY = ((9, 0), (10, 0))
 """Where a program may have 227 KiB of a multiprocessor's own memory, and so more of a matrix under way at once."""
 DEPENDENT_CAPABILITY = (9, 0)

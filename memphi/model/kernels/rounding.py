@@ -80,3 +80,11 @@ def widened(codes: Tile, is_e4m3: constexpr) -> Tile:
         bits = codes.to(tl.uint16)
         codes = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     return codes
+
+
+@jit
+def wide_codes(codes: Tile, is_e4m3: constexpr, knows_e4m3: constexpr) -> Tile:
+    """What bytes of codes stand for, in fp32; e4m3, in uint8, over 256 where the card does not know it."""
+    if is_e4m3 and knows_e4m3:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    return widened(codes, is_e4m3).to(tl.float32)
