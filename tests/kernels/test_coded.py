@@ -158,6 +158,29 @@ def test_rows_in_e4m3(device, dtype):
     assert (ours != theirs).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_code_at_every_place_of_a_word(device, dtype):
+    codes = torch.arange(-128, 128, device=device).to(torch.int8)
+    matrix = codes[:, None].repeat(1, 8)
+    for place in range(8):
+        x, out = torch.zeros(2, 8, device=device, dtype=dtype), torch.zeros(2, 256, device=device, dtype=dtype)
+        x[0, place], x[1, place] = 1, -0.5
+        eight_bits.multiply(x, matrix, torch.ones(256, device=device), out)
+        assert torch.equal(out, torch.stack((codes.to(dtype), codes.to(dtype) * -0.5)))
+
+
+@pytest.mark.parametrize(("n_in", "first"), [(302, 0), (304, 2), (304, 1)])
+def test_rows_that_are_no_words(device, n_in, first):
+    """They are multiplied number by number."""
+    weight = stored("int8", 20, n_in, device)
+    x = numbers(3, 308, device=device, dtype=torch.bfloat16)[:, first : first + n_in]
+    assert not eight_bits._has_words(x)
+    out, expected = (torch.full((3, 20), torch.nan, device=device, dtype=x.dtype) for _ in range(2))
+    eight_bits.multiply(x, *weight.buffers(), out)
+    eight_bits.plain_multiply(x, *weight.buffers(), expected)
+    assert_near(out, expected, "int8")
+
+
 @pytest.mark.parametrize("on", [(8, 6), (8, 9)], ids=str)
 def test_every_number_of_e4m3(device, on, monkeypatch):
     """All bytes are what torch takes them for, and are their own nearest numbers; by bits, and as cards have it."""

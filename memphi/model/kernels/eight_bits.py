@@ -1,6 +1,7 @@
 """Products of a few rows with a matrix in int8 or e4m3, which take as long as reading the matrix.
 
-Rows lie side by side in x, each contiguous; codes [out, in] are contiguous. Sums are fp32.
+Rows lie side by side in x, each contiguous; codes [out, in] are contiguous. Sums are fp32. Up to four rows of 16 bits
+are multiplied by int8 in words of four codes: a code is the digits of a fp32, and a card need not make one of it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
 SUMS = 64
 """Sums that a thread keeps at most."""
-BLOCK = (4, 1024, 4)
-"""Outputs, inputs and warps of a program that sums number by number."""
+BLOCK, BLOCK_OF_WORDS = (8, 1024, 4), (4, 1024, 2)
+"""Outputs, inputs and warps of a program that sums number by number; and where it reads words: the best for most of the
+decoder's matrices at one row on an H200."""
+CODES_A_WORD = 4
 COLUMNS_BLOCK = 64
 """Adapters' columns at once on tensor cores; in 32 bits half as many."""
 WIDE_OUT = 8192
@@ -77,17 +80,21 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Colu
 
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
-    block_out, block_in, warps = choose_block(rows, n_out, n_in)
+    in_words = codes.dtype is torch.int8 and _has_words(x)
+    block_out, block_in, warps = choose_block(rows, n_in, in_words)
     added, places, ranks = column_arguments(x, columns)
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
+    values = x.view(torch.int64) if in_words else x
+    codes = codes.view(torch.int32 if in_words else torch.uint8 if is_e4m3 else torch.int8)
     _multiply_vectors[(-(-n_out // block_out),)](
-        *(x, codes.view(torch.uint8) if is_e4m3 else codes, scale, *added, out),
-        *(x.stride(0), *places, out.stride(0), n_out),
+        *(values, codes, scale, *added, out),
+        *(values.stride(0), *places, out.stride(0), n_out),
         n_in=n_in,
         rows=rows,
         ranks=ranks,
         is_e4m3=is_e4m3,
         knows_e4m3=capability(x.device) >= E4M3_CAPABILITY,
+        in_words=in_words,
         block_out=block_out,
         block_in=block_in,
         block_row=power_of_two(n_in),
@@ -95,6 +102,12 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
         num_warps=warps,
         **launch_options(x.device),
     )
+
+
+def _has_words(x: Tensor) -> bool:
+    """Whether four numbers of a row are a word of 64 bits, wherever a row begins."""
+    sizes = x.shape[1], x.stride(0), x.storage_offset()
+    return x.itemsize == 2 and not any(size % CODES_A_WORD for size in sizes)
 
 
 def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
@@ -128,10 +141,12 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
         sum_parts(found, out)
 
 
-def choose_block(rows: int, n_out: int, n_in: int) -> tuple[int, int, int]:
+def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
-    block_out, block_in, warps = BLOCK
+    block_out, block_in, warps = BLOCK_OF_WORDS if in_words else BLOCK
     block_in = min(block_in, power_of_two(n_in))
+    if in_words:  # A word has one sum.
+        return block_out, block_in, warps
     return fit_block(rows, block_out, block_in, warps, SUMS)
 
 
@@ -180,6 +195,7 @@ def _multiply_vectors(
     ranks: constexpr,
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
+    in_words: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
@@ -189,16 +205,119 @@ def _multiply_vectors(
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    inside, places = outs < n_out, tl.arange(0, block_in)
-    codes += outs.to(tl.int64)[:, None] * n_in
-    c = load_block(codes, inside, places, n_in)
+    inside = outs < n_out
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+    lines = outs.to(tl.int64)[:, None]
+    x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
+    if in_words:
+        codes += lines * (n_in // 4)
+        totals = _sum_words(
+            *(x0, x1, x2, x3, codes, inside, n_in // 4, rows),
+            *(out.dtype.element_ty, block_out, block_in // 4, dependent),
+        )
+    else:
+        totals = _sum_bytes(
+            *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
+            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, dependent),
+        )
+    if ranks > 0:
+        wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
+    for row in tl.static_range(rows):
+        total = totals[row] * scales
+        if ranks > 0:
+            total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
+        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+
+
+@jit
+def _sum_words(
+    x0: Tile,
+    x1: Tile,
+    x2: Tile,
+    x3: Tile,
+    words: Tile,
+    inside: Tile,
+    n_words: constexpr,
+    rows: constexpr,
+    dtype: constexpr,
+    block_out: constexpr,
+    block_words: constexpr,
+    dependent: constexpr,
+) -> Tile:
+    """The products of up to four rows of words, each four numbers of some dtype, with a block of outputs."""
+    places = tl.arange(0, block_words)
+    w = load_block(words, inside, places, n_words)
     if dependent:
         tl.extra.cuda.gdc_wait()
-    x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
+    sums0, added0 = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
+    sums1, sums2, sums3, added1, added2, added3 = sums0, sums0, sums0, added0, added0, added0
+    for start in tl.static_range(0, n_words, block_words):
+        if start > 0:
+            w = load_block(words, inside, start + places, n_words)
+        digits = w.to(tl.uint32, bitcast=True) ^ 0x80808080  # Codes and 128, none of them negative.
+        exist = start + places < n_words
+        sums0, added0 = _add_word(sums0, added0, digits, x0 + start + places, exist, dtype)
+        if rows > 1:
+            sums1, added1 = _add_word(sums1, added1, digits, x1 + start + places, exist, dtype)
+        if rows > 2:
+            sums2, added2 = _add_word(sums2, added2, digits, x2 + start + places, exist, dtype)
+        if rows > 3:
+            sums3, added3 = _add_word(sums3, added3, digits, x3 + start + places, exist, dtype)
+    return (
+        _word_total(sums0, added0),
+        _word_total(sums1, added1),
+        _word_total(sums2, added2),
+        _word_total(sums3, added3),
+    )
+
+
+@jit
+def _add_word(sums: Tile, added: Tile, digits: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
+    """sums, and products of numbers with the codes of words [outs, words]; and added, and those numbers [1, words].
+
+    A code is not made a number: it is the last digits of a fp32 so small that it has no exponent, 2**-149 for each 1; x
+    is made as much larger as it bears, and what is found the rest.
+    """
+    four = tl.load(x, exist, other=0)[None, :]
+    for number in tl.static_range(4):
+        value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        code = ((digits >> (8 * number)) & 255).to(tl.float32, bitcast=True)
+        sums += code * (value * 18446744073709551616.0)
+        added += value
+    return sums, added
+
+
+@jit
+def _word_total(sums: Tile, added: Tile) -> Tile:
+    """The product with codes, of that with codes and 128."""
+    return tl.sum(sums, 1) * 38685626227668133590597632.0 - tl.sum(added, 1) * 128.0
+
+
+@jit
+def _sum_bytes(
+    x0: Tile,
+    x1: Tile,
+    x2: Tile,
+    x3: Tile,
+    codes: Tile,
+    inside: Tile,
+    n_in: constexpr,
+    rows: constexpr,
+    is_e4m3: constexpr,
+    knows_e4m3: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    block_row: constexpr,
+    dependent: constexpr,
+) -> Tile:
+    """The products of up to four rows of numbers with a block of outputs."""
+    places = tl.arange(0, block_in)
+    c = load_block(codes, inside, places, n_in)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
     step0, step1, step2, step3 = 1.0, 1.0, 1.0, 1.0
     if is_e4m3:
         step0 = row_step(x0, n_in, block_row)
@@ -221,19 +340,13 @@ def _multiply_vectors(
             sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3)
         if rows > 3:
             sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3)
-    if is_e4m3 and not knows_e4m3:
-        scales *= 256.0
-    totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
-    steps = (step0, step1, step2, step3)
-    if ranks > 0:
-        wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
-    for row in tl.static_range(rows):
-        total = totals[row] * scales
-        if is_e4m3:
-            total *= steps[row]
-        if ranks > 0:
-            total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
-        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+    rest = 256.0 if is_e4m3 and not knows_e4m3 else 1.0
+    return (
+        tl.sum(sums0, 1) * (step0 * rest),
+        tl.sum(sums1, 1) * (step1 * rest),
+        tl.sum(sums2, 1) * (step2 * rest),
+        tl.sum(sums3, 1) * (step3 * rest),
+    )
 
 
 @jit
