@@ -29,7 +29,8 @@ from benchmarks.document import write_document
 from benchmarks.kernels import LARGEST_ERROR, PAGE_TOKENS, error_of, measure
 from memphi import official
 from memphi.config import LanguageConfig, ModelConfig, VisionConfig
-from memphi.model.attention.sdpa import ANY_LENGTH, SdpaAttention, varlen
+from memphi.model.attention.blocks import attend_blocks
+from memphi.model.attention.sdpa import ANY_LENGTH, SdpaAttention, cudnn_block, varlen
 from memphi.model.kept import Kept
 from memphi.model.rows import Packing, Row, pack
 
@@ -61,6 +62,7 @@ class Sizes:
 class Scene:
     """One step of rows in a layer: their products, and pages that hold all their keys and values."""
 
+    rows: tuple[Row, ...]
     packing: Packing
     query: Tensor  # [tokens, heads, head_dim], as all three a view of the qkv product
     key: Tensor
@@ -73,9 +75,13 @@ class Scene:
     """[rows + 1] int32: each row's first token, then their number."""
 
     @property
+    def lengths(self) -> list[int]:
+        return [row.tokens for row in self.rows]
+
+    @property
     def operations(self) -> int:
         """Of both products, for the keys that each query sees."""
-        seen = sum(row.tokens * row.past + row.tokens * (row.tokens + 1) // 2 for row in self.packing.rows)
+        seen = sum(row.tokens * row.past + row.tokens * (row.tokens + 1) // 2 for row in self.rows)
         return 4 * seen * self.query[0].numel()
 
 
@@ -161,9 +167,8 @@ def make_scene(
     counts = [-(-(new + past) // PAGE_TOKENS) for new, past in shape]
     numbers = iter(torch.randperm(sum(counts)).tolist())
     pages = [tuple(next(numbers) for _ in range(count)) for count in counts]
-    packing = pack(
-        [Row(*row, pages=own) for row, own in zip(shape, pages, strict=True)], device, page_tokens=PAGE_TOKENS
-    )
+    rows = tuple(Row(*row, pages=own) for row, own in zip(shape, pages, strict=True))
+    packing = pack(rows, device, page_tokens=PAGE_TOKENS)
     make = partial(torch.randn, device=device, dtype=dtype)
     parts = make(len(packing.positions), config.heads + 2 * config.kv_heads, config.head_dim)
     query, key, value = parts.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
@@ -174,8 +179,8 @@ def make_scene(
     packing.paging.write(keys, key)
     packing.paging.write(values, value)
     tables = tuple(torch.tensor(own, device=device) for own in pages)
-    bounds = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32, device=device)
-    return Scene(packing, query, key, value, keys, values, tables, bounds)
+    bounds = torch.tensor([0, *accumulate(row.tokens for row in rows)], dtype=torch.int32, device=device)
+    return Scene(rows, packing, query, key, value, keys, values, tables, bounds)
 
 
 def make_crops(crops: int, sizes: Sizes, device: torch.device) -> Sides:
@@ -216,7 +221,7 @@ def chunk_ways(scene: Scene) -> dict[str, Way]:
 
 def block_ways(scene: Scene) -> dict[str, Way]:
     """Blocks of few lengths, where some end where the chunk begins."""
-    (row,) = scene.packing.rows
+    (row,) = scene.rows
     chunks, rest = divmod(row.past, row.tokens)
     if rest:
         return {}
@@ -239,21 +244,20 @@ def chosen(scene: Scene) -> Tensor:
 
 
 def varlen_flash(scene: Scene) -> Tensor:
-    packing = scene.packing
-    bounds, lengths = (scene.bounds, scene.bounds), (packing.lengths, packing.lengths)
+    bounds, lengths = (scene.bounds, scene.bounds), (scene.lengths, scene.lengths)
     return varlen(scene.query, scene.key, scene.value, bounds, lengths)
 
 
 def row_by_row(scene: Scene, backends: list[SDPBackend], copied: bool = False) -> Tensor:
     parts = (scene.query, scene.key, scene.value)
-    sides = [(part.contiguous() if copied else part)[None].split(scene.packing.lengths, dim=1) for part in parts]
+    sides = [(part.contiguous() if copied else part)[None].split(scene.lengths, dim=1) for part in parts]
     with sdpa_kernel(backends):
         return torch.cat([causal(*row)[0] for row in zip(*sides, strict=True)])
 
 
 def as_batch(scene: Scene, backend: SDPBackend) -> Tensor:
     """Rows of equal length."""
-    parts = (part.unflatten(0, (len(scene.packing.rows), -1)) for part in (scene.query, scene.key, scene.value))
+    parts = (part.unflatten(0, (len(scene.rows), -1)) for part in (scene.query, scene.key, scene.value))
     with sdpa_kernel(backend):
         return causal(*parts).flatten(0, 1)
 
@@ -266,7 +270,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def chunk_by_chunk(scene: Scene) -> Tensor:
     """Each row by itself, with torch's mask type for a chunk over its past."""
     outputs = []
-    rows = zip(scene.packing.rows, scene.tables, scene.query.split(scene.packing.lengths), strict=True)
+    rows = zip(scene.rows, scene.tables, scene.query.split(scene.lengths), strict=True)
     for row, pages, query in rows:
         key, value = (
             kept.read(pages, query.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values)
@@ -279,30 +283,20 @@ def chunk_by_chunk(scene: Scene) -> Tensor:
 
 
 def block_by_block(scene: Scene, block_tokens: int) -> Tensor:
-    """One row: what blocks of the past give and what the chunk gives of itself, joined by how much each weighs."""
+    """One row, its past in blocks of so many tokens."""
     assert scene.packing.paging is not None
     (rows,) = scene.packing.paging.continued
-    query, (key, value) = scene.query, (rows.gather(kept, scene.query.dtype) for kept in (scene.keys, scene.values))
-    past = len(key) - len(query)
-    joined, weight = attend(query, key[past:], value[past:], is_causal=True)
-    joined = joined.float()
-    for first in range(0, past, block_tokens):
-        seen = slice(first, min(first + block_tokens, past))
-        found, other = attend(query, key[seen], value[seen], is_causal=False)
-        both = torch.logaddexp(weight, other)
-        joined.mul_((weight - both).exp_()).addcmul_(found, (other - both).exp_())
-        weight = both
-    return joined.to(query.dtype)
+    key, value = (rows.gather(kept, scene.query.dtype) for kept in (scene.keys, scene.values))
+    return attend_blocks(scene.query, key, value, attend, (block_tokens,)).to(scene.query.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """What queries find [tokens, heads, head_dim], and the logarithm of what it is divided by [tokens, heads, 1]."""
-    q, k, v = (part[None].transpose(1, 2) for part in (query, key, value))
+    """As blocks are attended to; a CPU's kernel wants as many heads of keys as of queries."""
     if query.is_cuda:
-        out, weight, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)
-    else:
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+        return cudnn_block(query, key, value, is_causal)
+    q, k, v = (part[None].transpose(1, 2) for part in (query, key, value))
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
     return out[0].transpose(0, 1), weight.reshape(q.shape[1], -1, 1).transpose(0, 1)
 
 

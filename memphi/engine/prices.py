@@ -65,14 +65,15 @@ def price_rows(
     kernels: whether it goes through memphi's own.
     """
     tokens = sum(row.tokens for row in plan.rows)
-    pasts = costs.pasts_of([(row.tokens, row.past) for row in plan.rows], in_lines=kernels)
+    rows = costs.divided([(row.tokens, row.past) for row in plan.rows])
+    pasts = costs.pasts_of(rows, in_lines=kernels)
     decoding = sum(row.tokens == 1 for row in plan.rows)
     kind = "decode step" if tokens == decoding else "mixed step" if decoding else "prefill chunk"
     scores = costs.logits(config, sum(row.scored for row in plan.rows), tokens, dtype_bytes).bytes
     if kernels:
         own = costs.kernel_step(config, tokens, pasts, dtype_bytes, adapters, cache_format).bytes
         return kind, max(with_unexplained(own), scores)
-    seen = [row.past + row.tokens for row in plan.rows if row.past]
+    seen = [new + past for new, past in rows if past]
     keys, kept = max(seen, default=0), (adapters, pasts.all_copied, cache_format)
     decode = costs.decode_step(config, decoding, keys, dtype_bytes, *kept).bytes if decoding else 0
     if tokens == decoding:

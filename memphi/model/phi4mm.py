@@ -223,7 +223,7 @@ class Phi4MM(nn.Module):
         page_tokens = None if cache is None else cache.page_tokens
         packing = pack(self._as_kept(rows), ids.device, page_tokens, in_lines=by_kernels)
         if logits_at is None:
-            logits_at = [end - 1 for end in accumulate(packing.lengths)]
+            logits_at = [end - 1 for end in accumulate(row.tokens for row in rows)]
         places = upload(np.array(logits_at, dtype=np.int64), ids.device)
         if by_kernels and cache is not None:
             hidden = compute(self.language, self.embed(ids, media), packing, cache)

@@ -4,20 +4,17 @@ A `Row` is integers, made by whoever plans a step; `Packing` is the same on a de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memphi.memory.costs import GATHER_TOKENS, LINE_TOKENS, MOST_LINED_TOKENS
+from memphi.memory.costs import GATHER_TOKENS, LINE_TOKENS, MOST_LINED_TOKENS, divided, recurring
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kept import Kept
 from memphi.model.upload import upload
-
-RECURRING_TOKENS, RECURRING_MULTIPLE = 4096, 1024
-"""At four thousand tokens a row fills a large card by itself; so coarse a step leaves a handful of lengths."""
 
 Integers = NDArray[np.int64]
 
@@ -137,8 +134,12 @@ class Packing:
 def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = None, in_lines: bool = False) -> Packing:
     """Lay rows end to end; page_tokens is that of the pool which the rows' pages name, None without one.
 
-    in_lines: rows of few new tokens over a past are left to the kernel that walks the pages.
+    With a pool a long row is two: what recurs of it, and the rest, which sees that in the pages. in_lines: rows of few
+    new tokens over a past are left to the kernel that walks the pages.
     """
+    if page_tokens is not None:
+        parts = [divided([(row.tokens, row.past)]) for row in rows]
+        rows = [replace(row, tokens=n, past=p) for row, own in zip(rows, parts, strict=True) for n, p in own]
     lengths = np.array([row.tokens for row in rows])
     bounds = np.concatenate(([0], lengths.cumsum()))
     shifts = np.array([row.past for row in rows]) - bounds[:-1]
@@ -204,7 +205,7 @@ def _page(
         ),
         continued=tuple(
             _continue(group, bounds, ends, table, page_tokens, device)
-            for group in _divide_continued(sorted(alone), ends.tolist(), GATHER_TOKENS)
+            for group in _divide_continued(sorted(alone), rows, GATHER_TOKENS)
         ),
         together=tuple(
             GatheredRows(
@@ -292,12 +293,8 @@ def _are_begun(rows: Sequence[Row], ends: Integers, page_tokens: int) -> NDArray
 
 
 def recurs(tokens: int) -> bool:
-    """Whether whole rows of so many tokens are long, and likely to come again.
-
-    For such lengths it pays to make ready a kernel for that one length, cuDNN's, which takes longer than any step. The
-    first chunk of a prompt that is longer than a step is one.
-    """
-    return tokens >= RECURRING_TOKENS and tokens % RECURRING_MULTIPLE == 0
+    """Whether a row of so many new tokens is long, and likely to come again: it stands alone."""
+    return tokens > 0 and recurring(tokens) == tokens
 
 
 def _divide_whole(rows: Sequence[Row]) -> list[range]:
@@ -311,12 +308,20 @@ def _divide_whole(rows: Sequence[Row]) -> list[range]:
     return groups
 
 
-def _divide_continued(rows: Sequence[int], keys: Sequence[int], most_keys: int) -> list[range]:
-    """Such rows as far as they stand side by side and have most_keys keys in all; a longer one goes alone."""
+def _divide_continued(numbers: Sequence[int], rows: Sequence[Row], most_keys: int) -> list[range]:
+    """Such rows as far as they stand side by side and have most_keys keys in all; a longer one, and one whose length
+    recurs, goes alone."""
     groups: list[range] = []
-    for row in rows:
-        follows = groups and groups[-1].stop == row and sum(keys[groups[-1].start : row + 1]) <= most_keys
-        groups[-1:] = [range(groups[-1].start, row + 1)] if follows else [*groups[-1:], range(row, row + 1)]
+    keys = 0
+    for i in numbers:
+        own = rows[i].past + rows[i].tokens
+        keys += own
+        beside = groups and groups[-1].stop == i and keys <= most_keys
+        if beside and not recurs(rows[i].tokens) and not recurs(rows[i - 1].tokens):
+            groups[-1] = range(groups[-1].start, i + 1)
+        else:
+            groups.append(range(i, i + 1))
+            keys = own
     return groups
 
 

@@ -30,7 +30,7 @@ from memphi.model.kernels import division
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant import examples, swap
 from memphi.model.quant.examples import adapted_linears
-from memphi.model.rows import Row
+from memphi.model.rows import Row, recurs
 from memphi.request import SamplingParams
 from memphi.sampling.sampler import Draw, sample
 from tests.checkpoints import tiny_config, tiny_model
@@ -290,6 +290,28 @@ def test_pasts_through_the_kernels(config, shape, cache_format, meta):
     pasts = costs.pasts_of([(new, past) for new, past in shape], in_lines=True)
     cost = costs.kernel_step(config, sum(new for new, _ in shape), pasts, 2, "packed", cache_format)
     close(cost, step(meta(config, "packed"), config, planned, True, cache_format))
+
+
+@CONFIGS
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("row", [(8192, 8192), (4096, 57344), (8192, 20_000), (5000, 0), (6000, 30_000)])
+def test_long_rows_by_cudnn(config, row, kernels, meta, monkeypatch):
+    """Over blocks of their past, and over none."""
+
+    def block(query, key, value, is_causal):
+        weight = torch.empty(*query.shape[:2], 1, dtype=torch.float32, device="meta")
+        return torch.empty(query.shape, dtype=query.dtype, device="meta"), weight
+
+    monkeypatch.setattr(sdpa, "_takes_cudnn", lambda query, lengths: len(lengths) == 1 and recurs(lengths[0]))
+    monkeypatch.setattr(sdpa, "_attend_block", block)
+    (new, past), parts = row, costs.divided([row])
+    planned = [Row(new, past, "vision", pages=tuple(range((new + past) // PAGE_TOKENS + 1)))]
+    pasts, seen = costs.pasts_of(parts, in_lines=kernels), [sum(part) for part in parts if part[1]]
+    if kernels:
+        cost = costs.kernel_step(config, new, pasts, 2, "packed")
+    else:
+        cost = costs.prefill_chunk(config, new, max(seen, default=0), 2, len(seen), form="packed")
+    close(cost, step(meta(config, "packed"), config, planned, kernels), 0.3)
 
 
 @CONFIGS

@@ -191,9 +191,9 @@ def test_packing_places_every_token():
 def test_rows_side_by_side_go_together_as_far_as_is_good_for_them(monkeypatch):
     """Whole ones but for those whose length recurs; chunks of others as far as their keys are not too many."""
     monkeypatch.setattr(rows_module, "GATHER_TOKENS", 100)
-    lengths = [(5, 0), (5, 0), (4096, 0), (8192, 0), (7, 0), (4097, 0), (6, 30), (2, 60), (9, 1), (3, 0), (2, 200)]
+    lengths = [(5, 0), (5, 0), (4096, 0), (8192, 0), (7, 0), (4095, 0), (6, 30), (2, 60), (9, 1), (3, 0), (2, 200)]
     packing = pack([Row(new, past, pages=tuple(range(600))) for new, past in lengths], CPU, 16)
-    assert [rows.lengths for rows in packing.whole] == [(5, 5), (4096,), (8192,), (7, 4097), (3,)]
+    assert [rows.lengths for rows in packing.whole] == [(5, 5), (4096,), (8192,), (7, 4095), (3,)]
     assert [rows.key_lengths for rows in packing.paging.continued] == [(36, 62), (10,), (202,)]
     for rows in (*packing.whole, *packing.paging.continued):
         assert rows.bounds.tolist() == [0, *np.cumsum(rows.lengths)]
@@ -201,6 +201,18 @@ def test_rows_side_by_side_go_together_as_far_as_is_good_for_them(monkeypatch):
     for rows in packing.paging.continued:
         assert rows.key_bounds.tolist() == [0, *np.cumsum(rows.key_lengths)]
         assert rows.pages.tolist() == [i // 16 for keys in rows.key_lengths for i in range(keys)]
+
+
+def test_a_long_row_is_what_recurs_of_it_and_the_rest():
+    lengths = [(3, 9), (5300, 0), (4, 0), (4096, 100), (4500, 50), (8, 20)]
+    rows = [Row(new, past, "vision" if new > 9 else None, pages=tuple(range(600))) for new, past in lengths]
+    packing = pack(rows, CPU, 16)
+    assert packing.lengths == [3, 5120, 180, 4, 4096, 4096, 404, 8]
+    assert [rows.lengths for rows in packing.whole] == [(5120,), (4,)]
+    assert [rows.key_lengths for rows in packing.paging.continued] == [(12,), (5300,), (4196,), (4146,), (4550, 28)]
+    assert packing.positions.tolist() == [i for new, past in lengths for i in range(past, past + new)]
+    assert packing.adapter_tokens["vision"].tolist() == [*range(3, 5303), *range(5307, 13903)]
+    assert pack(rows[1:2], CPU).lengths == [5300]  # Without pages the rest would not see it.
 
 
 def test_rows_of_few_tokens_go_in_lines_that_end_where_they_do():

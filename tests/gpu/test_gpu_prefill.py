@@ -18,6 +18,8 @@ SHAPES = {
     "a length that recurs": ((40, 0), (4096, 0), (300, 0)),
     "a chunk": ((512, 2000),),
     "chunks": ((373, 1340), (20, 16), (100, 4000), (17, 1)),
+    "a chunk that recurs": ((40, 10), (4096, 8192 + 100)),
+    "long rows": ((4500, 0), (5000, 5000)),
     "all at once": ((1, 300), (512, 0), (200, 700), (1, 40), (9, 100), (30, 31), (1, 0), (1, 500)),
 }
 
@@ -65,7 +67,7 @@ def test_rows_side_by_side_go_in_one_launch(monkeypatch):
 def test_gradients_are_those_of_eager_attention():
     """Of heads that share keys, in one launch for rows of different lengths."""
     scene = scene_of(SHAPES["prompts"], torch.bfloat16)
-    packing, gradients = pack(scene.packing.rows, DEVICE), []
+    packing, gradients = pack(scene.rows, DEVICE), []
     for attention in (SdpaAttention(), EagerAttention()):
         parts = [part.detach().clone().requires_grad_() for part in (scene.query, scene.key, scene.value)]
         attention.packed(*parts, packing).float().square().sum().backward()

@@ -56,10 +56,12 @@ from memphi.memory.costs.steps import (
     MOST_LINED_TOKENS,
     Pasts,
     decode_step,
+    divided,
     kernel_step,
     logits,
     pasts_of,
     prefill_chunk,
+    recurring,
 )
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "context",
     "cropping",
     "decode_step",
+    "divided",
     "graphs",
     "host_media",
     "kept_bytes",
@@ -113,6 +116,7 @@ __all__ = [
     "prefill_chunk",
     "price_request",
     "quantising",
+    "recurring",
     "room",
     "scale_bytes",
     "size_text",

@@ -14,6 +14,8 @@ GATHER_TOKENS = 32768
 MOST_LINED_TOKENS, LINE_TOKENS = 16, 8
 """New tokens at most of a row that a kernel takes over its pages, in lines; and of a line, where it has more than one.
 A row of drafts reads its past once or twice, and there are two forms of the kernel to compile."""
+RECURRING_TOKENS, RECURRING_MULTIPLE = 4096, 1024
+"""At four thousand tokens a row fills a large card by itself; so coarse a step leaves a handful of lengths."""
 PLACE_BYTES = 16
 """Page and place of a token that is copied out of its page."""
 METADATA_BYTES = 64
@@ -46,8 +48,25 @@ class Pasts:
     """Tokens of rows whose keys and values are copied together; None: as many as may be."""
 
 
+def recurring(tokens: int) -> int:
+    """How many of a row's new tokens are long and likely to come again as many; 0: it is too short.
+
+    For such lengths it pays to make ready a kernel for that one length, cuDNN's, which takes longer than most steps.
+    """
+    return tokens - tokens % RECURRING_MULTIPLE if tokens >= RECURRING_TOKENS else 0
+
+
+def divided(rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Rows of (new tokens, past) as attention takes them: of a long one what recurs, and then the rest."""
+    parts = list[tuple[int, int]]()
+    for new, past in rows:
+        first = recurring(new)
+        parts += [(first, past)] * bool(first) + [(new - first, past + first)] * (new > first)
+    return parts
+
+
 def pasts_of(rows: Sequence[tuple[int, int]], in_lines: bool) -> Pasts:
-    """The pasts of rows of (new tokens, past); in_lines where kernels take rows of few tokens."""
+    """The pasts of rows of (new tokens, past), as `divided`; in_lines where kernels take rows of few tokens."""
     lined = [(new, past) for new, past in rows if in_lines and past and new <= MOST_LINED_TOKENS]
     sizes = [new + past if past and not (in_lines and new <= MOST_LINED_TOKENS) else 0 for new, past in rows]
     copied = [size for size in sizes if size]
@@ -96,6 +115,7 @@ def prefill_chunk(
     gathered = _gather_bytes(language, rows, keys, dtype_bytes, cache_format) if keys else 0
     places = _place_bytes(rows, keys, all_keys)
     mask = 2 * tokens * keys if masked else 0
+    attention += _joining_bytes(language) if keys and tokens >= RECURRING_TOKENS else 0
     norm = 8 * language.hidden_size + 4 * language.hidden_size * dtype_bytes
     cost = Cost(
         "prefill chunk",
@@ -152,7 +172,8 @@ def kernel_step(
         longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
     copied = (2 * key_size(language) * dtype_bytes + _code_bytes(language, cache_format)) * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
-    attention = tokens * (mixing * dtype_bytes + shared) + max(copied, asked)
+    joined = tokens * _joining_bytes(language) if longest and tokens >= RECURRING_TOKENS else 0
+    attention = tokens * (mixing * dtype_bytes + shared) + joined + max(copied, asked)
     products = kernel_product_bytes(config, tokens, dtype_bytes)
     staying = _lines_bytes(language, pasts, page_tokens(cache_format)) + PLACE_BYTES * pasts.all_copied
     return Cost(
@@ -258,6 +279,11 @@ def _attention_bytes(language: LanguageConfig, dtype_bytes: int, cache_format: C
         return before + attending
     writing = key * (4 + 4 + dtype_bytes) + language.kv_heads * 16
     return before + max(attending + 2 * key * dtype_bytes, key * dtype_bytes + writing)
+
+
+def _joining_bytes(language: LanguageConfig) -> int:
+    """A token whose past is seen block by block: the sum of what they give in fp32, and what each is weighed by."""
+    return 4 * (query_size(language) + 5 * language.heads)
 
 
 def _gathered_tokens(rows: int, keys: int, cache_format: CacheFormat) -> int:

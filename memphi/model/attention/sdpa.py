@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memphi.model.attention.blocks import BLOCKS, attend_blocks
 from memphi.model.kept import Kept
 from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, recurs
 
@@ -28,7 +29,9 @@ class SdpaAttention:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         # One query sees every key, and without a past the plain causal mask is right; both need no mask tensor.
         mask = None if tokens in (1, keys) else _lower_right(q, k)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if _takes_cudnn(query, keys) else ANY_LENGTH):
+        with sdpa_kernel(
+            SDPBackend.CUDNN_ATTENTION if tokens == keys and _takes_cudnn(query, (tokens,)) else ANY_LENGTH
+        ):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
             )
@@ -54,13 +57,15 @@ class SdpaAttention:
 
     def _whole(self, rows: WholeRows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rows without a past: query and result [tokens, heads, head_dim]."""
-        if _has_flash(query) and not _takes_cudnn(query, rows.lengths[0]):
+        if _has_flash(query) and not _takes_cudnn(query, rows.lengths):
             return varlen(query, key, value, (rows.bounds, rows.bounds), (rows.lengths, rows.lengths))
         return self._each(query, key, value, rows.lengths, rows.lengths)
 
     def _continued(self, query: Tensor, rows: ContinuedRows, keys: Kept, values: Kept) -> Tensor:
         """Rows' new tokens over all their tokens: query and result [tokens, heads, head_dim]."""
         key, value = (rows.gather(kept, query.dtype) for kept in (keys, values))
+        if _takes_cudnn(query, rows.lengths):
+            return attend_blocks(query, key, value, _attend_block)
         if _has_flash(query):
             return varlen(query, key, value, (rows.bounds, rows.key_bounds), (rows.lengths, rows.key_lengths))
         return self._each(query, key, value, rows.lengths, rows.key_lengths)
@@ -110,6 +115,23 @@ def varlen(
     return cast(Tensor, varlen_attn(query, key, value, *bounds, *longest, window_size=(-1, 0)))
 
 
+def cudnn_block(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """What `attend_blocks` wants of some keys, by cuDNN."""
+    q, k, v = (part[None].transpose(1, 2) for part in (query, key, value))
+    out, weight, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)
+    return out[0].transpose(0, 1), weight.view(query.shape[1], -1, 1).transpose(0, 1)
+
+
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """The same, but by flash where so many keys hardly come again."""
+    if is_causal or len(key) in BLOCKS:
+        return cudnn_block(query, key, value, is_causal)
+    flash = torch.ops.aten._flash_attention_forward
+    sides = query[None], key[None], value[None], None, None, len(query), len(key)
+    out, weight, *_ = flash(*sides, 0.0, False, False)
+    return out[0], weight[0, :, :, None].transpose(0, 1)
+
+
 def _has_flash(query: Tensor) -> bool:
     """Whether torch's flash kernels take such queries: 16 bits, on an NVIDIA card since Ampere."""
     if query.device.type != "cuda" or query.dtype == torch.float32:
@@ -117,13 +139,13 @@ def _has_flash(query: Tensor) -> bool:
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _takes_cudnn(query: Tensor, keys: int) -> bool:
-    """Whether cuDNN's kernel takes a row of so many queries and keys.
+def _takes_cudnn(query: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether cuDNN's kernel takes rows of so many new tokens, of which there is one, over no past or blocks of it.
 
-    Measured on an H100: 639 TFLOP/s at 13,704 tokens, flash 332. Elsewhere untried; its gradients have been NaN once.
+    Measured on an H100: 639 TFLOP/s at 13,704 tokens, flash 332; on an H200 over a past of 57,344: 526, flash 328.
+    Elsewhere untried; its gradients have been NaN once.
     """
-    tokens = query.shape[-3]
-    if query.requires_grad or tokens != keys or not recurs(tokens) or not _has_flash(query):
+    if query.requires_grad or len(lengths) > 1 or not recurs(lengths[0]) or not _has_flash(query):
         return False
     return torch.cuda.get_device_capability(query.device)[0] == 9
 
