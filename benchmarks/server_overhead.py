@@ -62,7 +62,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--streams", type=int, default=64, help="how many are open at once")
     parser.add_argument("--tokens", type=int, default=256, help="how long an answer is; in rounds, on average")
-    parser.add_argument("--rounds", type=int, default=6, help="how many answers each stream asks for, one by one")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="answers of a stream, one by one; 1: all ask at once, only"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="how often each is done; the middle counts")
     parser.add_argument("--out", type=Path, help="where the JSON document goes")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
@@ -80,8 +82,9 @@ def main() -> int:
     figures["fast_engine"] = compare(fast_engine(sizes.streams), burst)
     print(f"an engine that is never waited for: {figures['fast_engine']}", file=sys.stderr)
     with closing(start([replace(one, device=device) for device in arguments.device.split(",")])) as engine:
-        figures["engine"] = compare(engine, sizes)
-        print(f"{arguments.model}: {figures['engine']}", file=sys.stderr)
+        if sizes.rounds > 1:
+            figures["engine"] = compare(engine, sizes)
+            print(f"{arguments.model}: {figures['engine']}", file=sys.stderr)
         figures["burst"] = compare(engine, burst)
     print(f"{arguments.model}, all at one moment: {figures['burst']}", file=sys.stderr)
     if arguments.out:

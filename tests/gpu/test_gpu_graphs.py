@@ -99,9 +99,9 @@ def pages_of(model, pool):
     return torch.stack([torch.stack(pool.layer(i)) for i in range(model.config.language.layers)]).float()
 
 
-def assert_near(found, expected, dtype):
+def assert_near(found, expected, dtype, scheme="bf16"):
     """fp32 sums in another order, or bf16 rounded elsewhere, against the largest number there is."""
-    share = 2e-4 if dtype == torch.float32 else 0.2  # 0.12 was seen.
+    share = 2e-4 if dtype == torch.float32 else 0.4 if scheme == "fp8" else 0.2  # 0.15 and more, and 0.12 were seen.
     assert found.isfinite().all()
     assert (found.float() - expected.float()).abs().max() <= share * expected.float().abs().max()
 
@@ -133,10 +133,10 @@ def test_a_graph_equals_its_launches_and_the_definition(dtype, scheme, count):
             model.use_kernels(False)
             defined = model(torch.tensor(ids, device=DEVICE), rows, cache=pool)
             model.use_kernels(True)
-            assert_near(found[0], found[1], dtype)
-            assert_near(found[0], defined, dtype)
-            assert_near(written[0], written[1], dtype)
-            assert_near(written[0], pages_of(model, pool), dtype)
+            assert_near(found[0], found[1], dtype, scheme)
+            assert_near(found[0], defined, dtype, scheme)
+            assert_near(written[0], written[1], dtype, scheme)
+            assert_near(written[0], pages_of(model, pool), dtype, scheme)
 
 
 @torch.inference_mode()
