@@ -1,16 +1,20 @@
-"""What a step of prompts beside answers costs the host by itself, under every set of adapters: seconds of its thread.
+"""What steps cost the host by itself, in seconds of its thread: a forward pass of prompts beside answers under every
+set of adapters, and whole rounds of the loop, of answers alone and with prompts beside them.
 
-Shapes are tiny, so that what is computed counts for little, but there are as many layers as the official model has.
-memphi's kernels and flash attention are left out: launching those is not in the figures. Runs without a GPU.
+Shapes are tiny, so that what is computed counts for little. A forward pass has as many layers as the official model;
+rounds have one, and a graph is launched at once: what they cost beyond the layers is the figure. memphi's kernels and
+flash attention are left out: launching those is not in the figures. Runs without a GPU.
 Usage: python -m benchmarks.host_steps --out FILE
 """
 
 import argparse
 import importlib
 import pkgutil
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +25,16 @@ import torch
 
 from benchmarks.document import write_document
 from memphi.cache.pool import PagePool, make_pool
+from memphi.engine.graphs import Graphs
 from memphi.model import kernels, phi4mm
 from memphi.model.attention import sdpa
+from memphi.model.decode import DecodeStep
 from memphi.model.kernels import launch
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
+from memphi.request import Request, SamplingParams
 from tests.checkpoints import tiny_config, tiny_model
+from tests.scenes import Stage, tiny_tokenizer
 
 LAYERS = 32
 SETS: dict[str, tuple[str | None, ...]] = {
@@ -34,6 +42,11 @@ SETS: dict[str, tuple[str | None, ...]] = {
     "vision": ("vision",),
     "none, vision, speech": (None, "vision", "speech"),
 }
+ANSWERS = (64, 256)
+ROUNDS = ((64, 0), (256, 0), (200, 8))
+"""Answers, and new prompts beside them."""
+PROMPT_TOKENS, MOST_TOKENS = 500, 8192
+"""Of a prompt's text, and of a sequence and a step at most."""
 CPU = torch.device("cpu")
 
 
@@ -59,7 +72,10 @@ def main() -> int:
     figures = measure(LAYERS, options.repeats)
     for figure in figures:
         print(f"{figure['adapters']}: {figure['milliseconds']:.1f} ms, {figure['launches']} launches left out")
-    write_document(options.out, CPU, options.commit, {"layers": LAYERS, "figures": figures})
+    rounds = [measure_round(answers, prompts, options.repeats) for answers, prompts in ROUNDS]
+    for figure in rounds:
+        print(f"a round of {figure['answers']} answers, {figure['prompts']} prompts: {figure['milliseconds']:.2f} ms")
+    write_document(options.out, CPU, options.commit, {"layers": LAYERS, "figures": figures, "rounds": rounds})
     return 0
 
 
@@ -75,8 +91,8 @@ def measure(layers: int, repeats: int) -> list[dict[str, Any]]:
         ]
 
 
-def make_model(layers: int) -> Phi4MM:
-    source = tiny_model(tiny_config(layers=layers))
+def make_model(layers: int, **sizes: int) -> Phi4MM:
+    source = tiny_model(tiny_config(layers=layers, **sizes))
     model = Phi4MM(source.config)
     model.load_state_dict(source.state_dict())
     model.keep_adapters(packed=True, merge=None)
@@ -106,6 +122,44 @@ def measure_step(
         model(ids, rows, cache=pool)
         seconds.append(time.thread_time() - started)
     return {"tokens": tokens, "milliseconds": 1000 * min(seconds[1:]), "launches": launches.count}
+
+
+def measure_round(answers: int, prompts: int, repeats: int) -> dict[str, Any]:
+    """The median of so many rounds of answers, each with so many new prompts in its step."""
+    seconds = list[float]()
+    with without_kernels(), patch.object(DecodeStep, "run", lambda step: step.logits):
+        stage = make_stage(answers + prompts)
+        for number in range(answers):
+            stage.submit(ask(f"answer {number}", MOST_TOKENS - 2 * PROMPT_TOKENS))
+        while any(not sequence.answer_tokens for sequence in stage.scheduler.sequences):
+            stage.step()
+        for number in range(repeats):
+            stage.step()  # A step is in flight again.
+            for prompt in range(prompts):
+                stage.submit(ask(f"prompt {prompt} of {number}", 1))
+            stage.step()  # They are let in and prepared.
+            started = time.thread_time()
+            stage.loop.step()
+            seconds.append(time.thread_time() - started)
+    return {"answers": answers, "prompts": prompts, "milliseconds": 1000 * statistics.median(seconds)}
+
+
+def make_stage(rows: int) -> Stage:
+    """A loop of so many rows, whose steps have room for all prompts, and its graphs."""
+    model = make_model(1, short_tokens=MOST_TOKENS // 2, max_tokens=MOST_TOKENS)
+    stage = Stage(model, tiny_tokenizer(), pages=rows * MOST_TOKENS // 16, rows=rows)
+    runner, scheduler = stage.loop.runner, stage.scheduler
+    assert runner.pool is not None
+    model.use_kernels(True)
+    runner.graphs = Graphs(model, runner.pool, rows, MOST_TOKENS, capture=False, forbidden=runner.forbidden)
+    scheduler.limits = replace(scheduler.limits, step_tokens=MOST_TOKENS, shared_step_tokens=MOST_TOKENS)
+    return stage
+
+
+def ask(beginning: str, tokens: int) -> Request:
+    """A prompt that begins unlike any other, and so many tokens of an answer to it."""
+    text = f"{beginning} " + "x" * PROMPT_TOKENS
+    return Request.ask(text, sampling=SamplingParams(max_tokens=tokens, ignore_eos=True))
 
 
 @contextmanager
