@@ -6,6 +6,7 @@ Knows shapes and names, decides nothing. Every floor shares it; imports no torch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -220,15 +221,16 @@ class Footprint:
     images: tuple[ImageFootprint, ...]
     clips: tuple[ClipFootprint, ...]
 
-    @property
+    # Asked for at every row of every step.
+    @cached_property
     def image_tokens(self) -> int:
         return sum(image.tokens for image in self.images)
 
-    @property
+    @cached_property
     def audio_tokens(self) -> int:
         return sum(clip.tokens for clip in self.clips)
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> int:
         return self.text_tokens + self.image_tokens + self.audio_tokens
 

@@ -1,5 +1,7 @@
 """Arguments that could be read as something else are taken as they are meant, or refused."""
 
+import pickle
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from memphi.errors import RequestError
 from memphi.inputs.media import image_media
-from memphi.request import Request, SamplingParams
+from memphi.request import Footprint, InputMode, Request, SamplingParams
 
 IMAGE = image_media(np.zeros((4, 6, 3), np.uint8))
 
@@ -26,3 +28,11 @@ def test_an_attachment_that_was_not_opened_is_refused(attachments):
 def test_a_lone_stop_string_is_refused():
     with pytest.raises(RequestError, match=r"as in stop=\('me',\)"):
         SamplingParams(stop="me")
+
+
+def test_a_footprint_that_was_asked_for_its_tokens_is_the_same_as_before():
+    asked, fresh = (Footprint(InputMode.TEXT, 5, (), ()) for _ in range(2))
+    assert asked.prompt_tokens == 5
+    assert (asked, hash(asked), repr(asked), asdict(asked)) == (fresh, hash(fresh), repr(fresh), asdict(fresh))
+    assert pickle.loads(pickle.dumps(asked)) == fresh
+    assert replace(asked, text_tokens=7).prompt_tokens == 7
