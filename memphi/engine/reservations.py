@@ -45,13 +45,13 @@ class Reservations:
         if more <= 0:
             return
         assert pages <= sequence.reserved_pages, "a sequence takes more pages than it was promised"
-        sequence.pages += self.pages.allocate(more)
+        sequence.pages += tuple(self.pages.allocate(more))
         self.budget.move(PROMISED, HELD, more * self._page_bytes)
 
     def share(self, sequence: Running, keys: Sequence[bytes]) -> None:
         """Take pages whose content exists, in place of promised ones; those in use already are free of charge."""
         used = self.pages.used_pages
-        sequence.pages += self.pages.share(keys)
+        sequence.pages += tuple(self.pages.share(keys))
         newly_used = self.pages.used_pages - used
         self.budget.move(PROMISED, HELD, newly_used * self._page_bytes)
         self.budget.release(PROMISED, (len(keys) - newly_used) * self._page_bytes)
@@ -68,7 +68,7 @@ class Reservations:
         self.budget.release(PROMISED, (sequence.reserved_pages - len(sequence.pages)) * self._page_bytes)
         self.pages.release(sequence.pages)
         self.budget.release(HELD, (used - self.pages.used_pages) * self._page_bytes)
-        sequence.pages.clear()
+        sequence.pages = ()
         sequence.reserved_pages = 0
 
     @property

@@ -131,10 +131,10 @@ class Runner:
         return graphs if graphs.can_decode({row.sequence.adapter for row in plan.rows}, len(plan.rows)) else None
 
     def _map_pages(self, plan: StepPlan) -> None:
-        """Put memory behind the pages that the rows write to."""
+        """Put memory behind the pages that the rows begin; behind all others that they use there is some."""
         if self.pool is None:
             return
-        pages = {page for row in plan.rows for page in _new_pages(row, self.pool.page_tokens)}
+        pages = [page for row in plan.rows for page in row.begun_pages(self.pool.page_tokens)]
         held_bytes = self.pool.mapped_bytes
         self.gauge.make_room(self.pool.missing_bytes(pages))
         self.pool.ensure(pages)
@@ -193,6 +193,8 @@ def _rows(plan: StepPlan) -> list[Row]:
 
 def _by_adapter(plan: StepPlan) -> StepPlan:
     """The same step with rows of one adapter side by side, so that many tokens take a product of its own columns."""
+    if len({row.sequence.adapter for row in plan.rows}) < 2:
+        return plan
     return replace(plan, rows=tuple(sorted(plan.rows, key=lambda row: row.sequence.adapter or "")))
 
 
@@ -241,11 +243,6 @@ def _kept(drafts: Sequence[int], choices: Sequence[Choice]) -> Sequence[Choice]:
     """The choices up to the first that no draft foretold: those after it were made after something else."""
     right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1].id, zip(drafts, choices, strict=False)))
     return choices[: right + 1]
-
-
-def _new_pages(row: PlannedRow, page_tokens: int) -> tuple[int, ...]:
-    """The pages that a row writes to; those before them have been written to already."""
-    return row.pages[row.past // page_tokens :]
 
 
 def _media(plan: StepPlan, ends: Sequence[int]) -> list[tuple[int, Tensor]]:

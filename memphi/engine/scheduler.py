@@ -90,9 +90,9 @@ class Scheduler:
 
     def admit(self) -> list[Running]:
         """Let waiting sequences in, in order of arrival, as far as there is room; they are to be prepared now."""
-        admitted = []
-        active = len(self.active)
-        for sequence in self._in(State.WAITING):
+        admitted, waiting = [], self._in(State.WAITING)
+        active = len(self._sequences) - len(waiting)
+        for sequence in waiting:
             if active >= self.limits.rows or not self._reserve_first(sequence):
                 break  # Nobody passes one that waits: it would wait for ever.
             sequence.state = State.PREPARING
@@ -130,6 +130,11 @@ class Scheduler:
         sequence.state = State.WAITING
 
     @property
+    def waiting(self) -> int:
+        """How many are not let in yet, or are paused."""
+        return len(self._in(State.WAITING))
+
+    @property
     def active(self) -> list[Running]:
         """All that were let in, oldest first: where memory is short the last one is paused."""
         return [sequence for sequence in self._sequences.values() if sequence.state is not State.WAITING]
@@ -163,12 +168,14 @@ class Scheduler:
         long regime, or one would have to be paused. An answer that ends by what it says has a row here in vain, which
         `StepPlan.standing` leaves out.
         """
-        running = self._in(State.RUNNING)
-        if self._in(State.ENCODING) or set(running) != {row.sequence for row in plan.standing().rows}:
+        running, short_tokens = self._in(State.RUNNING), self.config.language.short_tokens
+        if self._in(State.ENCODING) or set(running) != {row.sequence for row in plan.rows if row.stands}:
             return None
         going = [s for s in running if s.answer_tokens + 1 < s.max_tokens]
         most_drafts = self._most_drafts(going, [])
-        if not going or any(self._crosses(s, len(s.ids) + 1) or self._draft(s, most_drafts) for s in going):
+        if not going or any(len(s.ids) >= short_tokens and not s.long for s in going):
+            return None
+        if most_drafts > 0 and any(self._draft(s, most_drafts) for s in going):
             return None
         if not all(self._grow(s, len(s.ids) + 1) for s in going):
             return None
@@ -234,9 +241,8 @@ class Scheduler:
 
     def _row(self, sequence: Running, past: int, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
         tokens += len(drafts)
-        pages = self.reservations.pages_for(past + tokens)
-        self.reservations.hold(sequence, pages)
-        return PlannedRow(sequence, past, tokens, tuple(sequence.pages[:pages]), drafts)
+        self.reservations.hold(sequence, self.reservations.pages_for(past + tokens))
+        return PlannedRow(sequence, past, tokens, sequence.pages, drafts)
 
     def _commit_row(self, row: PlannedRow, result: StepResult) -> bool:
         sequence = row.sequence
@@ -262,7 +268,8 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 break
         advanced = len(sequence.ids) - before
-        sequence.logprobs += result.logprobs.get(sequence.id, ())[:advanced]
+        if result.logprobs:
+            sequence.logprobs += result.logprobs.get(sequence.id, ())[:advanced]
         return advanced
 
     def _crosses(self, sequence: Running, tokens: int) -> bool:
@@ -298,6 +305,8 @@ class Scheduler:
 
         More pages are never asked for: nobody is to wait for a guess.
         """
+        if most < 1:
+            return ()
         assert sequence.drafts is not None
         tokens, language = len(sequence.ids), self.config.language
         promised_tokens = sequence.reserved_pages * self.reservations.pages.page_tokens

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from memphi.cache.media import MediaEntry
@@ -40,7 +41,8 @@ class Sequence:
     """How many ids the pages hold."""
     long: bool = False
     """The rope regime of those pages."""
-    pages: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()
+    """Those that it holds; another tuple when they change, so that the same one is known to hold the same pages."""
     reserved_pages: int = 0
     """Pages that the budget keeps for it, those that it holds included."""
     keys: list[bytes] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Sequence:
     def sampling(self) -> SamplingParams:
         return self.request.sampling
 
-    @property
+    @cached_property
     def adapter(self) -> str | None:
         return self.footprint.mode.adapter
 
@@ -81,11 +83,16 @@ class Sequence:
     @property
     def answer_tokens(self) -> int:
         """How long the answer is so far."""
-        return max(len(self.ids) - self.footprint.prompt_tokens, 0)
+        tokens = len(self.ids) - self.footprint.prompt_tokens
+        return tokens if tokens > 0 else 0
 
     @property
     def answer(self) -> list[int]:
-        return self.ids[self.footprint.prompt_tokens :]
+        return self.answer_after(0)
+
+    def answer_after(self, tokens: int) -> list[int]:
+        """The answer without its first so many tokens."""
+        return self.ids[self.footprint.prompt_tokens + tokens :]
 
     def cut_answer(self, tokens: int) -> None:
         """Drop what was chosen beyond so many tokens: the answer has ended there."""

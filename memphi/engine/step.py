@@ -11,7 +11,7 @@ from memphi.errors import RequestError
 from memphi.request import MediaKind, TokenLogprob
 
 
-@dataclass(frozen=True)
+@dataclass  # Not frozen, though nobody changes it: one is made for every row of every step, three times as fast so.
 class PlannedRow:
     """One sequence's share of a step: `tokens` of its ids and drafts from `past` on, on pages that hold all of them."""
 
@@ -19,7 +19,7 @@ class PlannedRow:
     past: int
     tokens: int
     pages: tuple[int, ...] = ()
-    """Empty where nothing is cached: then the row is whole."""
+    """All that the sequence holds, perhaps more than these; empty where nothing is cached: then the row is whole."""
     drafts: tuple[int, ...] = ()
     """Guesses of what follows the last known id; then the row ends with them."""
 
@@ -37,6 +37,15 @@ class PlannedRow:
     def stands(self) -> bool:
         """Whether its sequence is still where the row begins: it has not ended, been paused or gone another way."""
         return self.sequence.state is State.RUNNING and self.sequence.computed == self.past
+
+    def begun_pages(self, page_tokens: int) -> tuple[int, ...]:
+        """The pages whose first token the row writes: the only ones that may have no memory behind them yet.
+
+        A page with a token of the row's past was given some for the step that wrote it, and nobody trims the pool of a
+        page that a sequence holds. One that was taken for a step that failed is begun by the step that is done instead.
+        """
+        first, end = -(-self.past // page_tokens), -(-(self.past + self.tokens) // page_tokens)
+        return self.pages[first:end] if first < end else ()
 
     @property
     def ids(self) -> list[int]:
@@ -66,7 +75,7 @@ class StepPlan:
 
     def standing(self) -> "StepPlan":
         """The same without rows whose sequences went another way meanwhile: what they bring counts for nothing."""
-        return replace(self, rows=tuple(row for row in self.rows if row.stands))
+        return replace(self, rows=tuple([row for row in self.rows if row.stands]))
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.slices)

@@ -193,6 +193,7 @@ class Device:
 
     def __init__(self):
         self.pages = {}  # page -> links, one per slot
+        self.mapped = set()  # The pages with memory behind them.
         self.encoded_units = 0
         self.computed_tokens = 0
 
@@ -200,6 +201,10 @@ class Device:
         """Do a step; before is what the step before it brought where nobody else knows that yet."""
         for piece in plan.slices:
             self._encode(piece)
+        for row in plan.rows:
+            self.mapped.update(row.begun_pages(PAGE_TOKENS))
+            used = row.pages[: -(-(row.past + row.tokens) // PAGE_TOKENS)]
+            assert self.mapped.issuperset(used), "a page has no memory"
         # Everything is read before anything is written: a step's rows do not see each other.
         starts = [self._chain(row) for row in plan.rows]
         chosen = before.sampled if before else {}
@@ -220,6 +225,7 @@ class Device:
 
     def forget(self, kept):
         self.pages = {page: links for page, links in self.pages.items() if page in kept}
+        self.mapped &= kept
 
     def _encode(self, piece):
         prompt, entry = piece.sequence.prompt, piece.entry
@@ -543,8 +549,10 @@ class World:
 
     def _check_pages(self, row, alone):
         sequence = row.sequence
-        assert len(row.pages) == len(set(row.pages)) == -(-(row.past + row.tokens) // PAGE_TOKENS)
-        written = set(row.pages[row.past // PAGE_TOKENS :])
+        needed = -(-(row.past + row.tokens) // PAGE_TOKENS)
+        assert len(row.pages) == len(set(row.pages)) >= needed
+        assert row.pages is sequence.pages, "rows with the same pages are not known to have them"
+        written = set(row.pages[row.past // PAGE_TOKENS : needed])
         others = {page for s in self.scheduler.sequences if s is not sequence for page in s.pages}
         assert not written & others, "a page is written that somebody else uses"
         assert all(self.scheduler.reservations.pages.users(page) == 1 for page in written)

@@ -504,7 +504,7 @@ def test_a_failed_request_holds_nothing_and_the_others_go_on():
     failing, other = some.arrive(text(30, max_tokens=5)), some.arrive(text(30, max_tokens=5))
     some.step()
     some.fail(failing)
-    assert (failing.state, failing.pages, failing.reserved_pages) == (State.ENDED, [], 0)
+    assert (failing.state, failing.pages, failing.reserved_pages) == (State.ENDED, (), 0)
     some.drain()
     assert some.results[other.id][1] is not None
 
