@@ -6,9 +6,9 @@ request reaches another.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -41,6 +41,7 @@ PATIENCE_SECONDS = 3600.0
 should it not be they who are in the way, nobody waits for ever."""
 WAITING = "wait for others on the card"
 """What waiting is called among the moves under memory pressure."""
+NOTHING = Delta("", ())
 
 
 @dataclass(eq=False)
@@ -51,7 +52,8 @@ class _Answer:
     stream: TextStream
     stops: StopStrings
     started: float
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    """The text that was shown."""
     first_token_seconds: float = 0.0
     fed_ids: int = 0
     shown_ids: int = 0
@@ -62,25 +64,28 @@ class _Answer:
         Ids whose text is held back come with the piece that shows it.
         """
         sequence = self.sequence
-        text = "".join(self._feed())
+        text = self._feed()
         if self.stops.stopped:
             sequence.finish_reason = FinishReason.STOP
             sequence.cut_answer(self.fed_ids)
         elif sequence.finish_reason is not None:
             text += self.stops.flush()
-        self.text += text
+        self.pieces.append(text)
         self.first_token_seconds = self.first_token_seconds or self.seconds
-        return self._piece(text) if text or sequence.finish_reason else Delta("", ())
+        return self._piece(text) if text or sequence.finish_reason is not None else NOTHING
 
-    def _feed(self) -> Iterator[str]:
-        """What each of the newest ids shows, up to one that completes a stop string."""
-        answer, ended = self.sequence.answer, self.sequence.finish_reason is not None
-        for number in answer[self.fed_ids :]:
+    def _feed(self) -> str:
+        """What the newest ids show, up to one that completes a stop string."""
+        sequence, shown = self.sequence, ""
+        for number in sequence.answer_after(self.fed_ids):
             self.fed_ids += 1
-            rest = self.stream.flush() if ended and self.fed_ids == len(answer) else ""
-            yield self.stops.feed(self.stream.feed(number) + rest)
+            text = self.stream.feed(number)
+            if sequence.finish_reason is not None and self.fed_ids == sequence.answer_tokens:
+                text += self.stream.flush()
+            shown += self.stops.feed(text)
             if self.stops.stopped:
-                return
+                break
+        return shown
 
     def cut(self) -> Delta:
         """The last piece of an answer that is ended from outside; text that is held back is never shown."""
@@ -90,13 +95,17 @@ class _Answer:
     def _piece(self, text: str) -> Delta:
         """Text, and the ids up to it."""
         sequence = self.sequence
-        shown = tuple(sequence.answer[self.shown_ids :])
-        logprobs = tuple(sequence.logprobs[self.shown_ids :])
+        shown = tuple(sequence.answer_after(self.shown_ids))
+        logprobs = tuple(sequence.logprobs[self.shown_ids :]) if sequence.logprobs else ()
         self.shown_ids += len(shown)
         if sequence.finish_reason is None:
             return Delta(text, shown, logprobs=logprobs)
         cached = sequence.cached_tokens or 0
         return Delta(text, shown, sequence.finish_reason, sequence.degraded, logprobs, cached)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
     @property
     def seconds(self) -> float:
@@ -251,7 +260,9 @@ class Loop:
         self._count(plan, result)
         advanced = self.scheduler.commit(plan, result)
         events = [self._fail(self._answers[number].sequence, error) for number, error in result.failed.items()]
-        return events + [event for sequence in advanced for event in self._advance(self._answers[sequence.id])]
+        for sequence in advanced:
+            self._advance(self._answers[sequence.id], events)
+        return events
 
     def _recover(self, plan: StepPlan) -> list[Event]:
         """Go one rung down; where none is left, wait for others on the card, or give up the step's newest request."""
@@ -276,12 +287,13 @@ class Loop:
             )
         return time.monotonic() - self._waiting_since < PATIENCE_SECONDS
 
-    def _advance(self, answer: _Answer) -> Iterator[Event]:
+    def _advance(self, answer: _Answer, events: list[Event]) -> None:
+        """Turn what an answer got into text, and add what its caller hears of it."""
         delta = answer.advance()
         if delta.text or delta.finish_reason is not None:
-            yield Event(answer.sequence.id, delta=delta)
+            events.append(Event(answer.sequence.id, delta=delta))
         if delta.finish_reason is not None:
-            yield Event(answer.sequence.id, result=self._end(answer))
+            events.append(Event(answer.sequence.id, result=self._end(answer)))
 
     def _fail(self, sequence: Running, error: Exception) -> Event:
         del self._answers[sequence.id]
@@ -312,7 +324,7 @@ class Loop:
         )
 
     def _note_state(self) -> None:
-        self.stats.waiting = sum(s.state is State.WAITING for s in self.scheduler.sequences)
+        self.stats.waiting = self.scheduler.waiting
         self.stats.accounts = self.scheduler.reservations.budget.accounts()
         self.stats.mapped_bytes = self.runner.pool.mapped_bytes if self.runner.pool else 0
 

@@ -44,6 +44,7 @@ class Tokenizer:
         except Exception as wrong:  # the library raises a bare Exception on JSON that it does not understand
             raise CheckpointError(f"tokenizer.json is not a byte-level BPE tokenizer ({wrong!r})") from None
         self._texts = {number: text for text, number in (vocabulary | self._special).items()}
+        self._bytes: dict[int, bytes] = {}  # What ids add to answers, as far as it was asked for.
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -111,16 +112,21 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What an id adds to an answer, perhaps part of a character; b"" for hidden special tokens and unknown ids."""
-        if token_id in self._hidden:
-            return b""
-        text: str = self._texts.get(token_id, "")
-        if any(character not in self._byte_of for character in text):
-            return text.encode()
-        return bytes(self._byte_of[character] for character in text)
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = b"" if token_id in self._hidden else self._bytes_of(self._texts.get(token_id, ""))
+            if token_id in self._texts:  # So there are never more than the vocabulary has.
+                self._bytes[token_id] = known
+        return known
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, hidden special tokens left out; bytes that are no character become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def _bytes_of(self, text: str) -> bytes:
+        if any(character not in self._byte_of for character in text):
+            return text.encode()
+        return bytes(self._byte_of[character] for character in text)
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

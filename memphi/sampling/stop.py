@@ -13,13 +13,15 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """Take new text and return what may be shown; `stopped` turns True once a stop string is complete."""
+        if not self.stops:
+            return text
         self.held += text
         found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
         if found:
             self.stopped = True
             shown, self.held = self.held[: min(found)], ""
             return shown
-        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
+        keep = max(overlap(self.held, stop) for stop in self.stops)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return shown
 
