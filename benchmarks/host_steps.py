@@ -2,8 +2,8 @@
 set of adapters, and whole rounds of the loop, of answers alone and with prompts beside them.
 
 Shapes are tiny, so that what is computed counts for little. A forward pass has as many layers as the official model;
-rounds have one, and a graph is launched at once: what they cost beyond the layers is the figure. memphi's kernels and
-flash attention are left out: launching those is not in the figures. Runs without a GPU.
+rounds have none: what they cost beyond the layers is the figure. memphi's kernels and flash attention are left out:
+launching those is not in the figures. Runs without a GPU.
 Usage: python -m benchmarks.host_steps --out FILE
 """
 
@@ -127,7 +127,7 @@ def measure_step(
 def measure_round(answers: int, prompts: int, repeats: int) -> dict[str, Any]:
     """The median of so many rounds of answers, each with so many new prompts in its step."""
     seconds = list[float]()
-    with without_kernels(), patch.object(DecodeStep, "run", lambda step: step.logits):
+    with without_kernels(), without_layers():
         stage = make_stage(answers + prompts)
         for number in range(answers):
             stage.submit(ask(f"answer {number}", MOST_TOKENS - 2 * PROMPT_TOKENS))
@@ -142,6 +142,16 @@ def measure_round(answers: int, prompts: int, repeats: int) -> dict[str, Any]:
             stage.loop.step()
             seconds.append(time.thread_time() - started)
     return {"answers": answers, "prompts": prompts, "milliseconds": 1000 * statistics.median(seconds)}
+
+
+@contextmanager
+def without_layers() -> Iterator[None]:
+    """Prompts go through no layer of the decoder, and answers' graphs are not launched."""
+    with (
+        patch.object(DecodeStep, "run", lambda step: step.logits),
+        patch.object(phi4mm, "compute", lambda language, embeddings, packing, cache: embeddings),
+    ):
+        yield
 
 
 def make_stage(rows: int) -> Stage:

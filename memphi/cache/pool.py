@@ -14,6 +14,7 @@ import mmap
 import sys
 from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from itertools import chain
 from typing import Any, Protocol
 
@@ -146,21 +147,21 @@ class PagePool:
     def _granules_of(self, page: int) -> Iterator[int]:
         if not 0 <= page < self.capacity_pages:
             raise IndexError(f"there is no page {page} in a pool of {self.capacity_pages}")
+        granule_bytes = self._memory.granule_bytes
         for start, size in self._parts:
             first = start + page * size
-            yield from range(first // self._memory.granule_bytes, -(-(first + size) // self._memory.granule_bytes))
+            yield from range(first // granule_bytes, -(-(first + size) // granule_bytes))
 
     def _pages_of(self, granule: int) -> Iterator[int]:
         begin, end = granule * self._memory.granule_bytes, (granule + 1) * self._memory.granule_bytes
         for start, size in self._parts:
             yield from range(max((begin - start) // size, 0), min(-(-(end - start) // size), self.capacity_pages))
 
-    @property
-    def _parts(self) -> Iterator[tuple[int, int]]:
+    @cached_property
+    def _parts(self) -> tuple[tuple[int, int], ...]:
         """Where the first page's numbers begin, and its scales, if any; and how many bytes a page has of them."""
-        yield 0, self._number_bytes
-        if self._scale_bytes:
-            yield self.capacity_pages * self._number_bytes, self._scale_bytes
+        numbers, scales = (0, self._number_bytes), (self.capacity_pages * self._number_bytes, self._scale_bytes)
+        return (numbers, scales) if self._scale_bytes else (numbers,)
 
 
 def make_pool(

@@ -6,7 +6,7 @@ What a step does the scheduler has decided; doing the same step again changes no
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import islice, takewhile
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Runner:
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
-        return not plan.slices and all(map(_is_plain, plan.rows)) and self._graphs_for(plan) is not None
+        return not plan.slices and self._graphs_for(plan) is not None and all(map(_is_plain, plan.rows))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
@@ -126,7 +126,8 @@ class Runner:
     def _graphs_for(self, plan: StepPlan) -> Graphs | None:
         """The graphs, where one of them can do this step: all rows are answers that go on by one id."""
         graphs = self.graphs
-        if graphs is None or not all(map(_goes_on, plan.rows)):
+        # A prompt among them is seen at once, whatever comes before it.
+        if graphs is None or any(row.tokens > 1 for row in plan.rows) or not all(map(_goes_on, plan.rows)):
             return None
         return graphs if graphs.can_decode({row.sequence.adapter for row in plan.rows}, len(plan.rows)) else None
 
@@ -146,17 +147,18 @@ class Runner:
         sampling = [row for row in plan.rows if row.samples]
         if not sampling:
             return StepResult({})
-        failed = dict[int, RequestError]()
-        draws = [_draws(row, failed) for row in sampling]  # Masks are made while the device computes.
-        filled = [own + [UNREACHED] * (row.scored - len(own)) for row, own in zip(sampling, draws, strict=True)]
-        choices = iter(sample(logits, [draw for own in filled for draw in own], self.forbidden))
-        kept = {
-            row.sequence.id: _kept(row.drafts, list(islice(choices, row.scored))[: len(own)])
-            for row, own in zip(sampling, draws, strict=True)
-        }
+        failed, draws = dict[int, RequestError](), list[Draw]()
+        places = list[tuple[PlannedRow, int, int]]()  # Each row's first draw, and how many of its own there are.
+        for row in sampling:
+            own = _draws(row, failed)  # Masks are made while the device computes.
+            places.append((row, len(draws), len(own)))
+            draws += own
+            draws += [UNREACHED] * (1 + len(row.drafts) - len(own))
+        choices = sample(logits, draws, self.forbidden)
+        kept = {row.sequence.id: _kept(row.drafts, choices[first : first + count]) for row, first, count in places}
         return StepResult(
             {number: [choice.id for choice in some] for number, some in kept.items() if some},
-            {number: [choice.logprob for choice in some if choice.logprob] for number, some in kept.items()},
+            {number: told for number, some in kept.items() if (told := [c.logprob for c in some if c.logprob])},
             failed,
         )
 
@@ -241,6 +243,8 @@ def _draws(row: PlannedRow, failed: dict[int, RequestError]) -> list[Draw]:
 
 def _kept(drafts: Sequence[int], choices: Sequence[Choice]) -> Sequence[Choice]:
     """The choices up to the first that no draft foretold: those after it were made after something else."""
+    if not drafts:
+        return choices
     right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1].id, zip(drafts, choices, strict=False)))
     return choices[: right + 1]
 
@@ -249,9 +253,11 @@ def _media(plan: StepPlan, ends: Sequence[int]) -> list[tuple[int, Tensor]]:
     """The pieces of media embeddings that fall into a step, by packed token."""
     pieces = []
     for row, end in zip(plan.rows, ends, strict=True):
-        shift = end - row.tokens - row.past
         prompt = row.sequence.prompt
         assert prompt is not None
+        if not prompt.spans:
+            continue
+        shift = end - row.tokens - row.past
         for span, entry in zip(prompt.spans, row.sequence.entries, strict=True):
             first, last = max(span.start, row.past), min(span.start + span.tokens, row.past + row.tokens)
             if first < last:

@@ -253,7 +253,7 @@ def _line_up(
     counts = -(-np.diff(bounds)[group] // LINE_TOKENS)
     of_line = np.repeat(np.array(group), counts)
     # Lines of a row end where it ends, so that only its first may begin before it.
-    after = np.concatenate([new_tokens * np.arange(count)[::-1] for count in counts])
+    after = new_tokens * (np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(of_line)))
     places = (bounds[of_line + 1] - after)[:, None] + np.arange(-new_tokens, 0)  # [lines, new_tokens]
     kept = (places >= bounds[of_line, None]).ravel()
     tokens = np.maximum(places, bounds[of_line, None]).ravel()
@@ -279,7 +279,7 @@ def _as_bounds(bounds: Integers, device: torch.device) -> Tensor:
 def _page_table(rows: Sequence[Row], counts: Integers) -> Integers:
     """The pages that each row needs: [rows, most pages]; a shorter row's last page, which is its own, fills up."""
     table = np.empty((len(rows), counts.max()), dtype=np.int64)
-    for line, row, count in zip(table, rows, counts, strict=True):
+    for line, row, count in zip(table, rows, counts.tolist(), strict=True):
         assert len(row.pages) >= count, f"{len(row.pages)} pages cannot hold {row.past + row.tokens} tokens"
         line[:count] = row.pages[:count]
         line[count:] = row.pages[count - 1]
