@@ -51,8 +51,8 @@ class Flight:
 
     def chosen_for(self, plan: StepPlan) -> list[Chosen]:
         """The ids that the rows of the step behind it begin with, as far as anybody knows them yet."""
-        places = {row.sequence.id: place for place, row in enumerate(self.plan.rows)}
-        return [Chosen(places[row.sequence.id]) for row in plan.rows]
+        places = {row.sequence: place for place, row in enumerate(self.plan.rows)}
+        return [Chosen(places[row.sequence]) for row in plan.rows]
 
 
 class Runner:
@@ -135,7 +135,8 @@ class Runner:
         """Put memory behind the pages that the rows begin; behind all others that they use there is some."""
         if self.pool is None:
             return
-        pages = [page for row in plan.rows for page in row.begun_pages(self.pool.page_tokens)]
+        page_tokens = self.pool.page_tokens
+        pages = [page for row in plan.rows for page in row.begun_pages(page_tokens)]
         held_bytes = self.pool.mapped_bytes
         self.gauge.make_room(self.pool.missing_bytes(pages))
         self.pool.ensure(pages)
