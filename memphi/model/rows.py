@@ -11,7 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memphi.memory.costs import GATHER_TOKENS, LINE_TOKENS, MOST_LINED_TOKENS, divided, recurring
+from memphi.memory.costs import (
+    GATHER_TOKENS,
+    LINE_TOKENS,
+    MOST_LINED_TOKENS,
+    RECURRING_TOKENS,
+    divided,
+    recurring,
+)
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kept import Kept
 from memphi.model.upload import upload
@@ -138,8 +145,7 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
     new tokens over a past are left to the kernel that walks the pages.
     """
     if page_tokens is not None:
-        parts = [divided([(row.tokens, row.past)]) for row in rows]
-        rows = [replace(row, tokens=n, past=p) for row, own in zip(rows, parts, strict=True) for n, p in own]
+        rows = [part for row in rows for part in (_parts(row) if row.tokens > RECURRING_TOKENS else (row,))]
     lengths = np.array([row.tokens for row in rows])
     bounds = np.concatenate(([0], lengths.cumsum()))
     shifts = np.array([row.past for row in rows]) - bounds[:-1]
@@ -295,6 +301,10 @@ def _are_begun(rows: Sequence[Row], ends: Integers, page_tokens: int) -> NDArray
 def recurs(tokens: int) -> bool:
     """Whether a row of so many new tokens is long, and likely to come again: it stands alone."""
     return tokens > 0 and recurring(tokens) == tokens
+
+
+def _parts(row: Row) -> list[Row]:
+    return [replace(row, tokens=new, past=past) for new, past in divided([(row.tokens, row.past)])]
 
 
 def _divide_whole(rows: Sequence[Row]) -> list[range]:
