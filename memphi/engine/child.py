@@ -40,8 +40,7 @@ def run(connection: Connection, loading: Loading) -> None:
 def _load(connection: Connection, loading: Loading, inbox: Inbox) -> tuple[Loop, Bounds]:
     parts = load_parts(loading, lambda done, total: connection.send(Progressed(done, total)))
     loop = make_loop(parts.model, parts.tokenizer, parts.plan, loading.config, wake(inbox), loading.engines)
-    gc.collect()  # What loading left behind goes first: what is frozen stays.
-    gc.freeze()  # A collection need not look at what was loaded, which takes it a tenth of a second.
+    gc.collect()  # What loading left behind.
     connection.send(parts.plan)
     return loop, bounds_of(parts.plan, loading.config, parts.model.config)
 

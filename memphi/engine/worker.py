@@ -4,6 +4,7 @@
 runs the same in a process of its own.
 """
 
+import gc
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -64,14 +65,26 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
 
     deliver gets what each round brought, also where that is nothing: the counters may have changed.
     """
-    closed = False
+    closed = busy = False
     with current(loop.runner.model.device):
         while not closed:
             messages = _take(inbox, waits=loop.stalled)
             closed = any(isinstance(message, Close) for message in messages)
             events = [event for message in messages for event in _obey(message, loop, bounds)]
             events += loop.close() if closed else loop.step()
+            if busy != loop.has_work:
+                busy = loop.has_work
+                _spare_what_is_there(busy)
             deliver(events)
+
+
+def _spare_what_is_there(busy: bool) -> None:
+    """Have collections of garbage look at nothing that is older than the work, until it is done: to look at a model and
+    its vocabulary takes a tenth of a second, and many rows bring one about every few rounds."""
+    if busy:
+        gc.freeze()
+    else:
+        gc.unfreeze()
 
 
 def _take(inbox: Inbox, waits: bool) -> list[object]:

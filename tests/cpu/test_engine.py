@@ -1,5 +1,6 @@
 """The engine on a tiny random model in fp32: what may not change an answer does not."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,16 @@ def test_an_answer_ends_at_a_stop_string_and_shows_nothing_of_it(plain):
     stopped = plain.generate(replace(request, sampling=replace(request.sampling, stop=(stop,))))
     assert stopped.text == whole[: whole.index(stop)]
     assert stopped.finish_reason is FinishReason.STOP
+
+
+def test_what_is_older_than_the_work_is_spared_by_collections_until_it_is_done(plain):
+    assert gc.get_freeze_count() == 0
+    stream = plain.stream(mixed_requests()[0])
+    next(stream)
+    assert gc.get_freeze_count() > 1000
+    list(stream)
+    plain.generate(mixed_requests()[0])  # Whose end is told after it was noted that there was no work any more.
+    assert gc.get_freeze_count() == 0
 
 
 def test_closing_a_stream_frees_what_it_held(plain):

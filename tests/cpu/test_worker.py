@@ -241,7 +241,14 @@ def test_an_engine_may_be_collected_in_its_own_thread(model, tokenizer, monkeypa
     submission = Submission(0, Part(request, engine.measure(request)))
     run = engine.loop.runner.run
     fails = iter([True])
-    engine.loop.runner.run = lambda plan: (_ for _ in ()).throw(KINDS["torch"]()) if next(fails, False) else run(plan)
+
+    def run_or_fail(plan):
+        if not next(fails, False):
+            return run(plan)
+        gc.unfreeze()  # As another engine does that comes to rest.
+        raise KINDS["torch"]()
+
+    engine.loop.runner.run = run_or_fail
     events = []
     gc.collect()
     gc.disable()
@@ -264,6 +271,7 @@ def test_an_engine_may_be_collected_where_its_prompts_are_prepared(model, tokeni
     def prepare_and_collect(*arguments):
         begun.set()
         go_on.wait()
+        gc.unfreeze()  # As another engine does that comes to rest.
         gc.collect()
         return prepare(*arguments)
 
