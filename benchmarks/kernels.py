@@ -39,7 +39,7 @@ PAGE_TOKENS = 16
 MOST_SCORED_ROWS = 256
 REPLAYS, LAUNCHES = 15, 64
 """How often a graph is timed, and how many launches it has, where they take no longer than this."""
-GRAPH_SECONDS = 0.1
+GRAPH_SECONDS = 0.03
 MOST_COPIES = 64
 LARGEST_ERROR = 0.02
 """What rounding to 16 bits explains, relative to what the definition finds."""
