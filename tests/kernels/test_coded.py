@@ -174,7 +174,7 @@ def test_rows_that_are_no_words(device, n_in, first):
     """They are multiplied number by number."""
     weight = stored("int8", 20, n_in, device)
     x = numbers(3, 308, device=device, dtype=torch.bfloat16)[:, first : first + n_in]
-    assert not eight_bits._has_words(x)
+    assert not eight_bits._has_words(x, None)
     out, expected = (torch.full((3, 20), torch.nan, device=device, dtype=x.dtype) for _ in range(2))
     eight_bits.multiply(x, *weight.buffers(), out)
     eight_bits.plain_multiply(x, *weight.buffers(), expected)

@@ -80,12 +80,12 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Colu
 
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
-    in_words = codes.dtype is torch.int8 and _has_words(x)
+    in_words = codes.dtype is torch.int8 and _has_words(x, columns)
     block_out, block_in, warps = choose_block(rows, n_in, in_words)
-    added, places, ranks = column_arguments(x, columns)
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     values = x.view(torch.int64) if in_words else x
     codes = codes.view(torch.int32 if in_words else torch.uint8 if is_e4m3 else torch.int8)
+    added, places, ranks = column_arguments(x, _in_words(columns) if in_words else columns)
     _multiply_vectors[(-(-n_out // block_out),)](
         *(values, codes, scale, *added, out),
         *(values.stride(0), *places, out.stride(0), n_out),
@@ -104,10 +104,20 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
     )
 
 
-def _has_words(x: Tensor) -> bool:
-    """Whether four numbers of a row are a word of 64 bits, wherever a row begins."""
-    sizes = x.shape[1], x.stride(0), x.storage_offset()
+def _has_words(x: Tensor, columns: Columns | None) -> bool:
+    """Whether four numbers of a row are a word of 64 bits, and four codes of columns one of 32, wherever they begin."""
+    parts = [x, *(() if columns is None else (columns.codes, columns.t))]
+    sizes = [size for part in parts for size in (part.shape[1], part.stride(0), part.storage_offset())]
+    sizes += [] if columns is None else [columns.border]
     return x.itemsize == 2 and not any(size % CODES_A_WORD for size in sizes)
+
+
+def _in_words(columns: Columns | None) -> Columns | None:
+    """Columns of words: four codes, and what makes four of t."""
+    if columns is None:
+        return None
+    codes, t = columns.codes.view(torch.int32), columns.t.view(torch.int64)
+    return Columns(codes, columns.scale, t, columns.border // CODES_A_WORD)
 
 
 def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
@@ -212,24 +222,29 @@ def _multiply_vectors(
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
     lines = outs.to(tl.int64)[:, None]
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
+    dtype = out.dtype.element_ty
     if in_words:
         codes += lines * (n_in // 4)
         totals = _sum_words(
             *(x0, x1, x2, x3, codes, inside, n_in // 4, rows),
-            *(out.dtype.element_ty, block_out, block_in // 4, dependent),
+            *(dtype, block_out, block_in // 4, dependent),
         )
     else:
         totals = _sum_bytes(
             *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
             *(is_e4m3, knows_e4m3, block_out, block_in, block_row, dependent),
         )
-    if ranks > 0:
+    if ranks > 0 and not in_words:
         wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
         total = totals[row] * scales
-        if ranks > 0:
+        if ranks > 0 and in_words:
+            total += _sum_columns_of_words(
+                columns, first_scales, last_scales, t + row * t_stride, border, ranks, dtype, block_out, block_ranks
+            )
+        elif ranks > 0:
             total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
-        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+        tl.store(out + row * out_stride + outs, total.to(dtype), inside)
 
 
 @jit
@@ -257,30 +272,50 @@ def _sum_words(
     for start in tl.static_range(0, n_words, block_words):
         if start > 0:
             w = load_block(words, inside, start + places, n_words)
-        digits = w.to(tl.uint32, bitcast=True) ^ 0x80808080  # Codes and 128, none of them negative.
         exist = start + places < n_words
-        sums0, added0 = _add_word(sums0, added0, digits, x0 + start + places, exist, dtype)
+        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype)
         if rows > 1:
-            sums1, added1 = _add_word(sums1, added1, digits, x1 + start + places, exist, dtype)
+            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype)
         if rows > 2:
-            sums2, added2 = _add_word(sums2, added2, digits, x2 + start + places, exist, dtype)
+            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype)
         if rows > 3:
-            sums3, added3 = _add_word(sums3, added3, digits, x3 + start + places, exist, dtype)
+            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype)
     return (
-        _word_total(sums0, added0),
-        _word_total(sums1, added1),
-        _word_total(sums2, added2),
-        _word_total(sums3, added3),
+        tl.sum(_of_codes(sums0, added0), 1),
+        tl.sum(_of_codes(sums1, added1), 1),
+        tl.sum(_of_codes(sums2, added2), 1),
+        tl.sum(_of_codes(sums3, added3), 1),
     )
 
 
 @jit
-def _add_word(sums: Tile, added: Tile, digits: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
-    """sums, and products of numbers with the codes of words [outs, words]; and added, and those numbers [1, words].
+def _sum_columns_of_words(
+    words: Tile,
+    first: Tile,
+    last: Tile,
+    t: Tile,
+    border: Tile,
+    n_words: constexpr,
+    dtype: constexpr,
+    block_out: constexpr,
+    block_words: constexpr,
+) -> Tile:
+    """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
+    places = tl.arange(0, block_words)
+    sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
+    sums, added = _add_word(sums, added, words, t + places, places < n_words, dtype)
+    return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
-    A code is not made a number: it is the last digits of a fp32 so small that it has no exponent, 2**-149 for each 1; x
-    is made as much larger as it bears, and what is found the rest.
+
+@jit
+def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
+    """sums, and products of numbers with the codes of words and 128 [outs, words]; and added, and those numbers
+    [1, words].
+
+    A code, which is not negative so, is not made a number: it is the last digits of a fp32 so small that it has no
+    exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
     """
+    digits = words.to(tl.uint32, bitcast=True) ^ 0x80808080
     four = tl.load(x, exist, other=0)[None, :]
     for number in tl.static_range(4):
         value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
@@ -291,9 +326,9 @@ def _add_word(sums: Tile, added: Tile, digits: Tile, x: Tile, exist: Tile, dtype
 
 
 @jit
-def _word_total(sums: Tile, added: Tile) -> Tile:
-    """The product with codes, of that with codes and 128."""
-    return tl.sum(sums, 1) * 38685626227668133590597632.0 - tl.sum(added, 1) * 128.0
+def _of_codes(sums: Tile, added: Tile) -> Tile:
+    """What `_add_word` found, without the 128."""
+    return sums * 38685626227668133590597632.0 - added * 128.0
 
 
 @jit

@@ -270,9 +270,9 @@ class Fp8Weight(QuantisedWeight):
         return codes, scale
 
     def _has_products(self, x: Tensor) -> bool:
-        """Whether the card's units take such rows, and a matrix of this size."""
+        """Whether the card's units take such rows, and a matrix of this size; a lone scale is taken for all rows'."""
         is_even = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        return x.dtype is torch.bfloat16 and is_even and has_fp8_products(x.device)
+        return x.dtype is torch.bfloat16 and len(x) > 1 and is_even and has_fp8_products(x.device)
 
 
 WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Weight, "fp8": Fp8Weight}
