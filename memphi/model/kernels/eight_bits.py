@@ -155,8 +155,8 @@ def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
     block_out, block_in, warps = BLOCK_OF_WORDS if in_words else BLOCK
     block_in = min(block_in, power_of_two(n_in))
-    if in_words:  # A word has one sum.
-        return block_out, block_in, warps
+    if in_words:  # A word has one sum of each row.
+        return block_out, block_in, warps if rows <= 2 else 2 * warps
     return fit_block(rows, block_out, block_in, warps, SUMS)
 
 
