@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import threading
@@ -25,10 +24,10 @@ from pathlib import Path
 from statistics import median
 from subprocess import PIPE
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 
+from benchmarks.server_streams import question
 from memphi.config import EngineConfig
 from memphi.engine.facade import DeviceEngine
 from memphi.engine.messages import Event, Loading, Mailbox, Mailboxes, Report, Submission
@@ -46,9 +45,6 @@ from tests.server.fakes import FakeEngine
 WARM_UP_TOKENS = 16
 CORES_PER_CLIENT, MOST_CLIENTS = 4, 4
 """Processes of clients: one for so many cores, so that it is not they who are measured."""
-CHAT = "/v1/chat/completions"
-READ_BYTES = 1 << 16
-LAST_CHUNK = b"\r\n0\r\n\r\n"
 SHARED_CORES = (
     "engine, server and clients share these cores: what one takes the others lack, so the share lost is the server's "
     "and the clients' share of the machine's time; on a GPU the engine's time is the device's"
@@ -68,11 +64,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="how often each is done; the middle counts")
     parser.add_argument("--out", type=Path, help="where the JSON document goes")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
-    parser.add_argument("--ask", help=argparse.SUPPRESS)  # what each process of clients does
     arguments = parser.parse_args()
-    if arguments.ask:
-        asyncio.run(ask(json.loads(arguments.ask)))
-        return 0
     assert "torch" not in sys.modules, "a serving process has no torch in it"
     sizes = Sizes(arguments.streams, arguments.tokens, arguments.rounds, arguments.repeats)
     burst = replace(sizes, rounds=1)
@@ -153,11 +145,6 @@ def _tell(runs: Sequence[Run]) -> dict[str, Any]:
         "process_microseconds_per_token": round(median(1e6 * run.process_seconds / run.tokens for run in runs), 1),
         "runs_tokens_per_second": [round(pace, 1) for pace in paces],
     }
-
-
-def question(number: int, turn: int) -> str:
-    """Another for each answer."""
-    return f"Count on from {number}, {turn}."
 
 
 class Endless:
@@ -249,6 +236,8 @@ def fetch(url: str, sizes: Sizes) -> Run:
         _Client({"url": url, "first": first, "answers": [sizes.answers(stream) for stream in range(first, end)]})
         for first, end in pairwise(edges)
     ]
+    for client in clients:
+        client.wait()
     with _clock() as clock:
         for client in clients:
             client.go()
@@ -260,9 +249,12 @@ class _Client:
     """A process of clients."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        command = [sys.executable, "-m", "benchmarks.server_overhead", "--ask", json.dumps(asked)]
+        command = [sys.executable, "-m", "benchmarks.server_streams", json.dumps(asked)]
         folder = Path(__file__).parents[1]
         self._process = subprocess.Popen(command, cwd=folder, stdin=PIPE, stdout=PIPE, text=True)
+
+    def wait(self) -> None:
+        """Until all its streams are connected."""
         assert self._read() == "connected"
 
     def go(self) -> None:
@@ -277,45 +269,6 @@ class _Client:
     def _read(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
-
-
-async def ask(asked: dict[str, Any]) -> None:
-    """What a process of clients does: connect, say so, wait for a line, read all streams, tell the tokens."""
-    url, first = urlsplit(asked["url"]), asked["first"]
-    connections = [await asyncio.open_connection(url.hostname, url.port) for _ in asked["answers"]]
-    print("connected", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-    streams = [
-        _hear_all(*connection, first + place, answers)
-        for place, (connection, answers) in enumerate(zip(connections, asked["answers"], strict=True))
-    ]
-    print(sum(await asyncio.gather(*streams)), flush=True)
-
-
-async def _hear_all(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, answers: Sequence[int]
-) -> int:
-    """A stream's answers to their ends, one after another; their tokens as the server counted them."""
-    heard = [await _hear(reader, writer, question(number, turn), tokens) for turn, tokens in enumerate(answers)]
-    writer.close()
-    return sum(heard)
-
-
-async def _hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: str, tokens: int) -> int:
-    """One answer, without looking at what it says."""
-    messages = [{"role": "user", "content": asked}]
-    options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": tokens}
-    body = json.dumps({"messages": messages, **options}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(head.encode() + b"\r\n\r\n" + body)
-    heard = b""
-    while not (b"[DONE]" in heard and heard.endswith(LAST_CHUNK)):
-        more = await reader.read(READ_BYTES)
-        assert more, f"the stream breaks off: {heard.decode()}"
-        heard = (heard + more)[-READ_BYTES:]
-    found = re.search(rb'"completion_tokens":(\d+)', heard)
-    assert found is not None, heard.decode()
-    return int(found[1])
 
 
 # --- an engine that is never waited for ------------------------------------------------------------------------------
