@@ -29,9 +29,8 @@ class SdpaAttention:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         # One query sees every key, and without a past the plain causal mask is right; both need no mask tensor.
         mask = None if tokens in (1, keys) else _lower_right(q, k)
-        with sdpa_kernel(
-            SDPBackend.CUDNN_ATTENTION if tokens == keys and _takes_cudnn(query, (tokens,)) else ANY_LENGTH
-        ):
+        by_cudnn = tokens == keys and _takes_cudnn(query, (tokens,))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if by_cudnn else ANY_LENGTH):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=tokens == keys and tokens > 1, enable_gqa=True
             )
