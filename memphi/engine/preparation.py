@@ -53,8 +53,9 @@ class Preparation:
 
     def advance(self) -> list[tuple[Sequence, Future[Prompt]]]:
         """Begin what the host has room for; returns what has become ready since, and what is ready at once."""
-        ready = [pair for pair in self._begun if pair[1].done()]
-        self._begun = [pair for pair in self._begun if not pair[1].done()]
+        asked = [(pair, pair[1].done()) for pair in self._begun]  # Once: it may become ready at any moment.
+        ready = [pair for pair, is_done in asked if is_done]
+        self._begun = [pair for pair, is_done in asked if not is_done]
         self._kept += [sequence for sequence, _ in ready]
         self._kept = [s for s in self._kept if s.state in (State.PREPARING, State.ENCODING)]
         while self._waiting and self._has_room(self._waiting[0]):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -323,6 +324,24 @@ def test_what_is_being_prepared_is_not_begun_again():
     assert len(preparation.advance()) == 1
     assert not preparation._waiting
     assert not preparation._begun
+
+
+def test_what_becomes_ready_while_it_is_asked_for_is_not_lost():
+    from memphi.engine.sequence import Sequence, State
+
+    class Asked(Future):
+        """Becomes ready right after somebody was told that it is not."""
+
+        def done(self):
+            was = super().done()
+            if not was:
+                self.set_result(None)
+            return was
+
+    preparation = Preparation(lambda sequence: None, lambda _: 0, 100, lambda: None)
+    preparation._begun = [(Sequence(0, None, None, 1, State.PREPARING), Asked())]
+    assert [len(preparation.advance()) for _ in range(3)] == [0, 1, 0]
+    preparation.close()
 
 
 @pytest.mark.parametrize("at", ["encode_crops", "encode_windows", "forward"])
