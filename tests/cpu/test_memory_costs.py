@@ -278,8 +278,9 @@ def test_a_chunk_through_the_kernels(config, tokens, form, adapters, meta):
         ((8, 3000), (2, 70), (16, 9000)) * 4,
         ((2048, 8192), *((1, 2000),) * 64),
         ((40, 500), (30, 700), (512, 0), (1, 300), (5, 300)),
+        ((600, 3400),) * 8,
     ],
-    ids=["long pasts", "answers", "a long answer", "drafts", "a chunk beside answers", "all"],
+    ids=["long pasts", "answers", "a long answer", "drafts", "a chunk beside answers", "all", "chunks"],
 )
 @KEPT
 def test_pasts_through_the_kernels(config, shape, cache_format, meta):

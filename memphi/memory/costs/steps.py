@@ -46,6 +46,8 @@ class Pasts:
     """In how many lines of LINE_TOKENS the others go."""
     copied_at_once: int | None = None
     """Tokens of rows whose keys and values are copied together; None: as many as may be."""
+    joined: int | None = None
+    """New tokens of the longest row that sees its past block by block; None: as many as may be."""
 
 
 def recurring(tokens: int) -> int:
@@ -79,6 +81,7 @@ def pasts_of(rows: Sequence[tuple[int, int]], in_lines: bool) -> Pasts:
         single_lines=sum(new == 1 for new, _ in lined),
         lines=sum(-(-new // LINE_TOKENS) for new, _ in lined if new > 1),
         copied_at_once=_most_together(sizes),
+        joined=largest_of(new for new, past in rows if past and recurring(new) == new),
     )
 
 
@@ -172,8 +175,11 @@ def kernel_step(
         longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
     copied = (2 * key_size(language) * dtype_bytes + _code_bytes(language, cache_format)) * longest
     asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
-    joined = tokens * _joining_bytes(language) if longest and tokens >= RECURRING_TOKENS else 0
-    attention = tokens * (mixing * dtype_bytes + shared) + joined + max(copied, asked)
+    joined = pasts.joined
+    if joined is None:
+        joined = recurring(tokens) if longest else 0
+    found = joined * _joining_bytes(language) + copied
+    attention = tokens * (mixing * dtype_bytes + shared) + max(found, asked)
     products = kernel_product_bytes(config, tokens, dtype_bytes)
     staying = _lines_bytes(language, pasts, page_tokens(cache_format)) + PLACE_BYTES * pasts.all_copied
     return Cost(
