@@ -103,6 +103,12 @@ def test_the_version_is_the_package_s(run):
     assert run("--version") == (0, f"memphi {memphi.__version__}\n", "")
 
 
+def test_the_package_may_be_run_as_a_module():
+    command = [sys.executable, "-m", "memphi", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"memphi {memphi.__version__}\n", "")
+
+
 def test_without_a_command_the_help_is_shown(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
