@@ -42,7 +42,6 @@ SETS: dict[str, tuple[str | None, ...]] = {
     "vision": ("vision",),
     "none, vision, speech": (None, "vision", "speech"),
 }
-ANSWERS = (64, 256)
 ROUNDS = ((64, 0), (256, 0), (200, 8))
 """Answers, and new prompts beside them."""
 PROMPT_TOKENS, MOST_TOKENS = 500, 8192
