@@ -9,13 +9,13 @@ Usage: python -m benchmarks.server_soak --requests 5000 --out FILE
 
 import argparse
 import asyncio
-import gc
 import logging
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -38,7 +38,7 @@ from memphi.errors import DoesNotFitError
 from memphi.server.app import make_app
 from memphi.server.service import Service
 from memphi.server.settings import ServerSettings
-from tests.faults import KINDS, Faults, From
+from tests.faults import KINDS, Faults, From, older_spared
 from tests.scenes import plan_of
 
 SETTINGS = EngineConfig(rows=16, step_tokens=128, crops_per_pass=4, windows_per_pass=2)
@@ -91,17 +91,12 @@ def soak(seed: int, load: Load, progress: Callable[[str], None], one_in: int = 1
     parts = load_parts(Loading("demo", "cpu", "fp32", "auto", SETTINGS, "default"))
     engine = Engine(parts.model, parts.tokenizer, SETTINGS, plan_of(parts.model, SETTINGS, PAGES))
     app = make_app(engine, ServerSettings("demo"))
-    gc.collect()
-    gc.freeze()  # Each failure collects garbage, and none of this is.
-    try:
+    with older_spared(), closing(engine):
         with listening(app) as port:
             questions = make_questions(parts.model.config.stop_token_ids)[::one_in]
             run = _Soak(engine, app.state.service, port, load, questions, Random(seed), progress)
             figures = asyncio.run(run.run())
         assert not engine.loop.has_work, "requests are left open"
-    finally:
-        engine.close()
-        gc.unfreeze()
     check_empty(engine)
     return figures | {"clients": load.clients, "seed": seed}
 

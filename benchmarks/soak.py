@@ -26,7 +26,7 @@ from benchmarks.load import read_counters
 from memphi.errors import DoesNotFitError
 from memphi.request import FinishReason, Request, Result, SamplingParams
 from tests.checkpoints import tiny_config
-from tests.faults import KINDS, Faults, From
+from tests.faults import KINDS, Faults, From, older_spared
 from tests.scenes import Stage, alone, clip, conversation, lively_model, picture, tiny_tokenizer
 
 MOST_OPEN = 12
@@ -124,12 +124,8 @@ def soak(seed: int, faults: int, cancels: int, progress: Callable[[str], None]) 
     expected = alone(model, tokenizer, requests)
     executor = Later(Random(seed))
     stage = Stage(model, tokenizer, PAGES, executor, **SETTINGS)
-    gc.collect()
-    gc.freeze()  # Each failure collects garbage, and none of this is.
-    try:
+    with older_spared():
         return _Soak(stage, executor, requests, expected, Random(seed)).run(faults, cancels, progress) | {"seed": seed}
-    finally:
-        gc.unfreeze()
 
 
 class Later(Executor):

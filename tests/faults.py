@@ -2,9 +2,11 @@
 memory behind pages, is counted, and some of them fail.
 """
 
+import gc
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,3 +103,15 @@ def failing(owner: object, name: str, error: Callable[[], Exception], times: flo
 def _allocates(func: Any) -> bool:
     """Whether an operation returns a tensor that is no view of, nor the same as, one that it was given."""
     return any(value.alias_info is None and "Tensor" in str(value.type) for value in func._schema.returns)
+
+
+@contextmanager
+def older_spared():
+    """Every failure collects garbage: of what is there before the block none is, whatever an engine says meanwhile."""
+    gc.collect()
+    gc.freeze()
+    try:
+        with patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None):
+            yield
+    finally:
+        gc.unfreeze()

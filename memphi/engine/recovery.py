@@ -98,6 +98,7 @@ def attempt(work: Callable[[], T]) -> T | None:
         if not is_out_of_memory(error):
             raise
     # Outside the handler: until here the error's traceback kept the tensors of its frames.
+    gc.unfreeze()  # What is older than the work may hold memory too.
     gc.collect()
     return None
 

@@ -154,7 +154,7 @@ class Runner:
             own = _draws(row, failed)  # Masks are made while the device computes.
             places.append((row, len(draws), len(own)))
             draws += own
-            draws += [UNREACHED] * (1 + len(row.drafts) - len(own))
+            draws += [UNREACHED] * (row.scored - len(own))
         choices = sample(logits, draws, self.forbidden)
         kept = {row.sequence.id: _kept(row.drafts, choices[first : first + count]) for row, first, count in places}
         return StepResult(

@@ -168,14 +168,12 @@ class Scheduler:
         long regime, or one would have to be paused. An answer that ends by what it says has a row here in vain, which
         `StepPlan.standing` leaves out.
         """
-        running, short_tokens = self._in(State.RUNNING), self.config.language.short_tokens
+        running = self._in(State.RUNNING)
         if self._in(State.ENCODING) or set(running) != {row.sequence for row in plan.rows if row.stands}:
             return None
         going = [s for s in running if s.answer_tokens + 1 < s.max_tokens]
         most_drafts = self._most_drafts(going, [])
-        if not going or any(len(s.ids) >= short_tokens and not s.long for s in going):
-            return None
-        if most_drafts > 0 and any(self._draft(s, most_drafts) for s in going):
+        if not going or any(self._crosses(s, len(s.ids) + 1) or self._draft(s, most_drafts) for s in going):
             return None
         if not all(self._grow(s, len(s.ids) + 1) for s in going):
             return None

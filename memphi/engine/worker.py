@@ -8,6 +8,7 @@ import gc
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from memphi.engine.device import current
 from memphi.engine.loop import Loop
@@ -66,7 +67,8 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
     deliver gets what each round brought, also where that is nothing: the counters may have changed.
     """
     closed = busy = False
-    with current(loop.runner.model.device):
+    with current(loop.runner.model.device), ExitStack() as stack:
+        stack.callback(gc.unfreeze)  # Also where the loop fails.
         while not closed:
             messages = _take(inbox, waits=loop.stalled)
             closed = any(isinstance(message, Close) for message in messages)

@@ -1,6 +1,5 @@
 """Memory runs out anywhere, in every way there is: answers stay the same, or one sentence says what would work."""
 
-import gc
 import weakref
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,7 +14,7 @@ from memphi.engine.rungs import PauseNewest
 from memphi.errors import DoesNotFitError
 from memphi.model.phi4mm import Phi4MM
 from memphi.request import Request
-from tests.faults import KINDS, Faults, From, failing
+from tests.faults import KINDS, Faults, From, failing, older_spared
 from tests.scenes import GREEDY, alone, clip, mixed_requests, picture
 
 CPU = torch.device("cpu")
@@ -25,10 +24,8 @@ SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)
 
 @pytest.fixture(autouse=True)
 def _quick_collections():
-    """Every failure collects garbage: what was there before the test need not be looked at again each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with older_spared():
+        yield
 
 
 def answer_under(faults, stage, requests):

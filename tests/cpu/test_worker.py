@@ -209,8 +209,10 @@ def test_an_engine_that_breaks_says_so_to_everybody(engine):
     threads, outcomes = run_threads(lambda: engine.generate(ENDLESS), lambda: list(engine.stream(ENDLESS)))
     wait_until(lambda: engine.stats.answer_tokens > 5, "an answer")
     engine.broken = True
+    assert gc.get_freeze_count() > 0
     with failing(engine.loop.scheduler, "plan_step", lambda: AssertionError("pages are missing")):
         join(threads)
+    assert gc.get_freeze_count() == 0  # Garbage that is older than the work is looked at again.
     for outcome in outcomes.values():
         assert isinstance(outcome, WorkerError)
         assert str(outcome) == "the engine has stopped after AssertionError: pages are missing; load the model again"
@@ -241,14 +243,7 @@ def test_an_engine_may_be_collected_in_its_own_thread(model, tokenizer, monkeypa
     submission = Submission(0, Part(request, engine.measure(request)))
     run = engine.loop.runner.run
     fails = iter([True])
-
-    def run_or_fail(plan):
-        if not next(fails, False):
-            return run(plan)
-        gc.unfreeze()  # As another engine does that comes to rest.
-        raise KINDS["torch"]()
-
-    engine.loop.runner.run = run_or_fail
+    engine.loop.runner.run = lambda plan: (_ for _ in ()).throw(KINDS["torch"]()) if next(fails, False) else run(plan)
     events = []
     gc.collect()
     gc.disable()
