@@ -35,9 +35,10 @@ from benchmarks.kernels import (
     small_sizes,
 )
 from benchmarks.products import Matrix, matrices
+from memphi.memory.costs import dequantised_numbers
 from memphi.model.kernels import eight_bits, four_bits, launch, skinny
 from memphi.model.kernels.coded import Columns
-from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, QuantisedWeight, add_columns
+from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight, multiply_by_blocks
 
 MODULES: dict[str, ModuleType] = {"int8": eight_bits, "int4": four_bits, "fp8": eight_bits}
 BYTE_BLOCKS = [
@@ -52,7 +53,7 @@ WORD_BLOCKS = [
     (8, 128, 4),
 ]
 """Outputs, inputs or words, and warps of a program that sums number by number."""
-BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8))]
+BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8)), *product((256,), (128,), (3, 4), (4, 8))]
 WORD_TILES = [*product((32, 64, 128), (16, 32, 64), (2, 3), (4, 8))]
 """Outputs, inputs or words, stages and warps of a program on tensor cores."""
 PARTS = (1, 2, 3, 4)
@@ -113,8 +114,9 @@ def measure_product(
     n_bytes = sum(buffer.nbytes for buffer in weight.buffers()) + matrix.n_out * (columns + 2 * bool(columns))
     weights = [weight, *(random_weight(scheme, matrix.n_out, matrix.n_in, device) for _ in copies_of(n_bytes, sizes))]
     make: Callable[..., Tensor] = partial(torch.randn, device=device, dtype=sizes.dtype)
-    x, out = make(rows, matrix.n_in), make(rows, matrix.n_out)
-    beside = [random_columns(matrix.n_out, make(rows, columns)) for _ in weights]
+    operand, out = make(rows, columns + matrix.n_in), make(rows, matrix.n_out)
+    x = operand[:, columns:]
+    beside = [random_columns(matrix.n_out, operand[:, :columns]) for _ in weights]
     expected, seconds, errors = torch.empty_like(out), dict[str, float](), [0.0]
     MODULES[scheme].plain_multiply(x, *weight.buffers(), expected, beside[0])
     for name, run in ways(scheme, rows, sweep).items():
@@ -174,12 +176,12 @@ def random_weight(scheme: str, n_out: int, n_in: int, device: torch.device) -> Q
 
 
 def random_columns(n_out: int, t: Tensor) -> Columns | None:
-    """Those of one adapter, beside a t [rows, ranks]; None for no ranks."""
+    """Those of one adapter, for a t [rows, ranks] that stands beside x; None for no ranks."""
     if not t.shape[1]:
         return None
     with t.device:
         codes = torch.randint(-127, 128, (n_out, t.shape[1]), dtype=torch.int8)
-        return Columns(codes, torch.full((1, n_out), 0.001, dtype=torch.bfloat16), t, t.shape[1])
+        return Columns(codes, torch.full((1, n_out), 0.001, dtype=torch.bfloat16), (t,))
 
 
 def ways(scheme: str, rows: int, sweep: bool) -> Mapping[str, Run]:
@@ -205,7 +207,10 @@ def tilings(module: ModuleType, rows: int) -> Iterator[tuple[str, Run]]:
 
 
 def multiply(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
-    weight.multiply(x, out, columns)
+    if weight.is_for_few(x):
+        weight.multiply_few(x, out, columns)
+    else:
+        multiply_many(x, weight, out, columns)
 
 
 def multiply_few(module: ModuleType, x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
@@ -213,9 +218,22 @@ def multiply_few(module: ModuleType, x: Tensor, weight: QuantisedWeight, out: Te
 
 
 def multiply_many(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
+    if columns is None:
+        weight.multiply_many(x, out, dequantised_numbers(len(x)))
+        return
+    ranks, b = columns.ranks, Int8Weight(0, 0)
+    b.codes, b.scale, b.kernels = columns.codes, columns.scale[0], True
+    if weight.makes_blocks(x):
+        operand = x.as_strided((len(x), ranks + x.shape[1]), x.stride(), x.storage_offset() - ranks)
+        weights = [(b, slice(0, ranks)), (weight, slice(ranks, operand.shape[1]))]
+        multiply_by_blocks(
+            weights, [(operand, slice(0, operand.shape[1]), slice(0, len(x)))], out, dequantised_numbers(len(x))
+        )
+        return
     weight.multiply_many(x, out)
-    if columns is not None:
-        add_columns(out, columns)
+    wide = x.new_empty(columns.codes.shape)
+    b.write_block(0, wide)
+    out.addmm_(columns.t[0], wide.t())
 
 
 def with_block(

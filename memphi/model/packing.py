@@ -149,18 +149,22 @@ class PackedLinear(AdaptedLinear):
     def _narrow_plainly(self, operand: Tensor, name: str, tokens: Uses, span: slice) -> None:
         if tokens == span or tokens is None:
             within = operand[span]
-            skinny.plain_narrow(self.x_of(within), [self._part(within, name, None)])
+            skinny.plain_narrow(self.x_of(within), [self._wide_part(within, name, None)])
         elif isinstance(tokens, slice):
             self._narrow_plainly(operand, name, tokens, tokens)
             operand[span.start : tokens.start, self._t[name]] = 0
             operand[tokens.stop : span.stop, self._t[name]] = 0
         else:
             mask = _as_mask(tokens, len(operand))
-            skinny.plain_narrow(self.x_of(operand), [self._part(operand, name, mask)])
+            skinny.plain_narrow(self.x_of(operand), [self._wide_part(operand, name, mask)])
 
     def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
         adapter = self.adapter(name)
         return Narrow(adapter.a, adapter.scale, uses, operand[:, self._t[name]])
+
+    def _wide_part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
+        """The same with an A of numbers."""
+        return self._part(operand, name, uses)
 
     def _view(self, wide: Tensor, narrow: Tensor) -> None:
         """Make the parameters views of these."""

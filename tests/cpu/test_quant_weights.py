@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.quality import POWER, robust_fit
 from memphi.config import AdapterConfig, group_size
 from memphi.errors import CheckpointError
+from memphi.model import packing
 from memphi.model.adapters import AdaptedLinear, AdapterTokens
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant import calibration, swap, weights
@@ -196,7 +197,7 @@ def test_rows_may_stand_in_a_wider_matrix_and_have_more_axes(scheme):
 def test_no_rows_ask_nothing_of_the_weight(scheme, monkeypatch):
     """A prompt's chunk that scores nothing would have the whole embedding made 16 bits again."""
     weight = stored(scheme, normal(8, 64))
-    monkeypatch.setattr(weight, "block", lambda *_: pytest.fail("dequantised"))
+    monkeypatch.setattr(weight, "dequantise", lambda *_: pytest.fail("dequantised"))
     assert weight(torch.empty(0, 64)).shape == (0, 8)
 
 
@@ -273,13 +274,25 @@ def test_adapters_are_live_and_in_8_bits(scheme):
     assert torch.allclose(real, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("used", [{"vision": None}, {"speech": slice(1, 4)}, {"vision": slice(0, 2), "speech": None}])
+@pytest.mark.parametrize(
+    "used",
+    [
+        {"vision": None},
+        {"speech": slice(1, 4)},
+        {"vision": slice(0, 2), "speech": None},
+        {"vision": slice(0, 2), "speech": slice(3, 5)},
+    ],
+)
+@pytest.mark.parametrize("read_tokens", [1, packing.READ_TOKENS])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_adapters_beside_a_base_are_views_that_follow(used, dtype):
-    """Of two matrices in int8 and of their scales, whatever is done to the module."""
+def test_adapters_beside_a_base_are_views_that_follow(used, read_tokens, scheme, dtype, monkeypatch):
+    """Of two matrices in int8 and of their scales, whatever is done to the module; in one product or span by span."""
+    monkeypatch.setattr(packing, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(weights, "DEQUANTISED_NUMBERS", 1000)  # Of several blocks.
     model = nn.ModuleList([adapted_linear()]).to(dtype)
-    swap.quantise(model, "int8", "int8")
+    swap.quantise(model, scheme, "int8")
     used = AdapterTokens(used)
     x, expected = normal(5, 96).to(dtype), model[0](normal(5, 96).to(dtype), used)
     packed = PackedQuantisedLinear(model[0])

@@ -141,21 +141,22 @@ def test_logits_are_those_of_the_cpu(scheme, packed):
 @pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192), (200, 72)])
 @torch.inference_mode()
 def test_products_by_kernels_are_as_exact(scheme, rows, shape):
-    """With adapters' columns beside, for few rows and for many."""
+    """With adapters' columns beside them, for few rows."""
     weight = made(scheme, *shape)
     weight.kernels = True
     operand = torch.randn(rows, 96 + shape[1], device=DEVICE, dtype=torch.bfloat16)
     codes = torch.randint(-127, 128, (shape[0], 96), device=DEVICE, dtype=torch.int8)
     scale = torch.rand(2, shape[0], device=DEVICE).div(1000).bfloat16()
-    columns = Columns(codes, scale, operand[:, :96], 40)
+    columns = Columns(codes, scale, operand[:, :96].split([40, 56], 1))
     x, (plain, real) = operand[:, 96:], torch.empty(2, rows, shape[0], device=DEVICE, dtype=torch.bfloat16)
     exact = torch.empty(rows, shape[0], device=DEVICE)
     weight.plain_multiply(x, plain)
     weight.plain_multiply(x.float(), exact)
     weight.multiply(x, real)
     assert relative(real, exact) <= 1.5 * relative(plain, exact) + 1e-3
-    weight.multiply(x, real, columns)
-    assert relative(real, plain_add(exact, columns)) <= 1.5 * relative(plain, exact) + 4e-3
+    if weight.is_for_few(x):
+        weight.multiply_few(x, real, columns)
+        assert relative(real, plain_add(exact, columns)) <= 1.5 * relative(plain, exact) + 4e-3
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 64])

@@ -5,7 +5,7 @@ import torch
 
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
-from memphi.model.quant import swap, weights
+from memphi.model.quant import swap
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.test_skinny import TOLERANCE, numbers
 
@@ -63,34 +63,29 @@ def made_columns(n_out, ranks, border, t, device):
     """Columns of one adapter, or of two, as a range of a wider matrix."""
     codes = numbers(n_out, 150, device=device, dtype=torch.float32, seed=2).mul_(40).clamp_(-127, 127).to(torch.int8)
     scale = numbers(2, n_out, device=device, dtype=torch.float32, seed=3).abs_().div_(40).bfloat16()
-    return Columns(codes[:, 16 : 16 + ranks], scale[: 1 if border == ranks else 2], t, border)
+    return Columns(codes[:, 16 : 16 + ranks], scale[: 1 if border == ranks else 2], t)
+
+
+def apart(operand, ranks, border, gap=0):
+    """t of one adapter, or of two that lie apart in an operand."""
+    first, second = operand[:, 16 : 16 + border], operand[:, 16 + border + gap : 16 + ranks + gap]
+    return (first,) if border == ranks else (first, second)
 
 
 @SCHEMES
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 70])
-@pytest.mark.parametrize(("ranks", "border"), [(6, 6), (100, 100), (9, 4), (100, 37), (128, 64)])
-def test_adapters_beside_it(device, scheme, rows, ranks, border):
-    n_out, n_in, dtype = 40, 192, torch.float32
-    weight = stored(scheme, n_out, n_in, device)
-    operand = numbers(rows, n_in + 150, device=device, dtype=dtype, seed=1)
-    columns = made_columns(n_out, ranks, border, operand[:, 16 : 16 + ranks], device)
-    out, expected = (torch.full((rows, n_out + 3), torch.nan, device=device)[:, :n_out] for _ in range(2))
-    multiply, plain_multiply = products(scheme)
-    multiply(operand[:, 150:], *weight.buffers(), out, columns)
-    plain_multiply(operand[:, 150:], *weight.buffers(), expected, columns)
-    assert_near(out, expected, scheme)
-
-
+@pytest.mark.parametrize(("ranks", "border", "gap"), [(6, 6, 0), (100, 100, 0), (9, 4, 3), (100, 37, 0), (128, 64, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("border", [100, 37])
-@pytest.mark.parametrize("numbers_at_once", [300, 10**6])
-def test_what_they_add_to_many_rows_is_the_same(device, border, dtype, numbers_at_once, monkeypatch):
-    monkeypatch.setattr(weights, "DEQUANTISED_NUMBERS", numbers_at_once)
-    t, y = (numbers(80, n, device=device, dtype=dtype, seed=n) for n in (100, 40))
-    columns = made_columns(40, 100, border, t, device)
-    expected = coded.plain_add(y.float(), columns)
-    weights.add_columns(y, columns)
-    assert (y - expected).abs().max() <= 2 * TOLERANCE[dtype] * expected.abs().max()
+def test_adapters_beside_it(device, scheme, rows, ranks, border, gap, dtype):
+    n_out, n_in = 40, 192
+    weight = stored(scheme, n_out, n_in, device)
+    operand = numbers(rows, n_in + 160, device=device, dtype=dtype, seed=1)
+    columns = made_columns(n_out, ranks, border, apart(operand, ranks, border, gap), device)
+    out, expected = (torch.full((rows, n_out + 3), torch.nan, device=device, dtype=dtype)[:, :n_out] for _ in range(2))
+    multiply, plain_multiply = products(scheme)
+    multiply(operand[:, 160:], *weight.buffers(), out, columns)
+    plain_multiply(operand[:, 160:], *weight.buffers(), expected, columns)
+    assert_near(out, expected, scheme)
 
 
 @SCHEMES
@@ -103,7 +98,8 @@ def test_inputs_in_parts(device, scheme, parts, monkeypatch):
     monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
     n_out, n_in, rows = 70, 688, 9
     weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=torch.float32)
-    columns = made_columns(n_out, 12, 5, numbers(rows, 12, device=device, dtype=torch.float32, seed=2), device)
+    operand = numbers(rows, 40, device=device, dtype=torch.float32, seed=2)
+    columns = made_columns(n_out, 12, 5, apart(operand, 12, 5, gap=2), device)
     out, expected = (torch.full((rows, n_out + 5), torch.nan, device=device)[:, :n_out] for _ in range(2))
     module.multiply(x, *weight.buffers(), out, columns)
     module.plain_multiply(x, *weight.buffers(), expected, columns)
@@ -156,6 +152,39 @@ def test_rows_in_e4m3(device, dtype):
     ours, theirs = (each.float() for each in codes)
     torch.testing.assert_close(ours, theirs, rtol=2**-3, atol=2**-9)
     assert (ours != theirs).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_in_two_bytes(device, dtype):
+    """As the definition has them, but for numbers between two; and no further from x than half the least byte."""
+    x = numbers(5, 1100, device=device, dtype=dtype)[:, :1000] * torch.tensor([1e-3, 1, 50, 1e3, 0], device=device)[
+        :, None
+    ].to(dtype)
+    halves = [torch.full((2, 5, 1000), 77, dtype=torch.int8, device=device) for _ in range(2)]
+    scales = [torch.zeros(5, device=device) for _ in range(2)]
+    rounding.split_rows(x, halves[0], scales[0])
+    rounding.plain_split_rows(x, halves[1], scales[1])
+    torch.testing.assert_close(*scales)
+    ours, theirs = (256 * each[0].float() + each[1].float() for each in halves)
+    assert (ours - theirs).abs().max() <= 1
+    assert (ours != theirs).float().mean() < 1e-2
+    assert ((ours * scales[0][:, None] - x.float()).abs() <= 0.51 * scales[0][:, None]).all()
+    assert ours.abs().amax(1).tolist() == [127 * 256] * 4 + [0]
+
+
+@pytest.mark.parametrize("rows", [5, 17, 70])
+@pytest.mark.parametrize("ranks", [0, 12])
+def test_rows_of_bytes_on_a_card_that_multiplies_e4m3(device, rows, ranks, monkeypatch):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card knows no e4m3")
+    monkeypatch.setattr(eight_bits, "capability", lambda device: (8, 9))
+    weight = stored("fp8", 70, 688, device)
+    operand = numbers(rows, 720, device=device, dtype=torch.bfloat16)
+    columns = made_columns(70, ranks, 5, apart(operand[:, 688:], ranks, 5), device) if ranks else None
+    out, expected = (torch.full((rows, 70), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2))
+    eight_bits.multiply(operand[:, :688], *weight.buffers(), out, columns)
+    eight_bits.plain_multiply(operand[:, :688], *weight.buffers(), expected, columns)
+    assert_near(out, expected, "fp8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -13,6 +13,8 @@ from tests.kernels.ahead import SHARED_BYTES, compiled_for
 from tests.kernels.test_compile_skinny import RANKS, assert_fits
 
 MODULES = {"int8": eight_bits, "fp8": eight_bits, "int4": four_bits}
+IN_BYTES = {"int8": ["_split_rows"], "fp8": ["_round_rows"], "int4": []}
+"""What makes bytes of rows for tensor cores."""
 SHAPES = ((3072, 8192), (16384, 3072))
 
 
@@ -20,7 +22,8 @@ def launch(scheme, shape, rows, dtype, ranks):
     n_out, n_in = shape
     operand = torch.empty(rows, sum(RANKS) + n_in, dtype=dtype)
     b, scale = torch.empty(n_out, sum(RANKS), dtype=torch.int8), torch.empty(2, n_out, dtype=torch.bfloat16)
-    columns = Columns(b[:, :ranks], scale, operand[:, :ranks], RANKS[0]) if ranks else None
+    t = operand[:, :ranks].split([RANKS[0], ranks - RANKS[0]], 1) if ranks > RANKS[0] else (operand[:, :ranks],)
+    columns = Columns(b[:, :ranks], scale[: len(t)], t) if ranks else None
     weight, out = WEIGHTS[scheme](n_out, n_in), torch.empty(rows, n_out, dtype=dtype)
     MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns)
 
@@ -45,10 +48,8 @@ def test_every_product_fits(capability, scheme):
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
-    names = {"_multiply_vectors"} | ({"_multiply_tiles", "_sum_parts"} if on_tensor_cores else set())
-    assert {made.name for made in compiled} == names | (
-        {"_round_rows"} if scheme == "fp8" and on_tensor_cores else set()
-    )
+    names = {"_multiply_vectors"} | ({"_multiply_tiles", "_sum_parts", *IN_BYTES[scheme]} if on_tensor_cores else set())
+    assert {made.name for made in compiled} == names
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
@@ -62,11 +63,14 @@ def test_what_goes_beside_products_fits(capability):
         rounding.round_rows(
             torch.empty(5, 8192, dtype=dtype), torch.empty(5, 8192, dtype=torch.float8_e4m3fn), torch.empty(5)
         )
+        rounding.split_rows(
+            torch.empty(5, 8192, dtype=dtype), torch.empty(2, 5, 8192, dtype=torch.int8), torch.empty(5)
+        )
     for made in compiled:
         assert_fits(made, capability)
     assert [made.is_dependent for made in compiled] == [
         capability >= (9, 0) and name != "_look_up"
-        for name in ("_dequantise", "_dequantise", "_look_up", "_round_rows")
+        for name in ("_dequantise", "_dequantise", "_look_up", "_round_rows", "_split_rows")
     ]
 
 

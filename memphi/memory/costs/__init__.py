@@ -47,7 +47,7 @@ from memphi.memory.costs.groups import (
     weights,
     weights_rounding,
 )
-from memphi.memory.costs.products import DEQUANTISED_NUMBERS
+from memphi.memory.costs.products import DEQUANTISED_NUMBERS, dequantised_numbers
 from memphi.memory.costs.request import FIRST_ANSWER_TOKENS, RequestPrice, host_media, price_request
 from memphi.memory.costs.steps import (
     GATHER_TOKENS,
@@ -101,6 +101,7 @@ __all__ = [
     "context",
     "cropping",
     "decode_step",
+    "dequantised_numbers",
     "divided",
     "graphs",
     "host_media",

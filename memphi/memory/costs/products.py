@@ -3,10 +3,17 @@
 from memphi.config import ModelConfig, Scheme
 from memphi.memory.costs.cost import MIB, Cost
 from memphi.memory.costs.groups import largest_matrix
-from memphi.memory.costs.sizes import decoder_linears
+from memphi.memory.costs.sizes import all_ranks, decoder_linears
 
 DEQUANTISED_NUMBERS = 8 * MIB
 """Numbers of a quantised weight, or of an activation in fp8, that are there in another form at once."""
+NUMBERS_A_TOKEN = 7 * 1024
+"""More of a weight for many tokens, whose product takes longer: at full size all of it, with an adapter, for 8,192."""
+
+
+def dequantised_numbers(tokens: int) -> int:
+    """Numbers of one of the decoder's weights, with its adapters, that so many tokens are multiplied by at once."""
+    return max(DEQUANTISED_NUMBERS, NUMBERS_A_TOKEN * tokens)
 
 
 def with_block(cost: Cost, beside_bytes: int, config: ModelConfig, scheme: Scheme, dtype_bytes: int) -> Cost:
@@ -37,4 +44,7 @@ def kernel_product_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> 
     if config.scheme == "bf16":
         return 0
     numbers = min(DEQUANTISED_NUMBERS, largest_matrix(config))
-    return numbers * (dtype_bytes + (4 if config.scheme == "fp8" else 0)) + input_bytes(config, tokens, dtype_bytes)
+    if config.scheme == "fp8":
+        return numbers * (dtype_bytes + 4) + input_bytes(config, tokens, dtype_bytes)
+    largest = max(n_out * (n_in + all_ranks(config)) for n_in, n_out in decoder_linears(config.language))
+    return max(numbers, min(dequantised_numbers(tokens), largest)) * dtype_bytes

@@ -34,29 +34,38 @@ class Columns:
 
     codes: Tensor  # [out, ranks] int8, those of two adapters side by side
     scale: Tensor  # [adapters, out]
-    t: Tensor  # [rows, ranks]
-    border: int
-    """Where the second adapter's columns begin; with one alone, their end."""
+    t: tuple[Tensor, ...]  # of each adapter, [rows, rank]; both in one operand
 
     @property
     def ranks(self) -> int:
         return self.codes.shape[1]
 
     @property
+    def border(self) -> int:
+        """Where the second adapter's columns begin; with one alone, their end."""
+        return self.t[0].shape[1]
+
+    @property
+    def gap(self) -> int:
+        """How far the second adapter's t lies from the end of the first's."""
+        return int(self.t[-1].storage_offset() - self.t[0].storage_offset()) - self.border if len(self.t) > 1 else 0
+
+    @property
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Codes [out, rank], scale [out] and t [rows, rank] of each adapter."""
-        places = (slice(0, self.border), slice(self.border, self.ranks))[: len(self.scale)]
-        return [(self.codes[:, at], scale, self.t[:, at]) for at, scale in zip(places, self.scale, strict=True)]
+        codes = self.codes.split([t.shape[1] for t in self.t], 1)
+        return list(zip(codes, self.scale, self.t, strict=True))
 
 
 def column_arguments(x: Tensor, columns: Columns | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-    """How kernels are given columns: codes, the scales of the first adapter and of the last, t; strides and border; and
-    how many there are. Without any, x stands in for each.
+    """How kernels are given columns: codes, the scales of the first adapter and of the last, t of the first; strides,
+    border and gap; and how many there are. Without any, x stands in for each.
     """
     if columns is None:
-        return (x, x, x, x), (0, 0, 0), 0
-    tensors = columns.codes, columns.scale[0], columns.scale[-1], columns.t
-    return tensors, (columns.codes.stride(0), columns.t.stride(0), columns.border), columns.ranks
+        return (x, x, x, x), (0, 0, 0, 0), 0
+    first = columns.t[0]
+    tensors = columns.codes, columns.scale[0], columns.scale[-1], first
+    return tensors, (columns.codes.stride(0), first.stride(0), columns.border, columns.gap), columns.ranks
 
 
 def plain_add(y: Tensor, columns: Columns | None) -> Tensor:
@@ -149,10 +158,16 @@ def widen_columns(codes: Tile, first: Tile, last: Tile, start: Tile, border: Til
 
 
 @jit
-def sum_columns(columns: Tile, t: Tile, ranks: constexpr, block: constexpr) -> Tile:
+def t_places(numbers: Tile, border: Tile, gap: Tile) -> Tile:
+    """Where in an operand, from the first adapter's t on, that stands which these columns are multiplied by."""
+    return tl.where(numbers < border, numbers, numbers + gap)
+
+
+@jit
+def sum_columns(columns: Tile, t: Tile, border: Tile, gap: Tile, ranks: constexpr, block: constexpr) -> Tile:
     """What columns, in fp32, add for a row's t: [outs]."""
     numbers = tl.arange(0, block)
-    values = tl.load(t + numbers, numbers < ranks, other=0).to(tl.float32)
+    values = tl.load(t + t_places(numbers, border, gap), numbers < ranks, other=0).to(tl.float32)
     return tl.sum(columns * values[None, :], 1)
 
 
@@ -186,6 +201,7 @@ def add_columns(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    gap: Tile,
     outs: Tile,
     inside: Tile,
     numbers: Tile,
@@ -197,7 +213,7 @@ def add_columns(
     for start in range(0, ranks, block):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
-        values = load_rows(t, t_stride, numbers, exists, places, places < ranks)
+        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks)
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums)
     return sums

@@ -25,6 +25,7 @@ from memphi.model.kernels.coded import (
     store_tile,
     sum_columns,
     sum_parts,
+    t_places,
     widen_columns,
 )
 from memphi.model.kernels.launch import (
@@ -39,7 +40,7 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
-from memphi.model.kernels.rounding import nearest, round_rows, row_step, wide_codes, widened
+from memphi.model.kernels.rounding import nearest, round_rows, row_step, split_rows, wide_codes, widened
 
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
@@ -53,7 +54,7 @@ COLUMNS_BLOCK = 64
 """Adapters' columns at once on tensor cores; in 32 bits half as many."""
 WIDE_OUT = 8192
 """From so many outputs on, a program has twice as many of them where rows are many."""
-DEQUANTISED_BLOCK = 2048
+DEQUANTISED_BLOCK, DEQUANTISED_A_WARP = 2048, 512
 
 
 def plain_multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None = None) -> None:
@@ -106,9 +107,8 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
 
 def _has_words(x: Tensor, columns: Columns | None) -> bool:
     """Whether four numbers of a row are a word of 64 bits, and four codes of columns one of 32, wherever they begin."""
-    parts = [x, *(() if columns is None else (columns.codes, columns.t))]
+    parts = [x, *(() if columns is None else (columns.codes, *columns.t))]
     sizes = [size for part in parts for size in (part.shape[1], part.stride(0), part.storage_offset())]
-    sizes += [] if columns is None else [columns.border]
     return x.itemsize == 2 and not any(size % CODES_A_WORD for size in sizes)
 
 
@@ -116,29 +116,28 @@ def _in_words(columns: Columns | None) -> Columns | None:
     """Columns of words: four codes, and what makes four of t."""
     if columns is None:
         return None
-    codes, t = columns.codes.view(torch.int32), columns.t.view(torch.int64)
-    return Columns(codes, columns.scale, t, columns.border // CODES_A_WORD)
+    t = tuple(each.view(torch.int64) for each in columns.t)
+    return Columns(columns.codes.view(torch.int32), columns.scale, t)
 
 
 def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
+    in_bytes = capability(x.device) >= E4M3_CAPABILITY if is_e4m3 else x.itemsize == 2
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device))
-    steps = scale
-    if is_e4m3:
-        rounded, steps = torch.empty_like(x, dtype=codes.dtype), x.new_empty(rows, dtype=torch.float32)
-        round_rows(x, rounded, steps)
-        x, codes = rounded.view(torch.uint8), codes.view(torch.uint8)
+    values, steps = _as_codes(x, is_e4m3) if is_e4m3 or in_bytes else (x, scale)
+    codes = codes.view(torch.uint8) if is_e4m3 else codes
     block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
     share = share_of(n_in, block_in, choose_parts(blocks, x.device))
     found = room_for_parts(out, -(-n_in // share))
     _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
-        *(x, steps, codes, scale, *added, found),
-        *(x.stride(0), *places, found.stride(0), found.stride(1), n_out, rows, share),
+        *(values, steps, codes, scale, *added, found),
+        *(values.stride(-2), *places, found.stride(0), found.stride(1), n_out, rows, share),
         n_in=n_in,
         ranks=ranks,
         is_e4m3=is_e4m3,
+        in_bytes=in_bytes,
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,
@@ -149,6 +148,18 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
     )
     if len(found) > 1:
         sum_parts(found, out)
+
+
+def _as_codes(x: Tensor, is_e4m3: bool) -> tuple[Tensor, Tensor]:
+    """x in e4m3 [rows, in], or in upper and lower bytes [2, rows, in]; and the scale of each row [rows]."""
+    steps = x.new_empty(len(x), dtype=torch.float32)
+    if is_e4m3:
+        rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        round_rows(x, rounded, steps)
+        return rounded.view(torch.uint8), steps
+    halves = x.new_empty((2, *x.shape), dtype=torch.int8)
+    split_rows(x, halves, steps)
+    return halves, steps
 
 
 def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
@@ -198,6 +209,7 @@ def _multiply_vectors(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    gap: Tile,
     out_stride: Tile,
     n_out: Tile,
     n_in: constexpr,
@@ -240,10 +252,19 @@ def _multiply_vectors(
         total = totals[row] * scales
         if ranks > 0 and in_words:
             total += _sum_columns_of_words(
-                columns, first_scales, last_scales, t + row * t_stride, border, ranks, dtype, block_out, block_ranks
+                columns,
+                first_scales,
+                last_scales,
+                t + row * t_stride,
+                border,
+                gap,
+                ranks,
+                dtype,
+                block_out,
+                block_ranks,
             )
         elif ranks > 0:
-            total += sum_columns(wide_columns, t + row * t_stride, ranks, block_ranks)
+            total += sum_columns(wide_columns, t + row * t_stride, border, gap, ranks, block_ranks)
         tl.store(out + row * out_stride + outs, total.to(dtype), inside)
 
 
@@ -295,6 +316,7 @@ def _sum_columns_of_words(
     last: Tile,
     t: Tile,
     border: Tile,
+    gap: Tile,
     n_words: constexpr,
     dtype: constexpr,
     block_out: constexpr,
@@ -303,7 +325,7 @@ def _sum_columns_of_words(
     """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
     places = tl.arange(0, block_words)
     sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
-    sums, added = _add_word(sums, added, words, t + places, places < n_words, dtype)
+    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype)
     return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
 
@@ -407,6 +429,7 @@ def _multiply_tiles(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    gap: Tile,
     part_stride: Tile,
     out_stride: Tile,
     n_out: Tile,
@@ -415,6 +438,7 @@ def _multiply_tiles(
     n_in: constexpr,
     ranks: constexpr,
     is_e4m3: constexpr,
+    in_bytes: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
@@ -427,31 +451,64 @@ def _multiply_tiles(
     outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
     part, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
     places = part * share + tl.arange(0, block_in)
-    dtype = tl.float16 if is_e4m3 else x.dtype.element_ty
     codes += outs.to(tl.int64)[:, None] * n_in
     c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if dependent:
         tl.extra.cuda.gdc_wait()
-    values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
-    sums = tl.zeros([block_out, block_rows], tl.float32)
-    sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums)
+    upper = tl.zeros([block_out, block_rows], tl.int32 if in_bytes and not is_e4m3 else tl.float32)
+    lower, half = upper, rows * x_stride
+    upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes)
     for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
-        c = load_block(codes, inside, start + places, n_in)
-        values = load_rows(x, x_stride, numbers, exists, start + places, start + places < n_in)
-        sums = add_product(widened(values, is_e4m3), widened(c, is_e4m3).to(dtype), sums)
+        at = start + places
+        c = load_block(codes, inside, at, n_in)
+        upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes)
+    sums = upper
+    if in_bytes and not is_e4m3:
+        sums = upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
     sums *= scales[:, None]
-    if is_e4m3:
-        of_rows = tl.load(steps + numbers, exists, other=0) * 65536.0
+    if in_bytes or is_e4m3:
+        of_rows = tl.load(steps + numbers, exists, other=0) * (1.0 if in_bytes else 65536.0)
         sums *= of_rows[None, :]
     if ranks > 0 and part == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
-            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
             *(outs, inside, numbers, exists, ranks, block_ranks),
         )
     out += part.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)
+
+
+@jit
+def _add_codes(
+    upper: Tile,
+    lower: Tile,
+    c: Tile,
+    x: Tile,
+    half: Tile,
+    x_stride: Tile,
+    numbers: Tile,
+    exists: Tile,
+    places: Tile,
+    n_in: constexpr,
+    is_e4m3: constexpr,
+    in_bytes: constexpr,
+) -> Tile:
+    """Sums, and the products of a block of codes with rows: as numbers of 16 or 32 bits, or byte by byte."""
+    values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
+    if is_e4m3 and in_bytes:
+        c, values = c.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
+        upper = tl.dot(c, tl.trans(values), upper, max_num_imprecise_acc=128)
+    elif in_bytes:
+        upper = tl.dot(c, tl.trans(values), upper, out_dtype=tl.int32)
+        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in)
+        lower = tl.dot(c, tl.trans(values), lower, out_dtype=tl.int32)
+    elif is_e4m3:
+        upper = add_product(widened(values, True), widened(c, True), upper)
+    else:
+        upper = add_product(values, c.to(values.dtype), upper)
+    return upper, lower
 
 
 def plain_dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -461,23 +518,37 @@ def plain_dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
-    """As `plain_dequantise`, into out [outs, in] contiguous."""
+    """As `plain_dequantise`, into out [outs, in]; rows of either may lie apart."""
     n_out, n_in = codes.shape
-    _dequantise[(n_out, -(-n_in // DEQUANTISED_BLOCK))](
-        *(codes, scale, out), n_in=n_in, block=DEQUANTISED_BLOCK, num_warps=4, **launch_options(out.device)
+    block = min(DEQUANTISED_BLOCK, power_of_two(n_in))
+    _dequantise[(n_out, -(-n_in // block))](
+        *(codes, scale, out, codes.stride(0), out.stride(0)),
+        n_in=n_in,
+        block=block,
+        num_warps=max(1, block // DEQUANTISED_A_WARP),
+        **launch_options(out.device),
     )
 
 
 @jit
-def _dequantise(codes: Tile, scale: Tile, out: Tile, n_in: constexpr, block: constexpr, dependent: constexpr) -> None:
+def _dequantise(
+    codes: Tile,
+    scale: Tile,
+    out: Tile,
+    codes_stride: Tile,
+    out_stride: Tile,
+    n_in: constexpr,
+    block: constexpr,
+    dependent: constexpr,
+) -> None:
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
     row, places = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
-    c = tl.load(codes + row * n_in + places, places < n_in, other=0, eviction_policy="evict_first")
+    c = tl.load(codes + row * codes_stride + places, places < n_in, other=0, eviction_policy="evict_first")
     wide = c.to(tl.float32) * tl.load(scale + row).to(tl.float32)
     if dependent:
         tl.extra.cuda.gdc_wait()  # What was here before may be in use until then.
-    tl.store(out + row * n_in + places, wide.to(out.dtype.element_ty), places < n_in)
+    tl.store(out + row * out_stride + places, wide.to(out.dtype.element_ty), places < n_in)
 
 
 def look_up(codes: Tensor, scale: Tensor, ids: Tensor, out: Tensor) -> None:

@@ -138,6 +138,7 @@ def _multiply_vectors(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    gap: Tile,
     out_stride: Tile,
     n_out: Tile,
     n_in: constexpr,
@@ -192,7 +193,7 @@ def _multiply_vectors(
     for row in tl.static_range(rows):
         total = totals[row]
         if ranks > 0:
-            total += sum_columns(wide, t + row * t_stride, ranks, block_ranks)
+            total += sum_columns(wide, t + row * t_stride, border, gap, ranks, block_ranks)
         tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
@@ -270,6 +271,7 @@ def _multiply_tiles(
     b_stride: Tile,
     t_stride: Tile,
     border: Tile,
+    gap: Tile,
     part_stride: Tile,
     out_stride: Tile,
     n_out: Tile,
@@ -308,7 +310,7 @@ def _multiply_tiles(
     if ranks > 0 and own == 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
-            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border),
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
             *(outs, inside, numbers, exists, ranks, block_ranks),
         )
     out += own.to(tl.int64) * part_stride
@@ -345,11 +347,14 @@ def _spread(of_groups: Tile, shape: constexpr, part: constexpr) -> Tile:
 
 
 def dequantise(codes: Tensor, affine: Tensor, out: Tensor) -> None:
-    """out = what codes stand for, rounded once: codes and affine of some outputs, out [outs, in] contiguous."""
+    """out = what codes stand for, rounded once: codes and affine of some outputs, out [outs, in].
+
+    Rows of out may lie apart.
+    """
     words = codes.view(torch.int32)
     n_out, groups, part = words.shape
     _dequantise[(n_out, -(-groups * part // DEQUANTISED_BLOCK))](
-        *(words, affine.view(torch.int32), out),
+        *(words, affine.view(torch.int32), out, out.stride(0)),
         n_in=out.shape[1],
         n_words=groups * part,
         part=part,
@@ -364,6 +369,7 @@ def _dequantise(
     words: Tile,
     affine: Tile,
     out: Tile,
+    out_stride: Tile,
     n_in: constexpr,
     n_words: constexpr,
     part: constexpr,
@@ -382,4 +388,4 @@ def _dequantise(
     for number in tl.static_range(8):
         places = first + number * part
         wide = _meant(w, scale, shift, number)
-        tl.store(out + row * n_in + places, wide.to(out.dtype.element_ty), inside & (places < n_in))
+        tl.store(out + row * out_stride + places, wide.to(out.dtype.element_ty), inside & (places < n_in))

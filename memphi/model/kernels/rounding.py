@@ -1,4 +1,5 @@
-"""Rows rounded to e4m3, each with a scale of its own; and what a byte of e4m3 stands for, on cards that know none."""
+"""Rows rounded to e4m3, or to whole numbers of two bytes, each with a scale of its own; and what a byte of e4m3 stands
+for, on cards that know none."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, po
 
 WARPS = 8
 LARGEST, LEAST_SCALE = 448.0, 1e-30
+LARGEST_WHOLE = 127 * 256
+"""Whose upper byte is the largest that int8 has."""
 
 
 def plain_round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -53,6 +56,55 @@ def _round_rows(
     bits = (nearest(values / step) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
     code = ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)
     tl.store(codes + row * codes_stride + columns, code.to(tl.uint8), columns < size)
+    tl.store(scale + row, step)
+
+
+def plain_split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """x / scale = 256 * upper + lower, rounded, where the largest of a row becomes 127 * 256; the definition.
+
+    x [rows, size]; codes [2, rows, size] int8, upper and lower; scale [rows] fp32.
+    """
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=1).float()
+    scale.copy_(largest.div_(LARGEST_WHOLE).clamp_(min=LEAST_SCALE))
+    whole = (x / scale[:, None]).round_().int()
+    codes[0] = (whole + 128) >> 8
+    codes[1] = whole - 256 * codes[0].int()
+
+
+def split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """As `plain_split_rows`, one program a row; codes are contiguous."""
+    rows, size = x.shape
+    _split_rows[(rows,)](
+        *(x, codes, scale, x.stride(0), codes.stride(0)),
+        size=size,
+        block=power_of_two(size),
+        num_warps=WARPS,
+        **launch_options(x.device),
+    )
+
+
+@jit
+def _split_rows(
+    x: Tile,
+    codes: Tile,
+    scale: Tile,
+    x_stride: Tile,
+    half: Tile,
+    size: constexpr,
+    block: constexpr,
+    dependent: constexpr,
+) -> None:
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(values), 0) / 32512.0, 1e-30)
+    whole = ((values / step + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2**23: there fp32 has whole numbers alone
+    upper = (whole + 128) >> 8
+    codes += row * size + columns
+    tl.store(codes, upper.to(tl.int8), columns < size)
+    tl.store(codes + half, (whole - (upper << 8)).to(tl.int8), columns < size)
     tl.store(scale + row, step)
 
 

@@ -25,10 +25,13 @@ class HostProduct(QuantisedWeight):
     def most_rows(self, x: Tensor) -> int:
         return 0
 
+    def makes_blocks(self, x: Tensor) -> bool:
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
 
-    def multiply_many(self, x: Tensor, out: Tensor) -> None:
+    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         out.copy_(self.product(x.contiguous()))
 
 

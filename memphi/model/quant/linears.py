@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdaptedLinear, Adapter, AdapterTokens
 from memphi.model.kernels.gate import gate
 from memphi.model.language import TiedEmbedding
@@ -61,15 +62,21 @@ class QuantisedAdaptedLinear(AdaptedLinear):
         return cast(QuantisedWeight, self.weight)
 
     def base(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.base_weight(x))
+        return multiply_base(self.base_weight, x)
 
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
         assert not adapter_tokens, "a step with adapters needs them packed"
-        self.base_weight.multiply(operand, out)
-        return out
+        return multiply_base(self.base_weight, operand, out)
 
     def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
         gate(self.apply_to(operand, adapter_tokens, both), out)
+
+
+def multiply_base(weight: QuantisedWeight, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T with a decoder's weight: x [tokens, in] -> [tokens, out]; in out, where one is given."""
+    out = x.new_empty(len(x), weight.out_features) if out is None else out
+    weight.multiply(x, out, dequantised_numbers(len(x)) if weight.kernels else None)
+    return out
 
 
 class QuantisedEmbedding(nn.Module):

@@ -2,25 +2,27 @@
 
     wide [out, first + second]             B of the first adapter | B of the second, with scales [adapters, out]
     narrow [first + second, in]            A of the first above A of the second, with scales [first + second]
-    operand [tokens, first + second + in]  t of the first | t of the second | x
+    operand [tokens, first + in + second]  t of the first | x | t of the second
 
-A product with adapters is the base's, and t B^T of the columns in use: by one kernel for few rows; for many a second
-product adds it, with a block of B after another in 16 bits, and y is read, written and rounded once more.
+A product with adapters is the base's, and t B^T of the columns in use: by one kernel for few rows. For many a block of
+the base is made 16 bits again with those columns beside it, as `PackedLinear` has them always. Where the base is
+multiplied as it is, a second product adds the adapters, and y is read, written and rounded once more.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.skinny import Narrow
-from memphi.model.packing import PackedLinear
-from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter
-from memphi.model.quant.weights import QuantisedWeight, add_columns
+from memphi.model.packing import PackedLinear, Product
+from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter, multiply_base
+from memphi.model.quant.weights import QuantisedWeight, blocks, multiply_by_blocks
 
 
 class PackedQuantisedLinear(PackedLinear):
@@ -34,9 +36,10 @@ class PackedQuantisedLinear(PackedLinear):
         adapters = [self.adapter(name) for name in linear.adapters]
         first = len(adapters[0].a.codes)
         ranks = sum(len(adapter.a.codes) for adapter in adapters)
-        self._t = dict(zip(linear.adapters, (slice(0, first), slice(first, ranks)), strict=False))
-        self._a = self._t
-        self._x = slice(ranks, ranks + linear.in_features)
+        self._x = slice(first, first + linear.in_features)
+        self._width = ranks + linear.in_features
+        self._t = dict(zip(linear.adapters, (slice(0, first), slice(self._x.stop, self._width)), strict=False))
+        self._a = dict(zip(linear.adapters, (slice(0, first), slice(first, ranks)), strict=False))
         self._shape = linear.out_features, linear.in_features, first, ranks - first
         self.dtype = adapters[0].dtype
         self._point(
@@ -55,48 +58,78 @@ class PackedQuantisedLinear(PackedLinear):
 
     @property
     def width(self) -> int:
-        return self._x.stop
+        return self._width
 
     def operand(self, tokens: int) -> Tensor:
         return torch.empty((tokens, self.width), dtype=self.dtype, device=self.wide.device)
 
     def base(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.base_weight(x))
+        return multiply_base(self.base_weight, x)
 
     def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
         return super().forward(x, adapter_tokens, operand) if adapter_tokens else self.base(x)
 
     def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
-        adding = [product for product in self._products(adapter_tokens, len(operand)) if product.names]
-        self._narrow(operand, adapter_tokens, adding)
-        products = [(self._columns_of(product.names, operand[product.span]), product.span) for product in adding]
-        if len(products) == 1 and len(products[0][0].t) == len(operand):
-            self.base_weight.multiply(self.x_of(operand), y, products[0][0])
-            return y
-        self.base_weight.multiply(self.x_of(operand), y)
-        for columns, span in products:
-            add_columns(y[span], columns)
+        products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
+        self._narrow(operand, adapter_tokens, [product for product in products if product.names])
+        if weight.is_for_few(x) and len(products) == 1:
+            weight.multiply_few(x, y, self._columns_of(products[0].names, operand))
+        elif weight.makes_blocks(x):
+            self._multiply_by_blocks(operand, products, y)
+        else:
+            weight.multiply_many(x, y)
+            self._add_adapters(operand, products, y)
         return y
 
     def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
         gate(self.apply_to(operand, adapter_tokens, both), out)
 
-    def columns(self, names: Iterable[str]) -> slice:
-        """The columns of the adapters in use."""
-        parts = [self._t[name] for name in names]
-        return slice(min((part.start for part in parts), default=0), max((part.stop for part in parts), default=0))
+    def _multiply_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
+        """y = the products, whose adapters' t are in their places, by blocks of the base and of every B in use."""
+        names = {name for product in products for name in product.names}
+        left = self.columns(names).start
 
-    def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns:
-        """Those of one adapter or of both, beside the t that stands in an operand."""
-        at = self.columns(names)
+        def moved(at: slice) -> slice:
+            return slice(at.start - left, at.stop - left)
+
+        weights = [
+            (self.base_weight, moved(self._x)),
+            *((self.adapter(name).b, moved(self._t[name])) for name in names),
+        ]
+        factors = [(operand[each.span, each.columns], moved(each.columns), each.span) for each in products]
+        most_numbers = dequantised_numbers(len(operand)) if self.base_weight.kernels else None
+        multiply_by_blocks(weights, factors, y, most_numbers)
+
+    def _add_adapters(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
+        """y += t B^T of each product's adapters, a block of B after another."""
+        for product in products:
+            for name in product.names:
+                b, t, rows = self.adapter(name).b, operand[product.span, self._t[name]], y[product.span]
+                for first, last in blocks(b.out_features, b.in_features):
+                    wide = y.new_empty(last - first, b.in_features)
+                    b.write_block(first, wide)
+                    rows[:, first:last].addmm_(t, wide.t())
+
+    def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
+        """Those of one adapter or of both, beside the t that stands in an operand; None for none."""
         used = [number for number, name in enumerate(self.adapters) if name in names]
-        border = len(self.adapter(list(self.adapters)[used[0]]).a.codes)
-        return Columns(self.wide[:, at], self.wide_scale[used[0] : used[-1] + 1], operand[:, at], border)
+        if not used:
+            return None
+        parts = [self._a[name] for name in names]
+        codes = self.wide[:, min(part.start for part in parts) : max(part.stop for part in parts)]
+        t = tuple(operand[:, self._t[name]] for name in self.adapters if name in names)
+        return Columns(codes, self.wide_scale[used[0] : used[-1] + 1], t)
 
     def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
         adapter = self.adapter(name)
         return Narrow(adapter.a.codes, adapter.scale, uses, operand[:, self._t[name]], adapter.a.scale)
+
+    def _wide_part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
+        adapter = self.adapter(name)
+        wide = operand.new_empty(adapter.a.codes.shape)
+        adapter.a.write_block(0, wide)
+        return Narrow(wide, adapter.scale, uses, operand[:, self._t[name]])
 
     def _point(self, wide: Tensor, wide_scale: Tensor, narrow: Tensor, narrow_scale: Tensor) -> None:
         """Make the adapters views of these."""
@@ -104,7 +137,7 @@ class PackedQuantisedLinear(PackedLinear):
         for number, name in enumerate(self.adapters):
             adapter = self.adapter(name)
             adapter.a.codes, adapter.a.scale = narrow[self._a[name]], narrow_scale[self._a[name]]
-            adapter.b.codes, adapter.b.scale = wide[:, self._t[name]], wide_scale[number]
+            adapter.b.codes, adapter.b.scale = wide[:, self._a[name]], wide_scale[number]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self.base_weight._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module's has no types

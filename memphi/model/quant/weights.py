@@ -11,7 +11,7 @@ Where memphi's own kernels are used, few rows are multiplied by the codes as the
 Adapters' A and B are Int8Weights beside any scheme.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -62,40 +62,46 @@ class QuantisedWeight(nn.Module):
         self.multiply(flat, out)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, x: Tensor, out: Tensor, columns: Columns | None = None) -> None:
-        """The same of x [rows, in] into out [rows, out], and what adapters' columns beside the matrix add.
+    def multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
+        """The same of x [rows, in] into out [rows, out]; numbers of a row lie side by side.
 
-        Numbers of a row lie side by side.
+        No more numbers of a block than most_numbers are there at once; None: than DEQUANTISED_NUMBERS.
         """
         if not len(x):
             return
-        if self.kernels and len(x) <= self.most_rows(x):
-            self.multiply_few(x, out, columns)
-            return
-        self.multiply_many(x, out)
-        if columns is not None:
-            add_columns(out, columns)
+        if self.is_for_few(x):
+            self.multiply_few(x, out, None)
+        else:
+            self.multiply_many(x, out, most_numbers)
+
+    def is_for_few(self, x: Tensor) -> bool:
+        """Whether rows like these are for `multiply_few`."""
+        return self.kernels and len(x) <= self.most_rows(x)
 
     def most_rows(self, x: Tensor) -> int:
         """The most rows like these that `multiply_few` is for."""
         return coded.most_rows(x.device, eight_bits.VECTOR_ROWS)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
-        """`multiply` by a kernel that reads the codes as they are."""
+        """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add."""
         raise NotImplementedError
 
-    def multiply_many(self, x: Tensor, out: Tensor) -> None:
+    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         """x W^T of any number of rows."""
-        self.plain_multiply(x, out)
+        self.plain_multiply(x, out, most_numbers)
 
-    def plain_multiply(self, x: Tensor, out: Tensor) -> None:
+    def makes_blocks(self, x: Tensor) -> bool:
+        """Whether `multiply_many` does so by blocks, as `multiply_by_blocks`, where others may stand beside them."""
+        return True
+
+    def plain_multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         """The definition of `multiply_many`."""
-        for first, last in blocks(self.out_features, self.in_features):
-            torch.mm(x, self.block(first, last, x.dtype).t(), out=out[:, first:last])
+        everything = slice(0, self.in_features)
+        multiply_by_blocks([(self, everything)], [(x, everything, slice(0, len(x)))], out, most_numbers)
 
-    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """As `dequantise`, by the fastest there is."""
-        return self.dequantise(first, last, dtype)
+    def write_block(self, first: int, out: Tensor) -> None:
+        """`dequantise` outputs from `first` on into out [n, in], whose rows may lie apart, by the fastest there is."""
+        out.copy_(self.dequantise(first, first + len(out), out.dtype))
 
 
 class Int8Weight(QuantisedWeight):
@@ -117,12 +123,12 @@ class Int8Weight(QuantisedWeight):
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return eight_bits.plain_dequantise(self.codes[first:last], self.scale[first:last], dtype)
 
-    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def write_block(self, first: int, out: Tensor) -> None:
         if not (self.kernels and is_available(self.codes.device)):
-            return self.dequantise(first, last, dtype)
-        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
-        eight_bits.dequantise(self.codes[first:last], self.scale[first:last], rows)
-        return rows
+            super().write_block(first, out)
+            return
+        last = first + len(out)
+        eight_bits.dequantise(self.codes[first:last], self.scale[first:last], out)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         eight_bits.multiply(x, self.codes, self.scale, out, columns)
@@ -187,12 +193,12 @@ class Int4Weight(QuantisedWeight):
         scale, shift = self.affine[first:last].float().split(1, -1)
         return codes.float().sub_(8).mul_(scale).add_(shift).to(dtype).flatten(1)[:, : self.in_features]
 
-    def block(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def write_block(self, first: int, out: Tensor) -> None:
         if not (self.kernels and is_available(self.codes.device)):
-            return self.dequantise(first, last, dtype)
-        rows = torch.empty((last - first, self.in_features), dtype=dtype, device=self.codes.device)
-        four_bits.dequantise(self.codes[first:last], self.affine[first:last], rows)
-        return rows
+            super().write_block(first, out)
+            return
+        last = first + len(out)
+        four_bits.dequantise(self.codes[first:last], self.affine[first:last], out)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         four_bits.multiply(x, self.codes, self.affine, out, columns)
@@ -244,18 +250,17 @@ class Fp8Weight(QuantisedWeight):
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         eight_bits.multiply(x, self.codes, self.scale, out, columns)
 
-    def most_rows(self, x: Tensor) -> int:
-        # A card's own products take a third less time at 64 rows than bf16's do (an H100: 28 µs for 39).
-        return eight_bits.VECTOR_ROWS if self._has_products(x) else super().most_rows(x)
+    def makes_blocks(self, x: Tensor) -> bool:
+        return False  # x is rounded before.
 
-    def multiply_many(self, x: Tensor, out: Tensor) -> None:
+    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         if not self._has_products(x):
             self.plain_multiply(x, out)
             return
         codes, scale = self._rounded(x)
         torch._scaled_mm(codes, self.codes.t(), scale[:, None], self.scale[None, :], out_dtype=x.dtype, out=out)
 
-    def plain_multiply(self, x: Tensor, out: Tensor) -> None:
+    def plain_multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         for first, last in blocks(*x.shape):
             codes, scale = _to_fp8(x[first:last])
             rounded = codes.float().mul_(scale[:, None]).to(x.dtype)
@@ -278,21 +283,35 @@ class Fp8Weight(QuantisedWeight):
 WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Weight, "fp8": Fp8Weight}
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another: as many whole EVEN_ROWS as DEQUANTISED_NUMBERS hold, or less, one at least."""
-    most = max(DEQUANTISED_NUMBERS // columns, 1)
+def multiply_by_blocks(
+    weights: Sequence[tuple[QuantisedWeight, slice]],
+    products: Sequence[tuple[Tensor, slice, slice]],
+    out: Tensor,
+    most_numbers: int | None,
+) -> None:
+    """Products with matrices side by side, a block of their outputs after another, in out's dtype.
+
+    weights: each matrix, and its columns among those of all; products: each x [rows, columns], the columns that it is
+    multiplied by, and its rows of out [rows, out].
+    """
+    width = max(at.stop for _, at in weights)
+    for first, last in blocks(out.shape[1], width, most_numbers):
+        block = out.new_empty(last - first, width)
+        for weight, at in weights:
+            weight.write_block(first, block[:, at])
+        for x, at, rows in products:
+            torch.mm(x, block[:, at].t(), out=out[rows, first:last])
+
+
+def blocks(rows: int, columns: int, most_numbers: int | None = None) -> Iterator[tuple[int, int]]:
+    """Rows from one to before another: as many whole EVEN_ROWS as so many numbers hold, or less, one at least.
+
+    None: DEQUANTISED_NUMBERS.
+    """
+    most = max((most_numbers or DEQUANTISED_NUMBERS) // columns, 1)
     most -= most % EVEN_ROWS if most > EVEN_ROWS else 0
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
-
-
-def add_columns(out: Tensor, columns: Columns) -> None:
-    """out [rows, out] += t B^T, one adapter after another and a block of its B after another."""
-    for codes, scale, t in columns.parts:
-        for first, last in blocks(*codes.shape):
-            out[:, first:last].addmm_(
-                t, eight_bits.plain_dequantise(codes[first:last], scale[first:last], out.dtype).t()
-            )
 
 
 def has_fp8_products(device: torch.device) -> bool:
