@@ -5,8 +5,10 @@ goes where, and `headers` says where it lies.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import FileIO
-from itertools import groupby
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -34,12 +36,31 @@ def kinds_for(dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(kind for kind, own in DTYPES.items() if own.itemsize > 1)
 
 
-_PIECE_BYTES = 32 * 2**20
+READERS = 4
+"""Threads that read: what comes from the system's page cache comes as fast as one core copies it."""
+_BUFFER_BYTES = 32 * 2**20
+_PIECE_BYTES = _BUFFER_BYTES // READERS
+_RUN_BYTES = 16 * 2**20
+"""What a thread reads of a file before others have their turn, about."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of a file, and where they go."""
+
+    stored: StoredTensor
+    start: int
+    """In the file."""
+    block: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        return self.block.numel() * ITEM_BYTES[self.stored.kind]
 
 
 def make_buffer(device: torch.device) -> Tensor:
     """What bytes for a device travel through: 32 MiB of the host's memory, pinned for a GPU."""
-    return torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def fill_tensors(
@@ -51,33 +72,61 @@ def fill_tensors(
     """Fill each tensor from its file; they lie on `device`, and may be views and of another float dtype.
 
     buffer, from `make_buffer`, is for whoever calls this often. Host memory: one such buffer, however large a tensor
-    is, and up to 64 MiB more while a piece changes its dtype. Files are read, not mapped, so a file that shrinks under
+    is, and up to 64 MiB more while pieces change their dtype. Files are read, not mapped, so a file that shrinks under
     us is an error and not a dead process. Raises CheckpointError for a file that cannot be read to the end.
     """
     work = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].start))
+    free = SimpleQueue[Tensor]()
     buffer = make_buffer(device) if buffer is None else buffer
+    for part in buffer[: READERS * _PIECE_BYTES].split(_PIECE_BYTES):
+        free.put(part)
     done, total = 0, sum(stored.end - stored.start for stored, _ in work)
-    for path, group in groupby(work, key=lambda pair: pair[0].file):
-        try:
-            with path.open("rb", buffering=0) as file:
-                for stored, target in group:
-                    for count in _fill(file, stored, target, buffer):
-                        done += count
-                        if progress:
-                            progress(done, total)
-        except OSError as wrong:
-            raise CheckpointError(f"{path} cannot be read: {wrong.strerror or wrong}") from None
+    pool = ThreadPoolExecutor(READERS, "memphi-reader")
+    try:
+        inference = torch.is_inference_mode_enabled()  # Which is a thread's own.
+        for count in [pool.submit(_read_run, run, free, inference) for run in _runs(work)]:
+            done += count.result()
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _fill(file: FileIO, stored: StoredTensor, target: Tensor, buffer: Tensor) -> Iterator[int]:
-    """Copy one tensor piece by piece; yields each piece's bytes."""
-    item_bytes = ITEM_BYTES[stored.kind]
-    file.seek(stored.start)
-    for block in blocks(target, _PIECE_BYTES // item_bytes):
-        piece = buffer[: block.numel() * item_bytes]
-        _read_exactly(file, memoryview(piece.numpy()), stored)  # type: ignore[arg-type]  # numpy arrays are buffers
-        block.copy_(piece.view(DTYPES[stored.kind]).view(block.shape))
-        yield len(piece)
+def _runs(work: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[_Piece]]:
+    """Pieces that follow each other in a file."""
+    run, size = list[_Piece](), 0
+    for stored, target in work:
+        start = stored.start
+        for block in blocks(target, _PIECE_BYTES // ITEM_BYTES[stored.kind]):
+            if run and (size >= _RUN_BYTES or run[0].stored.file != stored.file):
+                yield run
+                run, size = [], 0
+            run.append(_Piece(stored, start, block))
+            start += run[-1].n_bytes
+            size += run[-1].n_bytes
+    if run:
+        yield run
+
+
+def _read_run(run: list[_Piece], free: "SimpleQueue[Tensor]", inference: bool) -> int:
+    """Read pieces through a part of the buffer that nobody uses; returns their bytes."""
+    path, buffer = run[0].stored.file, free.get()
+    try:
+        with path.open("rb", buffering=0) as file, torch.inference_mode(inference), torch.no_grad():
+            for piece in run:
+                _fill(file, piece, buffer)
+    except OSError as wrong:
+        raise CheckpointError(f"{path} cannot be read: {wrong.strerror or wrong}") from None
+    finally:
+        free.put(buffer)
+    return sum(piece.n_bytes for piece in run)
+
+
+def _fill(file: FileIO, piece: _Piece, buffer: Tensor) -> None:
+    kind, block, read = piece.stored.kind, piece.block, buffer[: piece.n_bytes]
+    file.seek(piece.start)
+    _read_exactly(file, memoryview(read.numpy()), piece.stored)  # type: ignore[arg-type]  # numpy arrays are buffers
+    block.copy_(read.view(DTYPES[kind]).view(block.shape))
 
 
 def blocks(tensor: Tensor, most_numbers: int) -> Iterator[Tensor]:
