@@ -42,7 +42,6 @@ from memphi.server.serving import Server, address_of, bind
 from memphi.server.settings import Limits, ServerSettings
 from tests.server.fakes import FakeEngine
 
-WARM_UP_TOKENS = 16
 CORES_PER_CLIENT, MOST_CLIENTS = 4, 4
 """Processes of clients: one for so many cores, so that it is not they who are measured."""
 SHARED_CORES = (
@@ -122,8 +121,8 @@ def compare(engine: ServedEngine, sizes: Sizes) -> dict[str, Any]:
     settings = ServerSettings("model", limits=Limits(key_requests=2 * sizes.streams))
     with listening(make_app(endless, settings)) as port:
         ways = {"direct": lambda few: take(endless, few), "http": lambda few: fetch(port.url, few)}
-        ways["direct"](sizes)  # Steps of every number of rows that there will be get their graphs now.
-        ways["http"](replace(sizes, tokens=WARM_UP_TOKENS, rounds=1))
+        for way in ways.values():  # Steps of every number of rows that there will be get their graphs and kernels now.
+            way(sizes)
         runs = {name: list[Run]() for name in ways}
         for _, (name, way) in product(range(sizes.repeats), ways.items()):
             runs[name].append(way(sizes))

@@ -59,6 +59,10 @@ class Elastic:
             self._next_look = now + LOOK_SECONDS
             self.make_way(*self._free_memory())
 
+    def stir(self) -> None:
+        """Memory was taken though nothing is asked for: it goes as what requests leave behind."""
+        self._idle_since, self._rested = time.monotonic(), False
+
     def rest(self) -> None:
         """Return to the weights and little more: forget what is kept for later, and give its memory back."""
         self._rested = True

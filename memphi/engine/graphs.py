@@ -3,14 +3,16 @@
 Launching a step's kernels one by one takes the host longer than the device needs for them; a graph is launched at once.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain, combinations, product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
+from memphi.config import AdapterName
 from memphi.model.decode import Buffers, Chosen, DecodeStep
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
@@ -65,6 +67,8 @@ class Graphs:
         # One for all captures: libraries keep a work space for each stream that they were used on.
         self._stream = torch.cuda.Stream(model.device) if capture else None
         self._held: _Held | None = None
+        self._ever = set[tuple[int, Adapters]]()
+        """Those whose kernels are compiled and loaded, also after they were dropped."""
 
     @property
     def are_held(self) -> bool:
@@ -91,6 +95,16 @@ class Graphs:
             graph.replay()
         return Decoded(step.logits[: len(rows)], step.chosen[: len(rows)])
 
+    @torch.inference_mode()
+    def rehearse(self) -> bool:
+        """Capture a graph that no step has needed yet; whether there was one. Raises whatever the device raises."""
+        key = next((key for key in self._all_keys() if key not in self._ever), None)
+        if key is None or self._stream is None or not self.allowed:
+            return False
+        self._ever.add(key)  # Also where it fails: it will be tried when a step needs it.
+        self._step(*key)
+        return True
+
     def drop(self) -> bool:
         """Forget all graphs and give their memory back; whether there were any."""
         if self._held is None:
@@ -111,7 +125,15 @@ class Graphs:
         if key not in held.steps:
             step = DecodeStep(self._model.language, self._pool, held.buffers, count, adapters, self._forbidden)
             held.steps[key] = step, None if self._stream is None else self._captured(held, step)
+            self._ever.add(key)
         return held.steps[key]
+
+    def _all_keys(self) -> Iterator[tuple[int, Adapters]]:
+        """Every graph that a step can need, those of few rows first."""
+        counts = sorted({_rounded_up(1 << power, self._most_rows) for power in range(self._most_rows.bit_length() + 1)})
+        names = get_args(AdapterName) if self._model.adapter_form == "packed" else ()
+        used = chain.from_iterable(combinations(names, number) for number in range(len(names) + 1))
+        return product(counts, map(frozenset, used))
 
     def _hold(self) -> _Held:
         if self._held is None:

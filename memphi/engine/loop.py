@@ -187,6 +187,24 @@ class Loop:
         self._note_state()
         return events
 
+    def rehearse(self) -> bool:
+        """Where nothing is asked for, get a graph ready, and its kernels compiled, before a step needs it.
+
+        Whether there was one. What fails is told, and tried again by the step that needs it.
+        """
+        if self.has_work or self._elastic.is_crowded():
+            return False
+        try:
+            done = attempt(self.runner.rehearse)
+        except Exception as error:
+            logging.getLogger(__name__).warning("a graph could not be captured ahead: %s", error)
+            return False
+        if done is None and self.runner.graphs is not None:
+            self.runner.graphs.drop()
+        if done:
+            self._elastic.stir()
+        return bool(done)
+
     def close(self) -> list[Event]:
         """End all requests, and what the allocator is held to."""
         events = [event for number in list(self._answers) for event in self.cancel(number)]

@@ -108,6 +108,13 @@ class Runner:
                 arrived.record()
             return Flight(plan, told, arrived)
 
+    def rehearse(self) -> bool:
+        """Get a graph ready that no step has needed yet; whether there was one. Raises whatever the device raises."""
+        if self.graphs is None:
+            return False
+        with current(self.model.device):
+            return self.graphs.rehearse()
+
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
             slices = [piece for piece in plan.slices if piece.kind == kind]

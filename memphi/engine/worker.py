@@ -66,11 +66,12 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
 
     deliver gets what each round brought, also where that is nothing: the counters may have changed.
     """
-    closed = busy = False
+    closed = busy = rehearsing = False
     with current(loop.runner.model.device), ExitStack() as stack:
         stack.callback(gc.unfreeze)  # Also where the loop fails.
         while not closed:
-            messages = _take(inbox, waits=loop.stalled)
+            messages = _take(inbox, waits=loop.stalled and not rehearsing)
+            rehearsing = not messages and loop.stalled and loop.rehearse()
             closed = any(isinstance(message, Close) for message in messages)
             events = [event for message in messages for event in _obey(message, loop, bounds)]
             events += loop.close() if closed else loop.step()
