@@ -54,8 +54,8 @@ WORD_BLOCKS = [
 ]
 """Outputs, inputs or words, and warps of a program that sums number by number."""
 BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8)), *product((256,), (128,), (3, 4), (4, 8))]
-WORD_TILES = [*product((32, 64, 128), (16, 32, 64), (2, 3), (4, 8))]
-"""Outputs, inputs or words, stages and warps of a program on tensor cores."""
+WORD_TILES = [*product((32, 64, 128), (16,), (2, 3, 4, 5), (4, 8))]
+"""Outputs, inputs or words, stages and warps of a program on tensor cores; in 16 bits, words are those of a group."""
 PARTS = (1, 2, 3, 4)
 """Into how many parts inputs are divided; nothing is compiled anew for that."""
 OTHER_PARTS = tuple(f" {parts} parts" for parts in PARTS[2:])
@@ -257,8 +257,10 @@ def with_tile(
     out: Tensor,
     columns: Columns | None,
 ) -> None:
+    block_out, _, stages, warps = tile
     with (
         patch.object(module, "choose_tile", lambda *_: tile),
+        patch.object(four_bits, "choose_group_tile", lambda *_: (block_out, stages, warps)),
         patch.object(module, "choose_parts", lambda *_: parts),
         patch.object(module, "VECTOR_ROWS", 0),
     ):

@@ -90,17 +90,18 @@ def test_adapters_beside_it(device, scheme, rows, ranks, border, gap, dtype):
 
 @SCHEMES
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_inputs_in_parts(device, scheme, parts, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_in_parts(device, scheme, parts, dtype, monkeypatch):
     """Of blocks that do not divide evenly, so that the last gets fewer; adapters are added once."""
     module = four_bits if scheme == "int4" else eight_bits
     block = 16 if scheme == "int4" else 64
     monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4))
     monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
     n_out, n_in, rows = 70, 688, 9
-    weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=torch.float32)
-    operand = numbers(rows, 40, device=device, dtype=torch.float32, seed=2)
+    weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=dtype)
+    operand = numbers(rows, 40, device=device, dtype=dtype, seed=2)
     columns = made_columns(n_out, 12, 5, apart(operand, 12, 5, gap=2), device)
-    out, expected = (torch.full((rows, n_out + 5), torch.nan, device=device)[:, :n_out] for _ in range(2))
+    out, expected = (torch.full((rows, n_out + 5), torch.nan, device=device, dtype=dtype)[:, :n_out] for _ in range(2))
     module.multiply(x, *weight.buffers(), out, columns)
     module.plain_multiply(x, *weight.buffers(), expected, columns)
     assert_near(out, expected, scheme)
@@ -116,7 +117,7 @@ def test_parts_are_summed_one_after_another(device):
 
 def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
     monkeypatch.setattr(coded, "multiprocessors", lambda device: 132)
-    assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [6, 3, 2, 2, 1, 1, 1]
+    assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [8, 4, 3, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -170,6 +171,24 @@ def test_rows_in_two_bytes(device, dtype):
     assert (ours != theirs).float().mean() < 1e-2
     assert ((ours * scales[0][:, None] - x.float()).abs() <= 0.51 * scales[0][:, None]).all()
     assert ours.abs().amax(1).tolist() == [127 * 256] * 4 + [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "group"), [(1024, 128), (200, 64), (1000, 64), (16, 64)])
+def test_groups_in_two_bytes(device, size, group, dtype):
+    """What stands where, and the sums; but for numbers between two, as the definition has it."""
+    x = numbers(5, size + 3, device=device, dtype=dtype)[:, :size]
+    groups = -(-size // group)
+    halves = [torch.full((2, 5, groups * group), 77, dtype=torch.int8, device=device) for _ in range(2)]
+    scales, sums = ([torch.zeros(shape, device=device) for _ in range(2)] for shape in (5, (5, groups)))
+    rounding.split_groups(x, halves[0], scales[0], sums[0])
+    rounding.plain_split_groups(x, halves[1], scales[1], sums[1])
+    torch.testing.assert_close(*scales)
+    ours, theirs = (256 * each[0].float() + each[1].float() for each in halves)
+    assert (ours - theirs).abs().max() <= 1
+    assert (ours != theirs).float().mean() < 1e-2
+    assert torch.equal(ours.view(5, groups, group).sum(-1), sums[0])
+    assert (sums[0] - sums[1]).abs().max() <= group
 
 
 @pytest.mark.parametrize("rows", [5, 17, 70])

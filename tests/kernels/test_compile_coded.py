@@ -13,8 +13,12 @@ from tests.kernels.ahead import SHARED_BYTES, compiled_for
 from tests.kernels.test_compile_skinny import RANKS, assert_fits
 
 MODULES = {"int8": eight_bits, "fp8": eight_bits, "int4": four_bits}
-IN_BYTES = {"int8": ["_split_rows"], "fp8": ["_round_rows"], "int4": []}
-"""What makes bytes of rows for tensor cores."""
+ON_TENSOR_CORES = {
+    "int8": ["_split_rows", "_multiply_tiles"],
+    "fp8": ["_round_rows", "_multiply_tiles"],
+    "int4": ["_split_rows", "_multiply_groups"],
+}
+"""What makes bytes of rows, and multiplies them."""
 SHAPES = ((3072, 8192), (16384, 3072))
 
 
@@ -48,7 +52,7 @@ def test_every_product_fits(capability, scheme):
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
-    names = {"_multiply_vectors"} | ({"_multiply_tiles", "_sum_parts", *IN_BYTES[scheme]} if on_tensor_cores else set())
+    names = {"_multiply_vectors"} | ({"_sum_parts", *ON_TENSOR_CORES[scheme]} if on_tensor_cores else set())
     assert {made.name for made in compiled} == names
 
 

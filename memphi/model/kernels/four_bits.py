@@ -26,17 +26,19 @@ from memphi.model.kernels.coded import (
     sum_parts,
     widen_columns,
 )
-from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, block_of_rows, share_of
+from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
     capability,
     constexpr,
+    is_interpreted,
     jit,
     launch_options,
     power_of_two,
     tl,
 )
+from memphi.model.kernels.rounding import split_groups
 
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
@@ -82,17 +84,60 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
             **launch_options(x.device),
         )
         return
-    block_out, block_words, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device))
+    if x.itemsize == 2:
+        _launch_groups(x, words, affine, out, columns)
+    else:
+        _launch_tiles(x, words, affine, out, columns)
+
+
+def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+    """In fp32."""
+    rows, (n_out, groups, part) = len(x), words.shape
+    added, places, ranks = column_arguments(x, columns)
+    block_out, block_words, stages, warps = choose_tile(rows, capability(x.device))
     block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
     share = share_of(groups * part, block_words, choose_parts(blocks, x.device))
     found = room_for_parts(out, -(-groups * part // share))
     _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
-        *(*tensors[:-1], found, *strides[:-1], found.stride(0), found.stride(1), n_out, rows, share),
-        **sizes,
+        *(x, words, affine.view(torch.int32), *added, found),
+        *(x.stride(0), *places, found.stride(0), found.stride(1), n_out, rows, share),
+        n_in=x.shape[1],
+        n_words=groups * part,
+        part=part,
+        ranks=ranks,
         block_rows=block_rows,
         block_out=block_out,
         block_words=block_words,
-        block_ranks=COLUMNS_BLOCK if out.itemsize <= 2 else COLUMNS_BLOCK // 2,
+        block_ranks=COLUMNS_BLOCK // 2,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(x.device),
+    )
+    if len(found) > 1:
+        sum_parts(found, out)
+
+
+def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+    """In 16 bits, byte by byte."""
+    rows, (n_out, groups, part) = len(x), words.shape
+    added, places, ranks = column_arguments(x, columns)
+    halves, steps = x.new_empty((2, rows, 8 * groups * part), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    of_groups = x.new_empty((rows, groups), dtype=torch.float32)
+    split_groups(x, halves, steps, of_groups)
+    block_out, stages, warps = choose_group_tile(rows, n_out, capability(x.device))
+    block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
+    share = share_of(groups, 1, choose_parts(blocks, x.device))
+    found = room_for_parts(out, -(-groups // share))
+    _multiply_groups[(-(-rows // block_rows), blocks, len(found))](
+        *(halves, of_groups, steps, words.view(torch.int8), affine.view(torch.int32), *added, found),
+        *(*places, found.stride(0), found.stride(1), n_out, rows, share),
+        groups=groups,
+        part=part,
+        ranks=ranks,
+        block_rows=block_rows,
+        block_out=block_out,
+        block_ranks=COLUMNS_BLOCK,
+        in_assembler=not is_interpreted(),
         num_warps=warps,
         num_stages=stages,
         **launch_options(x.device),
@@ -113,15 +158,19 @@ def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
     return block_out, block_words, warps
 
 
-def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Outputs, words, stages and warps of a program on the tensor cores of a card of some compute capability.
-
-    x has itemsize bytes a number.
-    """
-    few, block_words = block_of_rows(rows) <= 16, 32 if itemsize <= 2 else 16
+def choose_tile(rows: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Outputs, words, stages and warps of a program in fp32 on the tensor cores of a card of some capability."""
+    few = block_of_rows(rows) <= 16
     if on in ROOMY_CAPABILITY:
-        return 64, 2 * block_words if few else block_words, 3, 4
-    return 64, block_words, 3 if few else 2, 4
+        return 64, 32 if few else 16, 3, 4
+    return 64, 16, 3 if few else 2, 4
+
+
+def choose_group_tile(rows: int, n_out: int, on: tuple[int, int]) -> tuple[int, int, int]:
+    """Outputs, stages and warps of such a program in 16 bits, which takes a group of inputs at once."""
+    if on in ROOMY_CAPABILITY and rows > 32 and n_out >= WIDE_OUT:
+        return 128, 4, 8
+    return 64, 4 if on in ROOMY_CAPABILITY else 3, 4
 
 
 @jit
@@ -315,6 +364,111 @@ def _multiply_tiles(
         )
     out += own.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)
+
+
+@jit
+def _multiply_groups(
+    x: Tile,
+    of_groups: Tile,
+    steps: Tile,
+    codes: Tile,
+    affine: Tile,
+    b: Tile,
+    b_first: Tile,
+    b_last: Tile,
+    t: Tile,
+    out: Tile,
+    b_stride: Tile,
+    t_stride: Tile,
+    border: Tile,
+    gap: Tile,
+    part_stride: Tile,
+    out_stride: Tile,
+    n_out: Tile,
+    rows: Tile,
+    share: Tile,
+    groups: constexpr,
+    part: constexpr,
+    ranks: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_ranks: constexpr,
+    in_assembler: constexpr,
+    dependent: constexpr,
+) -> None:
+    """Rows in bytes as `split_groups` makes them; scale and shift wait until the products of a group are summed."""
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    own, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
+    first, end = own * share, tl.minimum(groups, own * share + share)
+    codes += outs.to(tl.int64)[:, None] * (4 * groups * part)
+    affine += outs.to(tl.int64) * groups
+    of_groups += numbers * groups
+    places = tl.arange(0, 4 * part)
+    pairs = load_block(codes, inside, first * (4 * part) + places, 4 * groups * part)
+    line = tl.load(affine + first, inside, other=0)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([block_out, block_rows], tl.float32)
+    sums = _add_group(sums, pairs, line, x, of_groups, first, numbers, exists, rows, groups, part, in_assembler)
+    for group in range(first + 1, end):
+        pairs = load_block(codes, inside, group * (4 * part) + places, 4 * groups * part)
+        line = tl.load(affine + group, inside, other=0)
+        sums = _add_group(sums, pairs, line, x, of_groups, group, numbers, exists, rows, groups, part, in_assembler)
+    sums *= tl.load(steps + numbers, exists, other=0)[None, :]
+    if ranks > 0 and own == 0:
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+        sums = add_columns(
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
+            *(outs, inside, numbers, exists, ranks, block_ranks),
+        )
+    out += own.to(tl.int64) * part_stride
+    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
+
+
+@jit
+def _add_group(
+    sums: Tile,
+    pairs: Tile,
+    line: Tile,
+    x: Tile,
+    of_groups: Tile,
+    group: Tile,
+    numbers: Tile,
+    exists: Tile,
+    rows: Tile,
+    groups: constexpr,
+    part: constexpr,
+    in_assembler: constexpr,
+) -> Tile:
+    """sums, and the products of a group, of whose codes two are a byte."""
+    width: constexpr = 8 * groups * part
+    even, odd = _codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler)
+    places = group * (8 * part) + tl.arange(0, 4 * part)
+    there, lines = exists[:, None] & (places < width)[None, :], numbers.to(tl.int64)[:, None] * width + places[None, :]
+    upper = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
+    upper = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), upper, out_dtype=tl.int32)
+    lines += rows.to(tl.int64) * width
+    lower = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
+    lower = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), lower, out_dtype=tl.int32)
+    found = (upper * 256 + lower).to(tl.float32)  # Of 128 inputs it fits in 32 bits.
+    of_group = tl.load(of_groups + group, exists, other=0)
+    return sums + found * _scale(line)[:, None] + _shift(line)[:, None] * of_group[None, :]
+
+
+@jit
+def _codes(pairs: Tile, upper: constexpr, in_assembler: constexpr) -> Tile:
+    """The lower or the upper code of each byte, 0 to 15; four at once, which a compiler does not see."""
+    if not in_assembler:
+        return (pairs >> 4 if upper else pairs) & 15
+    if upper:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 moved; shr.u32 moved, $1, 4; and.b32 $0, moved, 0x0F0F0F0F; }",
+            *("=r,r", [pairs], tl.int8, True, 4),
+        )
+    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [pairs], tl.int8, True, 4)
 
 
 @jit

@@ -130,6 +130,9 @@ class Int8Weight(QuantisedWeight):
         last = first + len(out)
         eight_bits.dequantise(self.codes[first:last], self.scale[first:last], out)
 
+    def most_rows(self, x: Tensor) -> int:
+        return coded.most_rows(x.device, eight_bits.VECTOR_ROWS, eight_bits.MOST_ROWS)
+
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         eight_bits.multiply(x, self.codes, self.scale, out, columns)
 
