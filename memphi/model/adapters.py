@@ -14,6 +14,7 @@ from memphi.config import AdapterConfig
 from memphi.memory.costs import MERGED_NUMBERS
 from memphi.model.kernels import skinny
 from memphi.model.kernels.gate import gate
+from memphi.model.kernels.rounding import Bytes
 
 Uses = slice | Tensor | None
 """The packed tokens that an adapter applies to: all (None), those of a slice, those of an index [n] int64, or those of
@@ -79,21 +80,49 @@ class AdaptedLinear(nn.Module):
         """The place of x in an operand: a view [tokens, in]."""
         return operand
 
-    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
-        """Apply to the x that stands in an operand, for inference; adapters have to be packed for it. Into out."""
+    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
+        """Room for so many x of like's dtype in bytes, where whoever makes x saves a pass by filling it."""
+        return None
+
+    def apply_to(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
+    ) -> Tensor:
+        """Apply to the x that stands in an operand, for inference; adapters have to be packed for it. Into out.
+
+        in_bytes: the same x, in what `room_for_bytes` gave.
+        """
         assert not adapter_tokens, "a step with adapters needs them packed"
         return multiply(self.x_of(operand), self.weight, out, self.kernels)
 
-    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+    def apply_gated(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        both: Tensor,
+        out: Tensor,
+        in_bytes: Bytes | None = None,
+        made: Bytes | None = None,
+    ) -> None:
         """`apply_to`, where what comes of it is gates and then what they let through: that, into out [tokens, out / 2].
 
-        both [tokens, out] is room for the one and the other, which few rows do not need.
+        both [tokens, out] is room for the one and the other, which few rows do not need; made, where there is some, is
+        filled with out, which weights in few bits alone do.
         """
+        assert made is None, "rows in bytes are for weights in few bits, and all of a layer are"
         assert not adapter_tokens, "a step with adapters needs them packed"
         multiply_gated(self.x_of(operand), self.weight, both, out, self.kernels)
 
-    def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
-        """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""
+    def follow(
+        self,
+        compute: Callable[[Tensor | None], Tensor],
+        count: int,
+        adapter_tokens: AdapterTokens,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
+        """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any.
+
+        in_bytes: what of `room_for_bytes` it fills with the same.
+        """
         return cast(Tensor, self(compute(None), adapter_tokens))
 
 

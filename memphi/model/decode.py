@@ -243,8 +243,9 @@ class DecodeStep:
         """x += the delta before, if any; delta = the layer's attention."""
         operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
         attention, norm = layer.attention, layer.attention_norm
-        add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand))
-        attention.qkv.apply_to(operand, self._uses, qkv)
+        in_bytes = attention.qkv.room_for_bytes(self._rows, x)
+        add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand), in_bytes)
+        attention.qkv.apply_to(operand, self._uses, qkv, in_bytes)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
         pages, scales = self._pool.layer(number), self._pool.scales(number)
         attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)
@@ -254,6 +255,7 @@ class DecodeStep:
         """x += delta; delta = the layer's MLP."""
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
-        add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand))
-        layer.mlp.gate_up.apply_gated(operand, self._uses, gate_up, layer.mlp.down.x_of(inner))
-        layer.mlp.down.apply_to(inner, self._uses, delta)
+        in_bytes, opened = (linear.room_for_bytes(self._rows, x) for linear in (layer.mlp.gate_up, layer.mlp.down))
+        add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand), in_bytes)
+        layer.mlp.gate_up.apply_gated(operand, self._uses, gate_up, layer.mlp.down.x_of(inner), in_bytes, opened)
+        layer.mlp.down.apply_to(inner, self._uses, delta, opened)

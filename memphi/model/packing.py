@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, multiply, multiply_gated
 from memphi.model.kernels import skinny
+from memphi.model.kernels.rounding import Bytes
 from memphi.model.kernels.skinny import Narrow
 
 READ_TOKENS = 256
@@ -61,20 +62,31 @@ class PackedLinear(AdaptedLinear):
         self._shape = n_out, n_in, left, right
         self._view(wide, narrow)
 
-    def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        adapter_tokens: AdapterTokens,
+        operand: Tensor | None = None,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
         """As the definition; an operand holds x already. Raises RuntimeError where gradients are asked for."""
         if not adapter_tokens:
             return multiply(x, self.weight, x.new_empty(len(x), self.out_features), self.kernels)
         if operand is None:
             operand = self.operand(len(x))
             self.x_of(operand).copy_(x)
-        return self.apply_to(operand, adapter_tokens)
+        return self.apply_to(operand, adapter_tokens, in_bytes=in_bytes)
 
-    def follow(self, compute: Callable[[Tensor | None], Tensor], count: int, adapter_tokens: AdapterTokens) -> Tensor:
-        if not adapter_tokens:
-            return super().follow(compute, count, adapter_tokens)
-        operand = self.operand(count)
-        return cast(Tensor, self(compute(self.x_of(operand)), adapter_tokens, operand))
+    def follow(
+        self,
+        compute: Callable[[Tensor | None], Tensor],
+        count: int,
+        adapter_tokens: AdapterTokens,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
+        operand = self.operand(count) if adapter_tokens else None
+        x = compute(None if operand is None else self.x_of(operand))
+        return cast(Tensor, self(x, adapter_tokens, operand, in_bytes))
 
     @property
     def width(self) -> int:
@@ -89,14 +101,29 @@ class PackedLinear(AdaptedLinear):
         """The place of x in an operand: a view [tokens, in]."""
         return operand[:, self._x]
 
-    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
+    def apply_to(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        out: Tensor | None = None,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
         """Apply to the x that stands in an operand, whose other columns are overwritten; into out [tokens, out]."""
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
         for x, weight, span in self._factors(operand, adapter_tokens):
             multiply(x, weight, y[span], self.kernels)
         return y
 
-    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
+    def apply_gated(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        both: Tensor,
+        out: Tensor,
+        in_bytes: Bytes | None = None,
+        made: Bytes | None = None,
+    ) -> None:
+        assert made is None, "rows in bytes are for weights in few bits, and all of a layer are"
         for x, weight, span in self._factors(operand, adapter_tokens):
             multiply_gated(x, weight, both[span], out[span], self.kernels)
 

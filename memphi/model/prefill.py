@@ -13,13 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from memphi.model.adapters import AdaptedLinear
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend
 from memphi.model.kernels.rotary import rotate_and_keep, tabulate
-from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, Norm, RMSNorm, SelfAttention
+from memphi.model.kernels.rounding import Bytes
+from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, RMSNorm, SelfAttention
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import Lines, Packing
 
@@ -42,10 +44,14 @@ class Residual:
         self._x = x
         self.delta: Tensor | None = None
 
-    def normed(self, norm: RMSNorm, out: Tensor | None = None) -> Tensor:
-        """Add what is to be added, and give the norm of the sum; in out, where one is given."""
+    def room_for_bytes(self, linear: AdaptedLinear) -> Bytes | None:
+        """Room for a linear's x, a norm of the sum, in bytes, where that is how it is multiplied."""
+        return linear.room_for_bytes(len(self._x), self._x)
+
+    def normed(self, norm: RMSNorm, made: Bytes | None = None, out: Tensor | None = None) -> Tensor:
+        """Add what is to be added, and give the norm of the sum; in out, where one is given, and in bytes as well."""
         out = torch.empty_like(self._x) if out is None else out
-        add_norm(self._x, self.delta, norm.weight, norm.eps, out)
+        add_norm(self._x, self.delta, norm.weight, norm.eps, out, made)
         self.delta = None  # Its memory goes before the next product's output comes.
         return out
 
@@ -59,17 +65,19 @@ def compute(model: LanguageModel, embeddings: Tensor, packing: Packing, pool: Ke
     step = Step(packing, _tabulate(model, packing), lines, pool)
     residual = Residual(embeddings)
     for layer in cast(Iterable[DecoderLayer], model.layers):
-        residual.delta = _attend(layer.attention, partial(residual.normed, layer.attention_norm), step)
-        residual.delta = _transform(layer.mlp, partial(residual.normed, layer.mlp_norm), step)
+        residual.delta = _attend(layer.attention, layer.attention_norm, residual, step)
+        residual.delta = _transform(layer.mlp, layer.mlp_norm, residual, step)
     return residual.normed(model.norm)
 
 
-def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
+def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: Step) -> Tensor:
     """A layer's attention: what is to be added to the running sum."""
     packing, paging = step.packing, step.packing.paging
     assert paging is not None
     count, pages, scales = len(packing.positions), step.pool.layer(attention.layer), step.pool.scales(attention.layer)
-    qkv = attention.qkv.follow(norm, count, packing.adapter_tokens)
+    made = residual.room_for_bytes(attention.qkv)
+    qkv = attention.qkv.follow(partial(residual.normed, norm, made), count, packing.adapter_tokens, made)
+    del made
     rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
     heads = [width // attention.head_dim for width in attention.widths]
     query, key, value = qkv.view(count, -1, attention.head_dim).split(heads, dim=1)  # [tokens, heads, head_dim]
@@ -91,18 +99,20 @@ def _attend(attention: SelfAttention, norm: Norm, step: Step) -> Tensor:
     return attention.out.follow(mix, count, packing.adapter_tokens)
 
 
-def _transform(mlp: MLP, norm: Norm, step: Step) -> Tensor:
+def _transform(mlp: MLP, norm: RMSNorm, residual: Residual, step: Step) -> Tensor:
     """The same of a layer's MLP."""
     packing = step.packing
     count = len(packing.positions)
-    gate_up = mlp.gate_up.follow(norm, count, packing.adapter_tokens)
+    made = residual.room_for_bytes(mlp.gate_up)
+    gate_up = mlp.gate_up.follow(partial(residual.normed, norm, made), count, packing.adapter_tokens, made)
+    made = residual.room_for_bytes(mlp.down)
 
     def open_gate(out: Tensor | None) -> Tensor:
         out = gate_up.new_empty(count, gate_up.shape[1] // 2) if out is None else out
-        gate(gate_up, out)
+        gate(gate_up, out, made)
         return out
 
-    return mlp.down.follow(open_gate, count, packing.adapter_tokens)
+    return mlp.down.follow(open_gate, count, packing.adapter_tokens, made)
 
 
 def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, Division], ...]:

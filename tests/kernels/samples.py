@@ -58,3 +58,18 @@ def assert_coded_alike(actual, expected, dtype):
         made, wanted = made.float(), wanted.float()
         other = (made != wanted) & ~(made.isnan() & wanted.isnan())
         assert other.sum() <= (1 + made.numel() // 500 if dtype == torch.float32 else 0)
+
+
+def assert_same_bytes(made, expected):
+    assert torch.equal(made.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(made.scale, expected.scale)
+
+
+def assert_near_bytes(made, expected):
+    """What rows in bytes stand for: where a number was rounded to its neighbour before, its byte may be another."""
+    numbers = [
+        (each.codes.float() if each.is_e4m3 else 256 * each.codes[0].float() + each.codes[1].float())
+        * each.scale[:, None]
+        for each in (made, expected)
+    ]
+    torch.testing.assert_close(*numbers, rtol=0.14 if made.is_e4m3 else 0.02, atol=2e-3)

@@ -1,5 +1,6 @@
 """A decode step through the kernels equals the decoder's definition, pages included, whatever rows share it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -33,23 +34,32 @@ SETS = {
 SCHEMES = ("int8", "int4", "fp8")
 
 
-def make_model(device, form="packed", config=None, scheme="bf16"):
-    model = tiny_model(config)
+def make_model(device, form="packed", config=None, scheme="bf16", dtype=torch.float32):
+    model = tiny_model(config).to(dtype)
     model.quantise(scheme)
     model.keep_adapters(*FORMS[form])
     model.use_kernels(True)
     return model.to(device)
 
 
+def model_in_fp32(model):
+    """The same weights, in fp32 all that is computed."""
+    wide = copy.deepcopy(model).float()
+    for module in wide.modules():
+        if getattr(module, "dtype", None) is torch.bfloat16:
+            module.dtype = torch.float32
+    return wide
+
+
 def filled_pool(model, device, cache_format="plain"):
     """Pages of which each token holds other numbers, and those of no row too."""
-    pool = make_pool(model.config.language, PAGES, torch.float32, device, PAGE_TOKENS, cache_format)
+    pool = make_pool(model.config.language, PAGES, model.dtype, device, PAGE_TOKENS, cache_format)
     pool.ensure(range(PAGES))
     generator = torch.Generator().manual_seed(5)
     places = torch.arange(PAGES * PAGE_TOKENS, device=device)
     for number in range(model.config.language.layers):
         for kept in kept_layer(*pool.layer(number), pool.scales(number)):
-            new = torch.randn(kept.numbers.shape, generator=generator).to(device)
+            new = torch.randn(kept.numbers.shape, generator=generator).to(device, model.dtype)
             kept.write(places // PAGE_TOKENS, places % PAGE_TOKENS, new.flatten(0, 1))
     return pool
 
@@ -124,6 +134,21 @@ def test_it_equals_the_definition(device, count, name):
 def test_weights_in_few_bits(device, scheme, count, name):
     """The definition computes with the same numbers, a block of weights after another."""
     assert_equal_steps(device, make_model(device, scheme=scheme), make_rows(count, SETS[name]))
+
+
+@pytest.mark.parametrize("name", ["none", "both and none"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("few_programs")
+@torch.inference_mode()
+def test_rows_in_bytes(device, scheme, name):
+    """In 16 bits, as what comes before a product leaves them; as near to fp32 as the definition in 16 bits."""
+    rows, model = make_rows(8, SETS[name]), make_model(device, scheme=scheme, dtype=torch.bfloat16)
+    exact, _ = defined(wide := model_in_fp32(model), filled_pool(wide, device), rows, ids := list(range(8)))
+    plain, _ = defined(model, pool := filled_pool(model, device), rows, ids)
+    step = DecodeStep(model.language, pool, Buffers(model.language, 8, MOST_PAGES, PAGE_TOKENS), 8, used(rows))
+    step.fill(rows, ids)
+    errors = [((each.float() - exact).norm() / exact.norm()).item() for each in (step.run(), plain)]
+    assert errors[0] < 1.2 * errors[1] < 0.2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,11 +1,23 @@
 """The gate equals its definition."""
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memphi.model.kernels.gate import gate, plain_gate
-from tests.kernels.samples import DTYPES, FEW, SEEDS, assert_rounded_alike, normal, strided, unwritten
+from memphi.model.kernels.rounding import make_bytes, room_in_e4m3, room_in_two_bytes
+from tests.kernels.samples import (
+    DTYPES,
+    FEW,
+    SEEDS,
+    assert_near_bytes,
+    assert_rounded_alike,
+    assert_same_bytes,
+    normal,
+    strided,
+    unwritten,
+)
 
 
 @FEW
@@ -18,6 +30,19 @@ def test_gate_equals_its_definition(device, rows, size, dtype, seed):
     plain_gate(gate_up, expected)
     gate(gate_up, out)
     assert_rounded_alike(out, expected, steps=16 if dtype == torch.float32 else 2)  # Another exponential.
+
+
+@pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
+@pytest.mark.parametrize("rows", [5, 64])
+def test_what_gates_let_through_is_there_in_bytes_too(device, room, rows):
+    gate_up = strided(normal(rows, 2 * 700, dtype=torch.bfloat16, device=device, seed=0))
+    out = torch.empty(rows, 700, dtype=torch.bfloat16, device=device)
+    made, expected, plain = (room(rows, 700, out) for _ in range(3))
+    plain_gate(gate_up, torch.empty_like(out), plain)
+    gate(gate_up, out, made)
+    make_bytes(out, expected)
+    assert_same_bytes(made, expected)
+    assert_near_bytes(made, plain)
 
 
 def test_extreme_gates_shut_or_open(device):

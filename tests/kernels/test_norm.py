@@ -1,12 +1,24 @@
 """The residual sum and the norm after it equal their definition."""
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memphi.model.kernels.norm import add_norm, plain_add_norm
+from memphi.model.kernels.rounding import make_bytes, room_in_e4m3, room_in_two_bytes
 from memphi.model.language import RMSNorm
-from tests.kernels.samples import DTYPES, FEW, SEEDS, assert_rounded_alike, normal, strided, unwritten
+from tests.kernels.samples import (
+    DTYPES,
+    FEW,
+    SEEDS,
+    assert_near_bytes,
+    assert_rounded_alike,
+    assert_same_bytes,
+    normal,
+    strided,
+    unwritten,
+)
 
 
 @FEW
@@ -21,6 +33,19 @@ def test_add_norm_equals_its_definition(device, rows, size, dtype, adds, seed):
     add_norm(x, delta if adds else None, weight, 1e-5, out)
     assert torch.equal(x, x_plain)
     assert_rounded_alike(out, expected, steps=4 if dtype == torch.float32 else 2)  # Sums in another order.
+
+
+@pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
+@pytest.mark.parametrize("rows", [5, 64])
+def test_what_is_normed_is_there_in_bytes_too(device, room, rows):
+    x, delta = (strided(normal(rows, 700, dtype=torch.bfloat16, device=device, seed=i)) for i in (0, 1))
+    weight = normal(700, dtype=torch.bfloat16, device=device, seed=2)
+    out, (made, expected, plain) = torch.empty_like(x), (room(rows, 700, x) for _ in range(3))
+    plain_add_norm(x.clone(), delta, weight, 1e-5, torch.empty_like(x), plain)
+    add_norm(x, delta, weight, 1e-5, out, made)
+    make_bytes(out, expected)
+    assert_same_bytes(made, expected)
+    assert_near_bytes(made, plain)
 
 
 def test_the_definition_is_the_models(device):

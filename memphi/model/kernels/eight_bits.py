@@ -40,7 +40,16 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
-from memphi.model.kernels.rounding import nearest, round_rows, row_step, split_rows, wide_codes, widened
+from memphi.model.kernels.rounding import (
+    Bytes,
+    make_bytes,
+    nearest,
+    room_in_e4m3,
+    room_in_two_bytes,
+    row_step,
+    wide_codes,
+    widened,
+)
 
 VECTOR_ROWS = 4
 """Up to so many rows products are summed number by number, beyond on tensor cores."""
@@ -74,12 +83,28 @@ def plain_multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns
     out.copy_(plain_add(y, columns))
 
 
-def multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None = None) -> None:
-    """As `plain_multiply`."""
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    columns: Columns | None = None,
+    in_bytes: Bytes | None = None,
+) -> None:
+    """As `plain_multiply`; in_bytes: x, where somebody has filled a `room_for_bytes` with it already."""
     if len(x) <= VECTOR_ROWS:
         _launch_vectors(x, codes, scale, out, columns)
     else:
-        _launch_tiles(x, codes, scale, out, columns)
+        _launch_tiles(x, codes, scale, out, columns, in_bytes)
+
+
+def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
+    """Room for so many x of like's dtype in bytes, where that is what they are multiplied in; None where it is not."""
+    if rows <= VECTOR_ROWS:
+        return None
+    if codes.dtype is torch.float8_e4m3fn:
+        return room_in_e4m3(rows, codes.shape[1], like)
+    return room_in_two_bytes(rows, codes.shape[1], like) if like.itemsize == 2 else None
 
 
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
@@ -123,14 +148,18 @@ def _in_words(columns: Columns | None) -> Columns | None:
     return Columns(columns.codes.view(torch.int32), columns.scale, t)
 
 
-def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
+def _launch_tiles(
+    x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, made: Bytes | None
+) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     in_bytes = capability(x.device) >= E4M3_CAPABILITY if is_e4m3 else x.itemsize == 2
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
-    values, steps = _as_codes(x, is_e4m3) if is_e4m3 or in_bytes else (x, scale)
-    codes = codes.view(torch.uint8) if is_e4m3 else codes
+    if made is None and (made := room_for_bytes(rows, codes, x)) is not None:
+        make_bytes(x, made)
+    values, steps = (x, scale) if made is None else (made.codes, made.scale)
+    values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
     block_rows = block_of_rows(rows)
     blocks, row_blocks = -(-n_out // block_out), -(-rows // block_rows)
     share = share_of(n_in, block_in, choose_parts(blocks * row_blocks, x.device))
@@ -152,18 +181,6 @@ def _launch_tiles(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns:
     )
     if len(found) > 1:
         sum_parts(found, out)
-
-
-def _as_codes(x: Tensor, is_e4m3: bool) -> tuple[Tensor, Tensor]:
-    """x in e4m3 [rows, in], or in upper and lower bytes [2, rows, in]; and the scale of each row [rows]."""
-    steps = x.new_empty(len(x), dtype=torch.float32)
-    if is_e4m3:
-        rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-        round_rows(x, rounded, steps)
-        return rounded.view(torch.uint8), steps
-    halves = x.new_empty((2, *x.shape), dtype=torch.int8)
-    split_rows(x, halves, steps)
-    return halves, steps
 
 
 def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, tl
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 BLOCK, WARPS = 1024, 4
+ROW_WARPS = 16
 
 
-def plain_gate(gate_up: Tensor, out: Tensor) -> None:
-    """out = up * silu(gate), both rounded as they arise; the definition.
+def plain_gate(gate_up: Tensor, out: Tensor, made: Bytes | None = None) -> None:
+    """out = up * silu(gate), both rounded as they arise, and made is filled with it, if there is some; the definition.
 
     gate_up [rows, 2 * size], the gate first; out [rows, size]; each row contiguous.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     out.copy_(up * F.silu(gate))
+    if made is not None:
+        plain_make_bytes(out, made)
 
 
-def gate(gate_up: Tensor, out: Tensor) -> None:
-    """As `plain_gate`, one program for each block of a row."""
+def gate(gate_up: Tensor, out: Tensor, made: Bytes | None = None) -> None:
+    """As `plain_gate`, one program for each block of a row; for all of it where there is room for bytes."""
     rows, size = out.shape
-    _gate[(rows, -(-size // BLOCK))](
-        *(gate_up, out, gate_up.stride(0), out.stride(0)),
+    block, warps = (BLOCK, WARPS) if made is None else (power_of_two(size), ROW_WARPS)
+    room, strides, n_bytes = byte_arguments(out, made)
+    _gate[(rows, -(-size // block))](
+        *(gate_up, out, *room, gate_up.stride(0), out.stride(0), *strides),
         size=size,
-        block=BLOCK,
-        num_warps=WARPS,
+        n_bytes=n_bytes,
+        block=block,
+        num_warps=warps,
         **launch_options(out.device),
     )
 
@@ -35,9 +42,14 @@ def gate(gate_up: Tensor, out: Tensor) -> None:
 def _gate(
     gate_up: Tile,
     out: Tile,
+    codes: Tile,
+    scale: Tile,
     gate_up_stride: Tile,
     out_stride: Tile,
+    codes_stride: Tile,
+    half: Tile,
     size: constexpr,
+    n_bytes: constexpr,
     block: constexpr,
     dependent: constexpr,
 ) -> None:
@@ -49,7 +61,10 @@ def _gate(
     inside = columns < size
     gates = tl.load(gate_up + row * gate_up_stride + columns, inside, other=0)
     ups = tl.load(gate_up + row * gate_up_stride + size + columns, inside, other=0)
-    tl.store(out + row * out_stride + columns, open_gate(gates, ups), inside)
+    opened = open_gate(gates, ups)
+    tl.store(out + row * out_stride + columns, opened, inside)
+    if n_bytes > 0:
+        store_bytes(opened.to(tl.float32), codes + row * codes_stride, scale + row, half, columns, inside, n_bytes)
 
 
 @jit

@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 WARPS = 8
 
 
-def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
-    """x += delta, then out = RMSNorm(x); the definition.
+def plain_add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, made: Bytes | None = None
+) -> None:
+    """x += delta, then out = RMSNorm(x), and made is filled with it, if there is some; the definition.
 
     x, delta and out [rows, size], each row contiguous; weight [size]. The root mean square is taken in fp32, and x over
     it is rounded before the weight is applied (`RMSNorm`).
@@ -19,16 +22,22 @@ def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, 
         x += delta
     wide = x.float()
     out.copy_((wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight)
+    if made is not None:
+        plain_make_bytes(out, made)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, made: Bytes | None = None
+) -> None:
     """As `plain_add_norm`, one program a row."""
     rows, size = x.shape
+    room, strides, n_bytes = byte_arguments(x, made)
     _add_norm[(rows,)](
-        *(x, x if delta is None else delta, weight, out),
-        *(x.stride(0), x.stride(0) if delta is None else delta.stride(0), out.stride(0)),
+        *(x, x if delta is None else delta, weight, out, *room),
+        *(x.stride(0), x.stride(0) if delta is None else delta.stride(0), out.stride(0), *strides),
         eps,
         size=size,
+        n_bytes=n_bytes,
         block=power_of_two(size),
         adds=delta is not None,
         num_warps=WARPS,
@@ -42,11 +51,16 @@ def _add_norm(
     delta: Tile,
     weight: Tile,
     out: Tile,
+    codes: Tile,
+    code_scale: Tile,
     x_stride: Tile,
     delta_stride: Tile,
     out_stride: Tile,
+    codes_stride: Tile,
+    half: Tile,
     eps: Tile,
     size: constexpr,
+    n_bytes: constexpr,
     block: constexpr,
     adds: constexpr,
     dependent: constexpr,
@@ -68,5 +82,7 @@ def _add_norm(
         tl.store(x + row * x_stride + columns, values, inside)
         wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    normed = (wide * scale).to(dtype).to(tl.float32) * weights
-    tl.store(out + row * out_stride + columns, normed.to(dtype), inside)
+    normed = ((wide * scale).to(dtype).to(tl.float32) * weights).to(dtype)
+    tl.store(out + row * out_stride + columns, normed, inside)
+    if n_bytes > 0:
+        store_bytes(normed.to(tl.float32), codes + row * codes_stride, code_scale + row, half, columns, inside, n_bytes)

@@ -1,7 +1,12 @@
-"""Rows rounded to e4m3, or to whole numbers of two bytes, each with a scale of its own; and what a byte of e4m3 stands
-for, on cards that know none."""
+"""Rows in bytes: in e4m3, or in whole numbers of two bytes, each with a scale of its own; and what a byte of e4m3
+stands for, on cards that know none.
+
+Other kernels whose rows go to such products leave them so as well (`store_bytes`), and save a pass.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +17,46 @@ WARPS = 8
 LARGEST, LEAST_SCALE = 448.0, 1e-30
 LARGEST_WHOLE = 127 * 256
 """Whose upper byte is the largest that int8 has."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Rows for a product on tensor cores; or room for them, which whoever makes the rows fills."""
+
+    codes: Tensor  # [rows, size] e4m3, or [2, rows, size] int8, upper and lower
+    scale: Tensor  # [rows] fp32
+
+    @property
+    def is_e4m3(self) -> bool:
+        return self.codes.dtype is torch.float8_e4m3fn
+
+
+def room_in_e4m3(rows: int, size: int, like: Tensor) -> Bytes:
+    return Bytes(like.new_empty((rows, size), dtype=torch.float8_e4m3fn), like.new_empty(rows, dtype=torch.float32))
+
+
+def room_in_two_bytes(rows: int, size: int, like: Tensor) -> Bytes:
+    return Bytes(like.new_empty((2, rows, size), dtype=torch.int8), like.new_empty(rows, dtype=torch.float32))
+
+
+def plain_make_bytes(x: Tensor, made: Bytes) -> None:
+    """Fill such room with x [rows, size]; the definition."""
+    (plain_round_rows if made.is_e4m3 else plain_split_rows)(x, made.codes, made.scale)
+
+
+def make_bytes(x: Tensor, made: Bytes) -> None:
+    """As `plain_make_bytes`."""
+    (round_rows if made.is_e4m3 else split_rows)(x, made.codes, made.scale)
+
+
+def byte_arguments(x: Tensor, made: Bytes | None) -> tuple[tuple[Tensor, Tensor], tuple[int, int], int]:
+    """How kernels are given room for bytes: codes and scale; what rows and halves lie apart; and the bytes of a number,
+    1 for e4m3. Without any, x stands in for both, and 0.
+    """
+    if made is None:
+        return (x, x), (0, 0), 0
+    codes = made.codes.view(torch.uint8) if made.is_e4m3 else made.codes
+    return (codes, made.scale), (codes.stride(-2), codes.stride(0)), 1 if made.is_e4m3 else 2
 
 
 def plain_round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -51,12 +96,7 @@ def _round_rows(
         tl.extra.cuda.gdc_wait()
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-30)
-    # Below a fp16's own exponents by 8, an e4m3's fit in it, with all that is smaller.
-    bits = (nearest(values / step) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
-    code = ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)
-    tl.store(codes + row * codes_stride + columns, code.to(tl.uint8), columns < size)
-    tl.store(scale + row, step)
+    store_bytes(values, codes + row * codes_stride, scale + row, 0, columns, columns < size, 1)
 
 
 def plain_split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -134,17 +174,32 @@ def _split_rows(
         eighth = 2 * (within % 4) + within // (4 * part)
         columns = places - within + eighth * part + within // 4 % part
     values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(values), 0) / 32512.0, 1e-30)
-    whole = ((values / step + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2**23: there fp32 has whole numbers alone
-    upper = (whole + 128) >> 8
-    codes += row * width + places
-    tl.store(codes, upper.to(tl.int8), places < width)
-    tl.store(codes + half, (whole - (upper << 8)).to(tl.int8), places < width)
-    tl.store(scale + row, step)
+    whole = store_bytes(values, codes + row * width, scale + row, half, places, places < width, 2)
     if groups > 0:
         found = tl.sum(tl.reshape(whole, [block // (8 * part), 8 * part]), 1)
         numbers = tl.arange(0, block // (8 * part))
         tl.store(sums + row * groups + numbers, found.to(tl.float32), numbers < groups)
+
+
+@jit
+def store_bytes(
+    values: Tile, codes: Tile, scale: Tile, half: Tile, places: Tile, inside: Tile, n_bytes: constexpr
+) -> Tile:
+    """Store all of a row, in fp32 and with zeros beyond its end, in bytes, and its scale; returns its whole numbers."""
+    largest = tl.max(tl.abs(values), 0)
+    if n_bytes == 1:
+        step = tl.maximum(largest / 448.0, 1e-30)
+        # Below a fp16's own exponents by 8, an e4m3's fit in it, with all that is smaller.
+        whole = (nearest(values / step) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
+        tl.store(codes + places, (((whole >> 8) & 0x80) | ((whole >> 7) & 0x7F)).to(tl.uint8), inside)
+    else:
+        step = tl.maximum(largest / 32512.0, 1e-30)
+        whole = ((values / step + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2**23: there fp32 has no others
+        upper = (whole + 128) >> 8
+        tl.store(codes + places, upper.to(tl.int8), inside)
+        tl.store(codes + half + places, (whole - (upper << 8)).to(tl.int8), inside)
+    tl.store(scale, step)
+    return whole
 
 
 @jit

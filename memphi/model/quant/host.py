@@ -7,6 +7,7 @@ for bf16 (benchmarks/host_products.py); torch._int_mm was slower than bf16 there
 import torch
 from torch import Tensor, nn
 
+from memphi.model.kernels.rounding import Bytes
 from memphi.model.quant.weights import Int4Weight, Int8Weight, QuantisedWeight
 
 ALIGNED_NUMBERS, ALIGNED_BYTES = 16, 32
@@ -31,7 +32,9 @@ class HostProduct(QuantisedWeight):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
 
-    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
+    def multiply_many(
+        self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None
+    ) -> None:
         out.copy_(self.product(x.contiguous()))
 
 

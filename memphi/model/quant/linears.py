@@ -2,6 +2,7 @@
 a linear for every moment, where their matrices are quantised.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdaptedLinear, Adapter, AdapterTokens
 from memphi.model.kernels.gate import gate
+from memphi.model.kernels.rounding import Bytes
 from memphi.model.language import TiedEmbedding
 from memphi.model.quant.weights import Int8Weight, QuantisedWeight
 
@@ -64,18 +66,44 @@ class QuantisedAdaptedLinear(AdaptedLinear):
     def base(self, x: Tensor) -> Tensor:
         return multiply_base(self.base_weight, x)
 
-    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor) -> Tensor:
+    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
+        return self.base_weight.room_for_bytes(count, like)
+
+    def apply_to(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
+    ) -> Tensor:
         assert not adapter_tokens, "a step with adapters needs them packed"
-        return multiply_base(self.base_weight, operand, out)
+        return multiply_base(self.base_weight, operand, out, in_bytes)
 
-    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
-        gate(self.apply_to(operand, adapter_tokens, both), out)
+    def apply_gated(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        both: Tensor,
+        out: Tensor,
+        in_bytes: Bytes | None = None,
+        made: Bytes | None = None,
+    ) -> None:
+        gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+
+    def follow(
+        self,
+        compute: Callable[[Tensor | None], Tensor],
+        count: int,
+        adapter_tokens: AdapterTokens,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
+        if adapter_tokens:
+            return super().follow(compute, count, adapter_tokens)
+        return multiply_base(self.base_weight, compute(None), None, in_bytes)
 
 
-def multiply_base(weight: QuantisedWeight, x: Tensor, out: Tensor | None = None) -> Tensor:
+def multiply_base(
+    weight: QuantisedWeight, x: Tensor, out: Tensor | None = None, in_bytes: Bytes | None = None
+) -> Tensor:
     """x W^T with a decoder's weight: x [tokens, in] -> [tokens, out]; in out, where one is given."""
     out = x.new_empty(len(x), weight.out_features) if out is None else out
-    weight.multiply(x, out, dequantised_numbers(len(x)) if weight.kernels else None)
+    weight.multiply(x, out, dequantised_numbers(len(x)) if weight.kernels else None, in_bytes)
     return out
 
 

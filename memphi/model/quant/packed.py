@@ -19,6 +19,7 @@ from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.gate import gate
+from memphi.model.kernels.rounding import Bytes
 from memphi.model.kernels.skinny import Narrow
 from memphi.model.packing import PackedLinear, Product
 from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter, multiply_base
@@ -66,24 +67,49 @@ class PackedQuantisedLinear(PackedLinear):
     def base(self, x: Tensor) -> Tensor:
         return multiply_base(self.base_weight, x)
 
-    def forward(self, x: Tensor, adapter_tokens: AdapterTokens, operand: Tensor | None = None) -> Tensor:
-        return super().forward(x, adapter_tokens, operand) if adapter_tokens else self.base(x)
+    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
+        return self.base_weight.room_for_bytes(count, like)
 
-    def apply_to(self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        adapter_tokens: AdapterTokens,
+        operand: Tensor | None = None,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
+        if not adapter_tokens:
+            return multiply_base(self.base_weight, x, None, in_bytes)
+        return super().forward(x, adapter_tokens, operand, in_bytes)
+
+    def apply_to(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        out: Tensor | None = None,
+        in_bytes: Bytes | None = None,
+    ) -> Tensor:
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
         products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
         self._narrow(operand, adapter_tokens, [product for product in products if product.names])
         if weight.is_for_few(x) and len(products) == 1:
-            weight.multiply_few(x, y, self._columns_of(products[0].names, operand))
+            weight.multiply_few(x, y, self._columns_of(products[0].names, operand), in_bytes)
         elif weight.makes_blocks(x):
             self._multiply_by_blocks(operand, products, y)
         else:
-            weight.multiply_many(x, y)
+            weight.multiply_many(x, y, None, in_bytes)
             self._add_adapters(operand, products, y)
         return y
 
-    def apply_gated(self, operand: Tensor, adapter_tokens: AdapterTokens, both: Tensor, out: Tensor) -> None:
-        gate(self.apply_to(operand, adapter_tokens, both), out)
+    def apply_gated(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        both: Tensor,
+        out: Tensor,
+        in_bytes: Bytes | None = None,
+        made: Bytes | None = None,
+    ) -> None:
+        gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
 
     def _multiply_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
         """y = the products, whose adapters' t are in their places, by blocks of the base and of every B in use."""

@@ -22,6 +22,7 @@ from memphi.memory.costs import DEQUANTISED_NUMBERS
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import is_available
+from memphi.model.kernels.rounding import Bytes, make_bytes, room_in_e4m3
 from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic, weighted_line
 from memphi.model.quant.gptq import gptq, importance
 
@@ -62,17 +63,22 @@ class QuantisedWeight(nn.Module):
         self.multiply(flat, out)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
+    def multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None) -> None:
         """The same of x [rows, in] into out [rows, out]; numbers of a row lie side by side.
 
-        No more numbers of a block than most_numbers are there at once; None: than DEQUANTISED_NUMBERS.
+        No more numbers of a block than most_numbers are there at once; None: than DEQUANTISED_NUMBERS. in_bytes: the
+        same x, in what `room_for_bytes` gave.
         """
         if not len(x):
             return
         if self.is_for_few(x):
-            self.multiply_few(x, out, None)
+            self.multiply_few(x, out, None, in_bytes)
         else:
-            self.multiply_many(x, out, most_numbers)
+            self.multiply_many(x, out, most_numbers, in_bytes)
+
+    def room_for_bytes(self, rows: int, like: Tensor) -> Bytes | None:
+        """Room for so many x of like's dtype in bytes, where products take them so; None where they do not."""
+        return None
 
     def is_for_few(self, x: Tensor) -> bool:
         """Whether rows like these are for `multiply_few`."""
@@ -82,11 +88,13 @@ class QuantisedWeight(nn.Module):
         """The most rows like these that `multiply_few` is for."""
         return coded.most_rows(x.device, eight_bits.VECTOR_ROWS)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
         """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add."""
         raise NotImplementedError
 
-    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
+    def multiply_many(
+        self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None
+    ) -> None:
         """x W^T of any number of rows."""
         self.plain_multiply(x, out, most_numbers)
 
@@ -133,8 +141,12 @@ class Int8Weight(QuantisedWeight):
     def most_rows(self, x: Tensor) -> int:
         return coded.most_rows(x.device, eight_bits.VECTOR_ROWS, eight_bits.MOST_ROWS)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns)
+    def room_for_bytes(self, rows: int, like: Tensor) -> Bytes | None:
+        is_for_few = self.kernels and rows <= self.most_rows(like)
+        return eight_bits.room_for_bytes(rows, self.codes, like) if is_for_few else None
+
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -203,7 +215,7 @@ class Int4Weight(QuantisedWeight):
         last = first + len(out)
         four_bits.dequantise(self.codes[first:last], self.affine[first:last], out)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
         four_bits.multiply(x, self.codes, self.affine, out, columns)
 
     def unpacked(self, first: int, last: int) -> Tensor:
@@ -250,18 +262,29 @@ class Fp8Weight(QuantisedWeight):
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.codes[first:last].float().mul_(self.scale[first:last, None]).to(dtype)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns)
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
 
     def makes_blocks(self, x: Tensor) -> bool:
         return False  # x is rounded before.
 
-    def multiply_many(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
-        if not self._has_products(x):
+    def multiply_many(
+        self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None
+    ) -> None:
+        if not self._has_products(len(x), x):
             self.plain_multiply(x, out)
             return
-        codes, scale = self._rounded(x)
-        torch._scaled_mm(codes, self.codes.t(), scale[:, None], self.scale[None, :], out_dtype=x.dtype, out=out)
+        made = in_bytes or self._rounded(x)
+        torch._scaled_mm(
+            made.codes, self.codes.t(), made.scale[:, None], self.scale[None, :], out_dtype=x.dtype, out=out
+        )
+
+    def room_for_bytes(self, rows: int, like: Tensor) -> Bytes | None:
+        if not (self.kernels and is_available(like.device)):
+            return None
+        if rows <= self.most_rows(like):
+            return eight_bits.room_for_bytes(rows, self.codes, like)
+        return room_in_e4m3(rows, self.in_features, like) if self._has_products(rows, like) else None
 
     def plain_multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         for first, last in blocks(*x.shape):
@@ -269,18 +292,18 @@ class Fp8Weight(QuantisedWeight):
             rounded = codes.float().mul_(scale[:, None]).to(x.dtype)
             super().plain_multiply(rounded, out[first:last])
 
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `round_rows`, by the fastest there is."""
+    def _rounded(self, x: Tensor) -> Bytes:
+        """x in e4m3, by the fastest there is."""
         if not (self.kernels and is_available(x.device)):
-            return round_rows(x)
-        codes, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
-        rounding.round_rows(x, codes, scale)
-        return codes, scale
+            return Bytes(*round_rows(x))
+        made = room_in_e4m3(len(x), self.in_features, x)
+        make_bytes(x, made)
+        return made
 
-    def _has_products(self, x: Tensor) -> bool:
+    def _has_products(self, rows: int, like: Tensor) -> bool:
         """Whether the card's units take such rows, and a matrix of this size; a lone scale is taken for all rows'."""
         is_even = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        return x.dtype is torch.bfloat16 and len(x) > 1 and is_even and has_fp8_products(x.device)
+        return like.dtype is torch.bfloat16 and rows > 1 and is_even and has_fp8_products(like.device)
 
 
 WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Weight, "fp8": Fp8Weight}
