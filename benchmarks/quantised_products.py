@@ -262,6 +262,7 @@ def with_tile(
         patch.object(module, "choose_tile", lambda *_: tile),
         patch.object(four_bits, "choose_group_tile", lambda *_: (block_out, stages, warps)),
         patch.object(module, "choose_parts", lambda *_: parts),
+        patch.object(four_bits, "choose_group_parts", lambda *_: parts),
         patch.object(module, "VECTOR_ROWS", 0),
     ):
         multiply_few(module, x, weight, out, columns)

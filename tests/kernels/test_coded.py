@@ -97,6 +97,7 @@ def test_inputs_in_parts(device, scheme, parts, dtype, monkeypatch):
     block = 16 if scheme == "int4" else 64
     monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4))
     monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
+    monkeypatch.setattr(four_bits, "choose_group_parts", lambda *_: parts)
     n_out, n_in, rows = 70, 688, 9
     weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=dtype)
     operand = numbers(rows, 40, device=device, dtype=dtype, seed=2)
@@ -117,6 +118,10 @@ def test_parts_are_summed_one_after_another(device):
 
 def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
     monkeypatch.setattr(coded, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(four_bits, "multiprocessors", lambda device: 132)
+    few = [four_bits.choose_group_parts(16, *sizes, device) for sizes in ((40, 24), (24, 24), (128, 24), (24, 64))]
+    assert few == [4, 4, 4, 10]
+    assert [four_bits.choose_group_parts(64, blocks, 24, device) for blocks in (48, 80, 128)] == [4, 3, 1]
     assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [8, 4, 3, 2, 1, 1, 1]
 
 

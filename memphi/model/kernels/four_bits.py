@@ -35,6 +35,7 @@ from memphi.model.kernels.launch import (
     is_interpreted,
     jit,
     launch_options,
+    multiprocessors,
     power_of_two,
     tl,
 )
@@ -46,6 +47,8 @@ SUMS = 16
 """Sums that a thread keeps at most, of words."""
 BLOCK = (4, 128, 1)
 """Outputs, words of eight inputs, and warps of a program that sums number by number."""
+FEW_ROWS, LEAST_GROUPS = 32, 6
+"""Up to so many rows on tensor cores, programs are many; the fewest groups of one of them then."""
 DEQUANTISED_BLOCK = 512
 """Words that a program makes 16 bits again."""
 
@@ -126,7 +129,7 @@ def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, column
     split_groups(x, halves, steps, of_groups)
     block_out, stages, warps = choose_group_tile(rows, n_out, capability(x.device))
     block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
-    share = share_of(groups, 1, choose_parts(blocks, x.device))
+    share = share_of(groups, 1, choose_group_parts(rows, blocks, groups, x.device))
     found = room_for_parts(out, -(-groups // share))
     _multiply_groups[(-(-rows // block_rows), blocks, len(found))](
         *(halves, of_groups, steps, words.view(torch.int8), affine.view(torch.int32), *added, found),
@@ -167,10 +170,23 @@ def choose_tile(rows: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def choose_group_tile(rows: int, n_out: int, on: tuple[int, int]) -> tuple[int, int, int]:
-    """Outputs, stages and warps of such a program in 16 bits, which takes a group of inputs at once."""
-    if on in ROOMY_CAPABILITY and rows > 32 and n_out >= WIDE_OUT:
-        return 128, 4, 8
-    return 64, 4 if on in ROOMY_CAPABILITY else 3, 4
+    """Outputs, stages and warps of such a program in 16 bits, which takes a group of inputs at once.
+
+    Where there is room, the best that were measured on an H200 at 16 and at 64 rows.
+    """
+    if on not in ROOMY_CAPABILITY:
+        return 64, 3, 4
+    if rows <= FEW_ROWS:
+        return 128, 3, 4
+    return (128, 4, 8) if n_out >= WIDE_OUT else (64, 3, 4)
+
+
+def choose_group_parts(rows: int, blocks: int, groups: int, device: torch.device) -> int:
+    """Into how many parts groups are divided: a program takes one after another, and of few rows most of its time is
+    waiting, so that a card wants several of them side by side."""
+    if rows > FEW_ROWS:
+        return choose_parts(blocks, device)
+    return max(1, min(groups // LEAST_GROUPS, -(-7 * multiprocessors(device) // (2 * blocks))))
 
 
 @jit
@@ -445,14 +461,12 @@ def _add_group(
 ) -> Tile:
     """sums, and the products of a group, of whose codes two are a byte."""
     width: constexpr = 8 * groups * part
-    even, odd = _codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler)
-    places = group * (8 * part) + tl.arange(0, 4 * part)
-    there, lines = exists[:, None] & (places < width)[None, :], numbers.to(tl.int64)[:, None] * width + places[None, :]
-    upper = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
-    upper = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), upper, out_dtype=tl.int32)
-    lines += rows.to(tl.int64) * width
-    lower = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
-    lower = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), lower, out_dtype=tl.int32)
+    codes = tl.join(_codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler))
+    codes = tl.reshape(codes, [pairs.shape[0], 8 * part])
+    places = group * (8 * part) + tl.arange(0, 8 * part)
+    upper = tl.dot(codes, tl.trans(load_rows(x, width, numbers, exists, places, places < width)), out_dtype=tl.int32)
+    x += rows.to(tl.int64) * width
+    lower = tl.dot(codes, tl.trans(load_rows(x, width, numbers, exists, places, places < width)), out_dtype=tl.int32)
     found = (upper * 256 + lower).to(tl.float32)  # Of 128 inputs it fits in 32 bits.
     of_group = tl.load(of_groups + group, exists, other=0)
     return sums + found * _scale(line)[:, None] + _shift(line)[:, None] * of_group[None, :]
