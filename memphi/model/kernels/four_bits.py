@@ -175,7 +175,7 @@ def choose_group_tile(rows: int, n_out: int, on: tuple[int, int]) -> tuple[int, 
     Where there is room, the best that were measured on an H200 at 16 and at 64 rows.
     """
     if on not in ROOMY_CAPABILITY:
-        return 64, 3, 4
+        return 32, 3, 4
     if rows <= FEW_ROWS:
         return 128, 3, 4
     return (128, 4, 8) if n_out >= WIDE_OUT else (64, 3, 4)
