@@ -1,7 +1,8 @@
 """How long a full-size checkpoint takes from disk to the device, and how much host memory it takes meanwhile.
 
-Writes random weights of the official sizes, then loads them in fresh processes, first with the files dropped from the
-page cache, then with them in it, and compares every bit. Usage: python -m benchmarks.load --out FILE --folder FOLDER
+Writes random weights of the official sizes, under a scheme or as they are, then loads them in fresh processes, first
+with the files dropped from the page cache, then with them in it, and compares every bit; and has a process load them
+for a first token. Usage: python -m benchmarks.load --out FILE --folder FOLDER [--scheme int8]
 """
 
 import argparse
@@ -15,12 +16,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from memphi.bench.start import measure_start
+from memphi.config import EngineConfig, Scheme
+from memphi.engine.messages import Loading
 
 if TYPE_CHECKING:
     from memphi.config import ModelConfig
 
-SAMPLE_SECONDS = 0.005
+SAMPLE_SECONDS, LONGEST_SECONDS = 0.005, 600.0
 COUNTERS = ("RssAnon", "VmRSS")
 """What of /proc/self/status is sampled: memory of the process's own, and that with file pages counted too."""
 
@@ -29,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the JSON document goes")
     parser.add_argument("--folder", type=Path, help="where the 11 GB are written and removed again; a local disk")
+    parser.add_argument("--scheme", default="bf16", choices=get_args(Scheme), help="of the weights that are written")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # what each fresh process does
     arguments = parser.parse_args()
@@ -37,35 +43,38 @@ def main() -> int:
         return 0
     if not arguments.out:
         parser.error("--out is needed")
-    return _measure_all(arguments.out, arguments.folder, arguments.commit)
+    return _measure_all(arguments.out, arguments.folder, arguments.scheme, arguments.commit)
 
 
-def _measure_all(out: Path, parent: Path | None, commit: str | None) -> int:
+def _measure_all(out: Path, parent: Path | None, scheme: Scheme, commit: str | None) -> int:
     from benchmarks.document import write_document
     from memphi import official
     from memphi.config import ModelConfig
 
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = Path(temporary) / "checkpoint"
-        figures = measure_write(ModelConfig.from_folder(official.folder()), folder)
+        figures = {"scheme": scheme, **measure_write(ModelConfig.from_folder(official.folder()), folder, scheme)}
         for name, dropped in (("load", True), ("load_from_page_cache", False)):
             if dropped:
                 drop_from_page_cache(folder)
             figures[name] = load_in_fresh_process(folder)
+        loading = Loading(str(folder), str(_device()), "bf16", "auto", EngineConfig(), "default")
+        figures["stages_of_a_start"] = measure_start(loading, time.perf_counter() + LONGEST_SECONDS, print)["stages"]
     write_document(out, _device(), commit, figures)
     return 0 if all(figures[name]["bit_identical"] for name in ("load", "load_from_page_cache")) else 1
 
 
-def measure_write(config: "ModelConfig", folder: Path) -> dict[str, Any]:
+def measure_write(config: "ModelConfig", folder: Path, scheme: Scheme = "bf16") -> dict[str, Any]:
     """Write a random checkpoint."""
     import torch
 
+    from memphi import official
     from memphi.checkpoint.random import random_model
     from memphi.checkpoint.writer import write_checkpoint
 
-    model = random_model(config, _device(), torch.bfloat16)
+    model = random_model(config, _device(), torch.bfloat16, scheme=scheme)
     started = time.perf_counter()
-    write_checkpoint(model, folder)
+    write_checkpoint(model, folder, official.folder())
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"checkpoint_bytes": size, "write_seconds": round(seconds, 2)}
@@ -121,11 +130,14 @@ def measure_load(folder: Path) -> dict[str, Any]:
 
 def equals_random_model(model: Any) -> bool:  # noqa: ANN401
     """Whether every tensor has exactly the bits that `measure_write` wrote."""
+    from dataclasses import replace
+
     import torch
 
     from memphi.checkpoint.random import random_model
 
-    written = random_model(model.config, model.device, torch.bfloat16).state_dict()
+    config, scheme = replace(model.config, scheme="bf16"), model.config.scheme
+    written = random_model(config, model.device, torch.bfloat16, scheme=scheme).state_dict()
     loaded = model.state_dict()
     return written.keys() == loaded.keys() and all(torch.equal(loaded[name], written[name]) for name in written)
 
