@@ -39,6 +39,8 @@ ANSWERING_ADVICE = (
 PATIENCE_SECONDS = 3600.0
 """How long no step goes well, while others hold the card, before a request is given up: they may leave it late, and
 should it not be they who are in the way, nobody waits for ever."""
+QUIET_SECONDS = 5.0
+"""After so long without work there is time for what nobody waits for: who comes in the midst of it waits for it."""
 WAITING = "wait for others on the card"
 """What waiting is called among the moves under memory pressure."""
 NOTHING = Delta("", ())
@@ -134,6 +136,7 @@ class Loop:
         self._flight: Flight | None = None
         """The step that is on the device now; what it chooses is heard in the next round."""
         self._waiting_since: float | None = None  # time.monotonic, where others on the card let no step go well.
+        self._worked_at = time.monotonic()
         self.stalled = True
         """Whether only time, a prompt that becomes ready, or a caller brings the loop on."""
         self._note_state()
@@ -172,6 +175,8 @@ class Loop:
         waits for the one in flight, and for no other.
         """
         self._elastic.follow(self.has_work)
+        if self.has_work:
+            self._worked_at = time.monotonic()
         admitted = self._admit()
         ready = self._preparation.advance()
         events = [event for pair in ready for event in self._begin(*pair)]
@@ -188,11 +193,11 @@ class Loop:
         return events
 
     def rehearse(self) -> bool:
-        """Where nothing is asked for, get a graph ready, and its kernels compiled, before a step needs it.
+        """Where nothing was asked for a while, get a graph ready, and its kernels compiled, before a step needs it.
 
         Whether there was one. What fails is told, and tried again by the step that needs it.
         """
-        if self.has_work or self._elastic.is_crowded():
+        if time.monotonic() - self._worked_at < QUIET_SECONDS or self.has_work or self._elastic.is_crowded():
             return False
         try:
             done = attempt(self.runner.rehearse)

@@ -8,10 +8,6 @@ from memphi.engine.messages import Event
 
 Letterbox = asyncio.Queue[Event]
 
-MANY_EVENTS, REST_SECONDS = 16, 0.01
-"""After so many events at once the next come that much later, and what an answer grew by meanwhile comes as one piece:
-to tell each of many listeners of every token would take a process all its time."""
-
 
 class Posts:
     """The way from other threads into one event loop.
@@ -22,35 +18,19 @@ class Posts:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._sent: deque[tuple[Letterbox, Event]] = deque()
-        self._is_coming = self._is_urgent = False
-        """Whether the loop will look for what was sent; and that at once."""
-        self._rests_until = 0.0
+        self._is_coming = False
+        """Whether the loop will look for what was sent."""
 
     def send(self, letterbox: Letterbox, event: Event) -> None:
-        """Put an event into a letterbox of the loop; from any thread. Nothing where the loop is closed.
-
-        What ends an answer, and all before it, waits for nothing.
-        """
+        """Put an event into a letterbox of the loop; from any thread. Nothing where the loop is closed."""
         self._sent.append((letterbox, event))
-        is_last = event.delta is None
-        if self._is_coming and (self._is_urgent or not is_last):
-            return
-        self._is_coming, self._is_urgent = True, is_last
-        with suppress(RuntimeError):  # The loop is closed: nobody listens any more.
-            self.loop.call_soon_threadsafe(self._come)
-
-    def _come(self) -> None:
-        if self._is_urgent or self.loop.time() >= self._rests_until:
-            self._hand_out()
-        else:
-            self.loop.call_at(self._rests_until, self._hand_out)
+        if not self._is_coming:
+            self._is_coming = True
+            with suppress(RuntimeError):  # The loop is closed: nobody listens any more.
+                self.loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
-        self._is_coming = self._is_urgent = False  # First: whoever sends from now on wakes the loop once more.
-        count = 0
+        self._is_coming = False  # First: whoever sends from now on wakes the loop once more.
         while self._sent:
             letterbox, event = self._sent.popleft()
             letterbox.put_nowait(event)
-            count += 1
-        if count >= MANY_EVENTS:
-            self._rests_until = self.loop.time() + REST_SECONDS

@@ -1,11 +1,12 @@
 """While nothing is asked for, graphs get ready that no step has needed yet; whoever comes does not notice."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memphi.engine import worker
+from memphi.engine import loop, worker
 from memphi.engine.graphs import Graphs
 from tests.cpu.test_worker import make_engine, wait_until
 from tests.plain_graphs import PlainGraphs
@@ -46,6 +47,7 @@ def engine(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr("memphi.engine.engine.make_graphs", make)
     monkeypatch.setattr(worker, "LONGEST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(loop, "QUIET_SECONDS", 0.05)
     made = make_engine(model, tokenizer, idle_seconds=0.2)
     yield made
     made.close()
@@ -55,6 +57,16 @@ def test_all_graphs_become_ready_and_go_as_memory_does(engine):
     graphs = engine.loop.runner.graphs
     wait_until(lambda: not graphs.left, "the last rehearsal")
     wait_until(lambda: not graphs.are_taken, "rest")
+
+
+def test_none_in_a_short_pause(engine, monkeypatch):
+    monkeypatch.setattr(loop, "QUIET_SECONDS", 3600.0)
+    graphs = engine.loop.runner.graphs
+    graphs.left = 1000
+    engine.generate(mixed_requests()[0])
+    left = graphs.left
+    time.sleep(0.3)
+    assert graphs.left == left
 
 
 def test_a_request_comes_before_what_may_be_needed_once(engine, model, tokenizer):

@@ -4,10 +4,9 @@ import asyncio
 import threading
 
 from memphi.engine.messages import Event
-from memphi.engine.posts import MANY_EVENTS, Posts
-from memphi.request import Delta
+from memphi.engine.posts import Posts
 
-COUNT, PIECE = 500, Delta("a", (1,))
+COUNT = 500
 
 
 def test_all_that_is_sent_arrives_in_order_from_every_thread():
@@ -50,38 +49,3 @@ def test_nobody_listens_in_a_closed_loop():
     loop.close()
     posts.send(box, Event(1))
     assert box.empty()
-
-
-def test_after_many_events_the_next_have_time_and_an_end_has_none(monkeypatch):
-    monkeypatch.setattr("memphi.engine.posts.REST_SECONDS", 3600.0)
-
-    async def hear():
-        posts, box = Posts(asyncio.get_running_loop()), asyncio.Queue()
-        for number in range(MANY_EVENTS - 1):
-            posts.send(box, Event(number, delta=PIECE))
-        few = [(await box.get()).id for _ in range(MANY_EVENTS - 1)]
-        for number in range(MANY_EVENTS):
-            posts.send(box, Event(number, delta=PIECE))
-        many = [(await box.get()).id for _ in range(MANY_EVENTS)]
-        posts.send(box, Event(1, delta=PIECE))
-        await asyncio.sleep(0.05)
-        assert box.empty()
-        posts.send(box, Event(2, delta=PIECE))
-        posts.send(box, Event(3))
-        return few, many, [(await box.get()).id for _ in range(3)]
-
-    few, many, rest = asyncio.run(hear())
-    assert few == [*range(MANY_EVENTS - 1)]
-    assert many == [*range(MANY_EVENTS)]
-    assert rest == [1, 2, 3]
-
-
-def test_who_has_time_comes_in_the_end():
-    async def hear():
-        posts, box = Posts(asyncio.get_running_loop()), asyncio.Queue()
-        for number in range(3 * MANY_EVENTS):
-            posts.send(box, Event(number, delta=PIECE))
-            await asyncio.sleep(0)
-        return [(await asyncio.wait_for(box.get(), 5)).id for _ in range(3 * MANY_EVENTS)]
-
-    assert asyncio.run(hear()) == [*range(3 * MANY_EVENTS)]

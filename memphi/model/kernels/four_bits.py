@@ -461,12 +461,14 @@ def _add_group(
 ) -> Tile:
     """sums, and the products of a group, of whose codes two are a byte."""
     width: constexpr = 8 * groups * part
-    codes = tl.join(_codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler))
-    codes = tl.reshape(codes, [pairs.shape[0], 8 * part])
-    places = group * (8 * part) + tl.arange(0, 8 * part)
-    upper = tl.dot(codes, tl.trans(load_rows(x, width, numbers, exists, places, places < width)), out_dtype=tl.int32)
-    x += rows.to(tl.int64) * width
-    lower = tl.dot(codes, tl.trans(load_rows(x, width, numbers, exists, places, places < width)), out_dtype=tl.int32)
+    even, odd = _codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler)
+    places = group * (8 * part) + tl.arange(0, 4 * part)
+    there, lines = exists[:, None] & (places < width)[None, :], numbers.to(tl.int64)[:, None] * width + places[None, :]
+    upper = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
+    upper = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), upper, out_dtype=tl.int32)
+    lines += rows.to(tl.int64) * width
+    lower = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
+    lower = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), lower, out_dtype=tl.int32)
     found = (upper * 256 + lower).to(tl.float32)  # Of 128 inputs it fits in 32 bits.
     of_group = tl.load(of_groups + group, exists, other=0)
     return sums + found * _scale(line)[:, None] + _shift(line)[:, None] * of_group[None, :]

@@ -112,14 +112,15 @@ def plain_split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
 
 
 def plain_split_groups(x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor) -> None:
-    """The same of groups of inputs, in which those an eighth of it apart stand side by side, as int4 has them; and sums
-    [rows, groups] fp32 of the whole numbers. What a last group lacks is zero; the definition.
+    """The same of groups of inputs, in which those an eighth of it apart stand side by side, the 1st, 3rd, 5th and 7th
+    first; and sums [rows, groups] fp32 of the whole numbers. What a last group lacks is zero; the definition.
 
     codes [2, rows, groups * group].
     """
     (rows, groups), width = sums.shape, codes.shape[2]
     filled = torch.cat((x, x.new_zeros(rows, width - x.shape[1])), 1)
-    plain_split_rows(filled.view(rows, groups, 8, -1).transpose(2, 3).reshape(rows, width), codes, scale)
+    eighths = filled.view(rows, groups, 4, 2, -1).permute(0, 1, 3, 4, 2)  # Pair, of a pair, input.
+    plain_split_rows(eighths.reshape(rows, width), codes, scale)
     whole = 256 * codes[0].float() + codes[1].float()
     sums.copy_(whole.view(rows, groups, -1).sum(-1))
 
@@ -170,7 +171,8 @@ def _split_rows(
     columns = places
     if groups > 0:
         within = places % (8 * part)
-        columns = places - within + within % 8 * part + within // 8
+        eighth = 2 * (within % 4) + within // (4 * part)
+        columns = places - within + eighth * part + within // 4 % part
     values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
     whole = store_bytes(values, codes + row * width, scale + row, half, places, places < width, 2)
     if groups > 0:

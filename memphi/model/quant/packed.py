@@ -43,12 +43,15 @@ class PackedQuantisedLinear(PackedLinear):
         self._a = dict(zip(linear.adapters, (slice(0, first), slice(first, ranks)), strict=False))
         self._shape = linear.out_features, linear.in_features, first, ranks - first
         self.dtype = adapters[0].dtype
-        self._point(
-            torch.cat([each.b.codes for each in adapters], 1),
-            torch.stack([each.b.scale for each in adapters]),
-            torch.cat([each.a.codes for each in adapters]),
-            torch.cat([each.a.scale for each in adapters]),
-        )
+        codes, scale = adapters[0].a.codes, adapters[0].a.scale
+        wide, wide_scale = codes.new_empty(self.out_features, ranks), scale.new_empty(len(adapters), self.out_features)
+        narrow, narrow_scale = codes.new_empty(ranks, self.in_features), scale.new_empty(ranks)
+        # Not joined: on the meta device that would bring torch's compiler along, a second or more of every start.
+        for number, (name, adapter) in enumerate(zip(linear.adapters, adapters, strict=True)):
+            at = self._a[name]
+            wide[:, at], wide_scale[number] = adapter.b.codes, adapter.b.scale
+            narrow[at], narrow_scale[at] = adapter.a.codes, adapter.a.scale
+        self._point(wide, wide_scale, narrow, narrow_scale)
 
     def adapter(self, name: str) -> QuantisedAdapter:
         return cast(QuantisedAdapter, self.adapters[name])
