@@ -8,7 +8,7 @@ from memphi.config import ModelConfig
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import choice, division, gate, norm, paged, rotary
+from memphi.model.kernels import choice, division, gate, norm, paged, rotary, rounding
 from memphi.model.kernels.launch import E4M3_CAPABILITY
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import LINE_TOKENS
@@ -87,6 +87,19 @@ def test_every_kernel_fits(capability):
     for made in compiled:
         assert_fits(made, capability, SLOW_STACK_BYTES if capability == (7, 5) else 0)
         assert made.is_dependent == (capability >= (9, 0) and made.name not in ("_divide", "_tabulate"))
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
+@pytest.mark.parametrize("room", [rounding.room_in_e4m3, rounding.room_in_two_bytes])
+def test_what_leaves_rows_in_bytes_fits(capability, room):
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
+    x, weight = torch.empty(4, CONFIG.hidden_size, dtype=dtype), torch.empty(CONFIG.hidden_size, dtype=dtype)
+    wide = torch.empty(4, 2 * CONFIG.intermediate_size, dtype=dtype)
+    with compiled_for(capability) as compiled:
+        norm.add_norm(x, x, weight, 1e-5, x, room(4, CONFIG.hidden_size, x))
+        gate.gate(wide, wide[:, : CONFIG.intermediate_size], room(4, CONFIG.intermediate_size, x))
+    for made in compiled:
+        assert_fits(made, capability, 0)
 
 
 def test_drafts_and_other_numbers_fit():
