@@ -4,6 +4,7 @@ Launching a step's kernels one by one takes the host longer than the device need
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, combinations, product
 from typing import Any, get_args
@@ -68,7 +69,7 @@ class Graphs:
         self._stream = torch.cuda.Stream(model.device) if capture else None
         self._held: _Held | None = None
         self._ever = set[tuple[int, Adapters]]()
-        """Those whose kernels are compiled and loaded, also after they were dropped."""
+        """Those whose kernels are compiled and loaded."""
 
     @property
     def are_held(self) -> bool:
@@ -97,13 +98,17 @@ class Graphs:
 
     @torch.inference_mode()
     def rehearse(self) -> bool:
-        """Capture a graph that no step has needed yet; whether there was one. Raises whatever the device raises."""
+        """Have the kernels of a graph that no step has needed yet compiled and loaded; whether there was one.
+
+        It is not captured: that is quickly done when it is needed, and CUDA takes memory for every graph. Raises
+        whatever the device raises.
+        """
         key = next((key for key in self._all_keys() if key not in self._ever), None)
         if key is None or self._stream is None or not self.allowed:
             return False
         self._ever.add(key)  # Also where it fails: it will be tried when a step needs it.
-        self._step(*key)
-        return True
+        with self._warmed_up(self._make_step(*key)):
+            return True
 
     def drop(self) -> bool:
         """Forget all graphs and give their memory back; whether there were any."""
@@ -123,10 +128,14 @@ class Graphs:
         held = self._hold()
         key = count, adapters
         if key not in held.steps:
-            step = DecodeStep(self._model.language, self._pool, held.buffers, count, adapters, self._forbidden)
+            step = self._make_step(count, adapters)
             held.steps[key] = step, None if self._stream is None else self._captured(held, step)
             self._ever.add(key)
         return held.steps[key]
+
+    def _make_step(self, count: int, adapters: Adapters) -> DecodeStep:
+        buffers = self._hold().buffers
+        return DecodeStep(self._model.language, self._pool, buffers, count, adapters, self._forbidden)
 
     def _all_keys(self) -> Iterator[tuple[int, Adapters]]:
         """Every graph that a step can need, those of few rows first."""
@@ -143,20 +152,28 @@ class Graphs:
         return self._held
 
     def _captured(self, held: _Held, step: DecodeStep) -> torch.cuda.CUDAGraph:
-        """A graph of a step; the runs before it are of rows that read, write and choose nothing."""
+        """A graph of a step."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device: only what this one does must fit into a graph.
+        with (
+            self._warmed_up(step) as stream,
+            torch.cuda.graph(graph, held.memory, stream, capture_error_mode="thread_local"),
+        ):
+            step.run()
+        return graph
+
+    @contextmanager
+    def _warmed_up(self, step: DecodeStep) -> Iterator[torch.cuda.Stream]:
+        """On the stream for captures, after runs of a step with rows that read, write and choose nothing."""
         assert self._stream is not None
         stream, current = self._stream, torch.cuda.current_stream(self._model.device)
         stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):  # Left in any case: a capture that fails does not see to that.
             step.fill([], [])
             for _ in range(WARM_UPS):
                 step.run()
-            # Other threads may go on using the device: only what this one does must fit into a graph.
-            with torch.cuda.graph(graph, held.memory, stream, capture_error_mode="thread_local"):
-                step.run()
+            yield stream
         current.wait_stream(stream)
-        return graph
 
     def _adapters(self, rows: Sequence[Row]) -> Adapters:
         """Those in use; the merged one is part of the weights."""

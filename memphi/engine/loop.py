@@ -193,7 +193,7 @@ class Loop:
         return events
 
     def rehearse(self) -> bool:
-        """Where nothing was asked for a while, get a graph ready, and its kernels compiled, before a step needs it.
+        """Where nothing was asked for a while, get the kernels of a graph compiled before a step needs it.
 
         Whether there was one. What fails is told, and tried again by the step that needs it.
         """
@@ -202,7 +202,7 @@ class Loop:
         try:
             done = attempt(self.runner.rehearse)
         except Exception as error:
-            logging.getLogger(__name__).warning("a graph could not be captured ahead: %s", error)
+            logging.getLogger(__name__).warning("a graph's kernels could not be compiled ahead: %s", error)
             return False
         if done is None and self.runner.graphs is not None:
             self.runner.graphs.drop()

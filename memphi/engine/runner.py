@@ -109,7 +109,10 @@ class Runner:
             return Flight(plan, told, arrived)
 
     def rehearse(self) -> bool:
-        """Get a graph ready that no step has needed yet; whether there was one. Raises whatever the device raises."""
+        """Get the kernels of a graph that no step has needed yet ready; whether there was one.
+
+        Raises whatever the device raises.
+        """
         if self.graphs is None:
             return False
         with current(self.model.device):

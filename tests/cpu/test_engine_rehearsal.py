@@ -1,6 +1,7 @@
-"""While nothing is asked for, graphs get ready that no step has needed yet; whoever comes does not notice."""
+"""While nothing is asked for, kernels are compiled that no step has needed yet; whoever comes does not notice."""
 
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from tests.scenes import mixed_requests
 
 
 class Rehearsed(PlainGraphs):
-    """Has so many graphs to get ready, and fails at some of them."""
+    """Has kernels of so many graphs to get ready, and fails at some of them."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -53,7 +54,7 @@ def engine(model, tokenizer, monkeypatch):
     made.close()
 
 
-def test_all_graphs_become_ready_and_go_as_memory_does(engine):
+def test_all_become_ready_and_what_was_taken_goes_as_memory_does(engine):
     graphs = engine.loop.runner.graphs
     wait_until(lambda: not graphs.left, "the last rehearsal")
     wait_until(lambda: not graphs.are_taken, "rest")
@@ -90,14 +91,15 @@ def test_a_graph_that_fails_is_told_and_left_to_the_step_that_needs_it(engine, e
 
 
 def keys_of(form, most_rows):
-    """What is captured, in its order, by rows and adapters."""
+    """What is run ahead, in its order, by rows and adapters."""
     model = SimpleNamespace(adapter_form=form)
     graphs = Graphs(model, SimpleNamespace(page_tokens=16), most_rows, 64, capture=False)
-    captured = []
-    graphs._stream, graphs._step = object(), lambda *key: captured.append((key[0], "+".join(sorted(key[1]))))
+    warmed = []
+    graphs._stream, graphs._make_step = object(), lambda *key: (key[0], "+".join(sorted(key[1])))
+    graphs._warmed_up = lambda step: nullcontext(warmed.append(step))
     while graphs.rehearse():
         pass
-    return captured
+    return warmed
 
 
 def test_every_number_of_rows_under_every_adapter_once():
