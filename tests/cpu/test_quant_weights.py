@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.prices import Peak
 from benchmarks.quality import POWER, robust_fit
 from memphi.config import AdapterConfig, group_size
 from memphi.errors import CheckpointError
@@ -167,6 +168,17 @@ def test_a_product_is_that_with_what_is_meant(scheme, size, rows, numbers, seed)
             codes, scale = round_rows(x)
             x = codes.float() * scale[:, None]
     assert torch.allclose(real, x @ meant(weight).t(), atol=1e-4)
+
+
+def test_one_block_is_there_at_a_time(monkeypatch):
+    """As their price says."""
+    monkeypatch.setattr(weights, "DEQUANTISED_NUMBERS", 2**20)
+    monkeypatch.setattr(Int8Weight, "write_block", lambda *_: None)
+    with torch.device("meta"):
+        weight, x, out = Int8Weight(4096, 1024), torch.empty(8, 1024), torch.empty(8, 4096)
+    with Peak([x, out]) as peak:
+        weight.multiply(x, out)
+    assert peak.bytes == 2**20 * x.itemsize
 
 
 @given(rows=st.integers(1, 20_000), columns=st.integers(1, 20_000_000))

@@ -139,6 +139,7 @@ class PackedQuantisedLinear(PackedLinear):
                     wide = y.new_empty(last - first, b.in_features)
                     b.write_block(first, wide)
                     rows[:, first:last].addmm_(t, wide.t())
+                    del wide  # Or the next one would come beside it.
 
     def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
         """Those of one adapter or of both, beside the t that stands in an operand; None for none."""

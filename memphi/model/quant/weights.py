@@ -327,6 +327,7 @@ def multiply_by_blocks(
             weight.write_block(first, block[:, at])
         for x, at, rows in products:
             torch.mm(x, block[:, at].t(), out=out[rows, first:last])
+        del block  # Or the next one would come beside it.
 
 
 def blocks(rows: int, columns: int, most_numbers: int | None = None) -> Iterator[tuple[int, int]]:
