@@ -5,6 +5,7 @@ import torch
 
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.gate import plain_gate
 from memphi.model.quant import swap
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.test_skinny import TOLERANCE, numbers
@@ -44,6 +45,24 @@ def test_a_product(device, scheme, rows, n_out, n_in, dtype):
     multiply, plain_multiply = products(scheme)
     multiply(x, *weight.buffers(), out)
     plain_multiply(x, *weight.buffers(), expected)
+    assert_near(out, expected, scheme)
+
+
+@SCHEMES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [0, 12])
+def test_a_product_through_a_gate(device, scheme, rows, ranks, dtype):
+    """As the product and then its gate, which are rounded as they arise."""
+    weight = stored(scheme, 74, 304, device)
+    operand = numbers(rows, 340, device=device, dtype=dtype, seed=1)
+    columns = made_columns(74, ranks, 5, apart(operand[:, 304:], ranks, 5), device) if ranks else None
+    both = torch.full((rows, 74), torch.nan, device=device, dtype=dtype)
+    out, expected = (torch.full((rows, 37), torch.nan, device=device, dtype=dtype) for _ in range(2))
+    multiply, _ = products(scheme)
+    multiply(operand[:, :304], *weight.buffers(), both, columns)
+    plain_gate(both, expected)
+    multiply(operand[:, :304], *weight.buffers(), out, columns, gated=True)
     assert_near(out, expected, scheme)
 
 

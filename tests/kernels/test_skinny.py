@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels import skinny
+from memphi.model.kernels import eight_bits, skinny
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_interpreted
 from memphi.model.kernels.skinny import Narrow
@@ -181,8 +181,8 @@ def adapter_sets(rows, device):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("scheme", ["bf16", "int8"])
-@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 16, 17])
 @torch.inference_mode()
 def test_a_linear_through_its_gate(device, rows, scheme, is_packed):
     """Whether few rows go through at once or others by way of both halves."""
@@ -198,4 +198,5 @@ def test_a_linear_through_its_gate(device, rows, scheme, is_packed):
         gate(linear.apply_to(operand, used, torch.empty_like(both)), expected)
         linear.apply_gated(operand, used, both, out)
         assert_close(out, expected, products=2)
-        assert both.isnan().all() == (scheme == "bf16" and rows <= skinny.most_rows(operand.device))
+        most = skinny.most_rows(operand.device) if scheme == "bf16" else eight_bits.VECTOR_ROWS
+        assert both.isnan().all() == (rows <= most)

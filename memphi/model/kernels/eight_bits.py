@@ -28,6 +28,7 @@ from memphi.model.kernels.coded import (
     t_places,
     widen_columns,
 )
+from memphi.model.kernels.gate import outs_of, store_outs
 from memphi.model.kernels.launch import (
     E4M3_CAPABILITY,
     ROOMY_CAPABILITY,
@@ -90,11 +91,16 @@ def multiply(
     out: Tensor,
     columns: Columns | None = None,
     in_bytes: Bytes | None = None,
+    gated: bool = False,
 ) -> None:
-    """As `plain_multiply`; in_bytes: x, where somebody has filled a `room_for_bytes` with it already."""
+    """As `plain_multiply`; in_bytes: x, where somebody has filled a `room_for_bytes` with it already.
+
+    gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
+    """
     if len(x) <= VECTOR_ROWS:
-        _launch_vectors(x, codes, scale, out, columns)
+        _launch_vectors(x, codes, scale, out, columns, gated)
     else:
+        assert not gated, "more rows go through their gate by themselves"
         _launch_tiles(x, codes, scale, out, columns, in_bytes)
 
 
@@ -107,10 +113,11 @@ def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     return room_in_two_bytes(rows, codes.shape[1], like) if like.itemsize == 2 else None
 
 
-def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None) -> None:
+def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
     block_out, block_in, warps = choose_block(rows, n_in, in_words)
+    block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     values = x.view(torch.int64) if in_words else x
     codes = codes.view(torch.int32 if in_words else torch.uint8 if is_e4m3 else torch.int8)
@@ -124,6 +131,7 @@ def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, column
         is_e4m3=is_e4m3,
         knows_e4m3=capability(x.device) >= E4M3_CAPABILITY,
         in_words=in_words,
+        gated=gated,
         block_out=block_out,
         block_in=block_in,
         block_row=power_of_two(n_in),
@@ -242,6 +250,7 @@ def _multiply_vectors(
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
     in_words: constexpr,
+    gated: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
@@ -250,8 +259,8 @@ def _multiply_vectors(
 ) -> None:
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    inside = outs < n_out
+    places = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    outs, inside = outs_of(places, n_out, gated), places < n_out
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
@@ -289,7 +298,7 @@ def _multiply_vectors(
             )
         elif ranks > 0:
             total += sum_columns(wide_columns, t + row * t_stride, border, gap, ranks, block_ranks)
-        tl.store(out + row * out_stride + outs, total.to(dtype), inside)
+        store_outs(out + row * out_stride, total.to(dtype), tl.program_id(0), n_out, gated, block_out)
 
 
 @jit

@@ -27,6 +27,7 @@ from memphi.model.kernels.coded import (
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
+from memphi.model.kernels.gate import outs_of, store_outs
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
@@ -66,8 +67,13 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
     out.copy_(plain_add(y, columns))
 
 
-def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
-    """As `plain_multiply`."""
+def multiply(
+    x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
+) -> None:
+    """As `plain_multiply`.
+
+    gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
+    """
     words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
@@ -76,10 +82,12 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
     sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
     if rows <= VECTOR_ROWS:
         block_out, block_words, warps = choose_block(rows, groups * part)
+        block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
         _multiply_vectors[(-(-n_out // block_out),)](
             *(*tensors, *strides, n_out),
             **sizes,
             rows=rows,
+            gated=gated,
             block_out=block_out,
             block_words=block_words,
             block_ranks=power_of_two(max(ranks, 1)),
@@ -87,6 +95,7 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
             **launch_options(x.device),
         )
         return
+    assert not gated, "more rows go through their gate by themselves"
     if x.itemsize == 2:
         _launch_groups(x, words, affine, out, columns)
     else:
@@ -211,6 +220,7 @@ def _multiply_vectors(
     part: constexpr,
     ranks: constexpr,
     rows: constexpr,
+    gated: constexpr,
     block_out: constexpr,
     block_words: constexpr,
     block_ranks: constexpr,
@@ -219,8 +229,8 @@ def _multiply_vectors(
     """Scale and shift wait until the codes of a group are summed: a code costs a mask and a sum."""
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    inside, numbers = outs < n_out, tl.arange(0, block_words)
+    places = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    outs, inside, numbers = outs_of(places, n_out, gated), places < n_out, tl.arange(0, block_words)
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
     w = load_block(words, inside, numbers, n_words)
@@ -259,7 +269,8 @@ def _multiply_vectors(
         total = totals[row]
         if ranks > 0:
             total += sum_columns(wide, t + row * t_stride, border, gap, ranks, block_ranks)
-        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+        made = total.to(out.dtype.element_ty)
+        store_outs(out + row * out_stride, made, tl.program_id(0), n_out, gated, block_out)
 
 
 @jit

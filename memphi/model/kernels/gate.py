@@ -73,3 +73,21 @@ def open_gate(gates: Tile, ups: Tile) -> Tile:
     wide = gates.to(tl.float32)
     opened = (wide / (1 + tl.exp(-wide))).to(gates.dtype)
     return (ups.to(tl.float32) * opened.to(tl.float32)).to(gates.dtype)
+
+
+@jit
+def outs_of(places: Tile, n_out: Tile, gated: constexpr) -> Tile:
+    """The outputs that a program computes: side by side, or each gate beside what it lets through."""
+    return places // 2 + places % 2 * (n_out // 2) if gated else places
+
+
+@jit
+def store_outs(out: Tile, made: Tile, program: Tile, n_out: Tile, gated: constexpr, block_out: constexpr) -> None:
+    """Store what a program made of a row for `outs_of` its places, in out's dtype; gates open, where gated."""
+    if gated:
+        pairs = program * (block_out // 2) + tl.arange(0, block_out // 2)
+        gates, ups = tl.split(tl.reshape(made, [block_out // 2, 2]))
+        tl.store(out + pairs, open_gate(gates, ups), pairs < n_out // 2)
+    else:
+        places = program * block_out + tl.arange(0, block_out)
+        tl.store(out + places, made, places < n_out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memphi.model.kernels.eight_bits import plain_dequantise
-from memphi.model.kernels.gate import open_gate
+from memphi.model.kernels.gate import open_gate, outs_of, store_outs
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     TENSOR_CAPABILITY,
@@ -219,7 +219,7 @@ def _multiply_vectors(
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
     places = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    outs, inside = _outs(places, n_out, gated), places < n_out
+    outs, inside = outs_of(places, n_out, gated), places < n_out
     sums = _sum_vectors(
         *(x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride),
         *(weight + outs.to(tl.int64) * weight_stride, inside),
@@ -227,12 +227,7 @@ def _multiply_vectors(
     )
     for row in tl.static_range(rows):
         made = sums[row].to(out.dtype.element_ty)
-        if gated:
-            pairs = tl.program_id(0) * (block_out // 2) + tl.arange(0, block_out // 2)
-            gates, ups = tl.split(tl.reshape(made, [block_out // 2, 2]))
-            tl.store(out + row * out_stride + pairs, open_gate(gates, ups), pairs < n_out // 2)
-        else:
-            tl.store(out + row * out_stride + outs, made, inside)
+        store_outs(out + row * out_stride, made, tl.program_id(0), n_out, gated, block_out)
 
 
 @jit
@@ -302,7 +297,7 @@ def _multiply_tiles(
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
     places = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    outs, inside = _outs(places, n_out, gated), places < n_out
+    outs, inside = outs_of(places, n_out, gated), places < n_out
     numbers, columns = tl.arange(0, block_rows), tl.arange(0, block_in)
     exists = numbers < rows
     weights, x = weight + outs.to(tl.int64) * weight_stride, x + numbers[:, None] * x_stride
@@ -323,12 +318,6 @@ def _multiply_tiles(
         tl.store(to + pairs[None, :], open_gate(gates, ups), exists[:, None] & (pairs < n_out // 2)[None, :])
     else:
         tl.store(to + outs[None, :], made, exists[:, None] & inside[None, :])
-
-
-@jit
-def _outs(places: Tile, n_out: Tile, gated: constexpr) -> Tile:
-    """The outputs that a program computes: side by side, or each gate beside what it lets through."""
-    return places // 2 + places % 2 * (n_out // 2) if gated else places
 
 
 @jit

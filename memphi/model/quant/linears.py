@@ -84,7 +84,10 @@ class QuantisedAdaptedLinear(AdaptedLinear):
         in_bytes: Bytes | None = None,
         made: Bytes | None = None,
     ) -> None:
-        gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+        if self.base_weight.gates(operand) and not adapter_tokens:
+            self.base_weight.multiply_few(operand, out, None, gated=True)
+        else:
+            gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
 
     def follow(
         self,

@@ -112,7 +112,12 @@ class PackedQuantisedLinear(PackedLinear):
         in_bytes: Bytes | None = None,
         made: Bytes | None = None,
     ) -> None:
-        gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+        products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
+        if not (weight.gates(x) and len(products) == 1):
+            gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+            return
+        self._narrow(operand, adapter_tokens, products)
+        weight.multiply_few(x, out, self._columns_of(products[0].names, operand), gated=True)
 
     def _multiply_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
         """y = the products, whose adapters' t are in their places, by blocks of the base and of every B in use."""

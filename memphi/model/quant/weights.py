@@ -88,9 +88,18 @@ class QuantisedWeight(nn.Module):
         """The most rows like these that `multiply_few` is for."""
         return coded.most_rows(x.device, eight_bits.VECTOR_ROWS)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
-        """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add."""
+    def multiply_few(
+        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
+    ) -> None:
+        """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add.
+
+        gated, where `gates` allows it: through `gate`, and out is half as wide.
+        """
         raise NotImplementedError
+
+    def gates(self, x: Tensor) -> bool:
+        """Whether `multiply_few` takes rows like these through a gate at once."""
+        return self.is_for_few(x) and len(x) <= eight_bits.VECTOR_ROWS
 
     def multiply_many(
         self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None
@@ -145,8 +154,10 @@ class Int8Weight(QuantisedWeight):
         is_for_few = self.kernels and rows <= self.most_rows(like)
         return eight_bits.room_for_bytes(rows, self.codes, like) if is_for_few else None
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
+    def multiply_few(
+        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
+    ) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -215,8 +226,10 @@ class Int4Weight(QuantisedWeight):
         last = first + len(out)
         four_bits.dequantise(self.codes[first:last], self.affine[first:last], out)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
-        four_bits.multiply(x, self.codes, self.affine, out, columns)
+    def multiply_few(
+        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
+    ) -> None:
+        four_bits.multiply(x, self.codes, self.affine, out, columns, gated)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
@@ -262,8 +275,10 @@ class Fp8Weight(QuantisedWeight):
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.codes[first:last].float().mul_(self.scale[first:last, None]).to(dtype)
 
-    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
+    def multiply_few(
+        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
+    ) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def makes_blocks(self, x: Tensor) -> bool:
         return False  # x is rounded before.
