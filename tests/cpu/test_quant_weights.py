@@ -209,7 +209,7 @@ def test_rows_may_stand_in_a_wider_matrix_and_have_more_axes(scheme):
 def test_no_rows_ask_nothing_of_the_weight(scheme, monkeypatch):
     """A prompt's chunk that scores nothing would have the whole embedding made 16 bits again."""
     weight = stored(scheme, normal(8, 64))
-    monkeypatch.setattr(weight, "dequantise", lambda *_: pytest.fail("dequantised"))
+    monkeypatch.setattr(weight, "dequantise_into", lambda *_: pytest.fail("dequantised"))
     assert weight(torch.empty(0, 64)).shape == (0, 8)
 
 

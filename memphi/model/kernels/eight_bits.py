@@ -544,14 +544,16 @@ def _add_codes(
     return upper, lower
 
 
-def plain_dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes * scale, rounded once, [outs, in]: codes [outs, in] int8, scale [outs]; the definition."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    return torch.mul(codes, scale.float()[:, None], out=out)
+def plain_dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out = codes * scale, rounded once, [outs, in]; the definition.
+
+    codes [outs, in] int8, scale [outs]; rows may lie apart.
+    """
+    torch.mul(codes, scale.float()[:, None], out=out)
 
 
 def dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
-    """As `plain_dequantise`, into out [outs, in]; rows of either may lie apart."""
+    """As `plain_dequantise`."""
     n_out, n_in = codes.shape
     block = min(DEQUANTISED_BLOCK, power_of_two(n_in))
     _dequantise[(n_out, -(-n_in // block))](

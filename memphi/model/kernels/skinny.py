@@ -63,7 +63,9 @@ class Narrow:
         """A in t's dtype: [rank, in]."""
         if self.a_scale is None:
             return self.a
-        return plain_dequantise(self.a, self.a_scale, self.t.dtype)
+        wide = torch.empty(self.a.shape, dtype=self.t.dtype, device=self.a.device)
+        plain_dequantise(self.a, self.a_scale, wide)
+        return wide
 
 
 @functools.cache

@@ -52,6 +52,13 @@ class QuantisedWeight(nn.Module):
 
     def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """What outputs from one to before another stand for: [last - first, in]."""
+        with torch.device(next(self.buffers()).device):
+            out = torch.empty((last - first, self.in_features), dtype=dtype)
+        self.dequantise_into(first, out)
+        return out
+
+    def dequantise_into(self, first: int, out: Tensor) -> None:
+        """The same of outputs from `first` on, into out [n, in], whose rows may lie apart."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,8 +124,8 @@ class QuantisedWeight(nn.Module):
         multiply_by_blocks([(self, everything)], [(x, everything, slice(0, len(x)))], out, most_numbers)
 
     def write_block(self, first: int, out: Tensor) -> None:
-        """`dequantise` outputs from `first` on into out [n, in], whose rows may lie apart, by the fastest there is."""
-        out.copy_(self.dequantise(first, first + len(out), out.dtype))
+        """As `dequantise_into`, by the fastest there is."""
+        self.dequantise_into(first, out)
 
 
 class Int8Weight(QuantisedWeight):
@@ -137,8 +144,9 @@ class Int8Weight(QuantisedWeight):
         self.scale[first : first + len(rows)] = scale
         self.codes[first : first + len(rows)] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
 
-    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return eight_bits.plain_dequantise(self.codes[first:last], self.scale[first:last], dtype)
+    def dequantise_into(self, first: int, out: Tensor) -> None:
+        last = first + len(out)
+        eight_bits.plain_dequantise(self.codes[first:last], self.scale[first:last], out)
 
     def write_block(self, first: int, out: Tensor) -> None:
         if not (self.kernels and is_available(self.codes.device)):
@@ -214,10 +222,11 @@ class Int4Weight(QuantisedWeight):
             words |= (part.int() << 4 * number).to(words.device)
         self.affine[first : first + len(codes)] = affine
 
-    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def dequantise_into(self, first: int, out: Tensor) -> None:
+        last = first + len(out)
         codes: Tensor = self.unpacked(first, last).unflatten(1, (-1, self.group))
         scale, shift = self.affine[first:last].float().split(1, -1)
-        return codes.float().sub_(8).mul_(scale).add_(shift).to(dtype).flatten(1)[:, : self.in_features]
+        out.copy_(codes.float().sub_(8).mul_(scale).add_(shift).flatten(1)[:, : self.in_features])
 
     def write_block(self, first: int, out: Tensor) -> None:
         if not (self.kernels and is_available(self.codes.device)):
@@ -272,8 +281,9 @@ class Fp8Weight(QuantisedWeight):
         """Codes under scales that are given."""
         return (numbers / scale).clamp_(-rounding.LARGEST, rounding.LARGEST).to(torch.float8_e4m3fn)
 
-    def dequantise(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self.codes[first:last].float().mul_(self.scale[first:last, None]).to(dtype)
+    def dequantise_into(self, first: int, out: Tensor) -> None:
+        last = first + len(out)
+        out.copy_(self.codes[first:last].float().mul_(self.scale[first:last, None]))
 
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
