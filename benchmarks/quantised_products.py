@@ -37,7 +37,7 @@ from benchmarks.kernels import (
 from benchmarks.products import Matrix, matrices
 from memphi.memory.costs import dequantised_numbers
 from memphi.model.kernels import eight_bits, four_bits, launch, skinny
-from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.coded import Columns, sum_up
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight, multiply_by_blocks
 
 MODULES: dict[str, ModuleType] = {"int8": eight_bits, "int4": four_bits, "fp8": eight_bits}
@@ -208,7 +208,7 @@ def tilings(module: ModuleType, rows: int) -> Iterator[tuple[str, Run]]:
 
 def multiply(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
     if weight.is_for_few(x):
-        weight.multiply_few(x, out, columns)
+        sum_up(weight.multiply_few(x, out, columns), out)
     else:
         multiply_many(x, weight, out, columns)
 

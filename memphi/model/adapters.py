@@ -94,6 +94,12 @@ class AdaptedLinear(nn.Module):
         assert not adapter_tokens, "a step with adapters needs them packed"
         return multiply(self.x_of(operand), self.weight, out, self.kernels)
 
+    def apply_in_parts(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
+    ) -> Tensor:
+        """`apply_to` in parts [parts, tokens, out], for whoever sums them in a pass of its own: out alone, or not."""
+        return self.apply_to(operand, adapter_tokens, out, in_bytes)[None]
+
     def apply_gated(
         self,
         operand: Tensor,

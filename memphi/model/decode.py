@@ -221,15 +221,15 @@ class DecodeStep:
         what was filled in, and the units, without waiting.
         """
         buffers, inputs, model, rows = self._buffers, self._buffers.inputs, self._model, self._rows
-        x, delta = buffers.x[:rows], buffers.delta[:rows]
+        x, delta = buffers.x[:rows], None
         cos, sin = buffers.cos[:rows], buffers.sin[:rows]
         divide(self._division)
         tabulate(inputs.positions[:rows], inputs.long[:rows], buffers.frequencies, model.config.rope_scale, cos, sin)
         torch.index_select(inputs.known, 0, inputs.sources[:rows], out=inputs.ids[:rows])
         model.embedding.look_up(inputs.ids[:rows], x)
         for number, layer in enumerate(cast(Iterable[DecoderLayer], model.layers)):
-            self._attend(layer, number, x, delta, (cos, sin))
-            self._transform(layer, x, delta)
+            delta = self._attend(layer, number, x, delta, (cos, sin))
+            delta = self._transform(layer, x, delta)
         normed = buffers.normed[:rows]
         add_norm(x, delta, model.norm.weight, model.norm.eps, normed)
         model.embedding.score(normed, self.logits)
@@ -238,24 +238,24 @@ class DecodeStep:
         return self.logits
 
     def _attend(
-        self, layer: DecoderLayer, number: int, x: Tensor, delta: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> None:
-        """x += the delta before, if any; delta = the layer's attention."""
+        self, layer: DecoderLayer, number: int, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x += the delta before, if any; returns what the layer's attention adds, in parts."""
         operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
         attention, norm = layer.attention, layer.attention_norm
         in_bytes = attention.qkv.room_for_bytes(self._rows, x)
-        add_norm(x, delta if number else None, norm.weight, norm.eps, attention.qkv.x_of(operand), in_bytes)
+        add_norm(x, delta, norm.weight, norm.eps, attention.qkv.x_of(operand), in_bytes)
         attention.qkv.apply_to(operand, self._uses, qkv, in_bytes)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
         pages, scales = self._pool.layer(number), self._pool.scales(number)
         attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)
-        attention.out.apply_to(operand, self._uses, delta)
+        return attention.out.apply_in_parts(operand, self._uses, self._buffers.delta[: self._rows])
 
-    def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> None:
-        """x += delta; delta = the layer's MLP."""
+    def _transform(self, layer: DecoderLayer, x: Tensor, delta: Tensor) -> Tensor:
+        """x += delta; returns what the layer's MLP adds, in parts."""
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
         in_bytes, opened = (linear.room_for_bytes(self._rows, x) for linear in (layer.mlp.gate_up, layer.mlp.down))
         add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand), in_bytes)
         layer.mlp.gate_up.apply_gated(operand, self._uses, gate_up, layer.mlp.down.x_of(inner), in_bytes, opened)
-        layer.mlp.down.apply_to(inner, self._uses, delta, opened)
+        return layer.mlp.down.apply_in_parts(inner, self._uses, self._buffers.delta[: self._rows], opened)

@@ -35,6 +35,19 @@ def test_add_norm_equals_its_definition(device, rows, size, dtype, adds, seed):
     assert_rounded_alike(out, expected, steps=4 if dtype == torch.float32 else 2)  # Sums in another order.
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_may_come_in_parts(device, parts, dtype):
+    """They are summed in fp32, one after another, and rounded once."""
+    x, weight = (normal(*shape, dtype=dtype, device=device, seed=1) for shape in ((7, 300), (300,)))
+    found = strided(normal(parts * 7, 300, dtype=torch.float32, device=device, seed=2)).unflatten(0, (parts, 7))
+    x_plain, out, expected = x.clone(), torch.empty_like(x), torch.empty_like(x)
+    plain_add_norm(x_plain, found, weight, 1e-5, expected)
+    add_norm(x, found, weight, 1e-5, out)
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close((x, out), (x_plain, expected), rtol=2 * tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
 @pytest.mark.parametrize("rows", [5, 64])
 def test_what_is_normed_is_there_in_bytes_too(device, room, rows):

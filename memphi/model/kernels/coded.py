@@ -95,6 +95,12 @@ def room_for_parts(out: Tensor, parts: int) -> Tensor:
     return out[None] if parts == 1 else out.new_empty((parts, *out.shape), dtype=torch.float32)
 
 
+def sum_up(found: Tensor, out: Tensor) -> None:
+    """Have out [rows, out] be the sum of what a product found in parts, if it is not what it found."""
+    if len(found) > 1:
+        sum_parts(found, out)
+
+
 def plain_sum_parts(found: Tensor, out: Tensor) -> None:
     """out [rows, out] = the sum of found [parts, rows, out], one part after another; the definition."""
     out.copy_(found.sum(0))

@@ -24,7 +24,7 @@ from memphi.model.kernels.coded import (
     room_for_parts,
     store_tile,
     sum_columns,
-    sum_parts,
+    sum_up,
     t_places,
     widen_columns,
 )
@@ -97,11 +97,24 @@ def multiply(
 
     gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
     """
+    sum_up(multiply_in_parts(x, codes, scale, out, columns, in_bytes, gated), out)
+
+
+def multiply_in_parts(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    columns: Columns | None = None,
+    in_bytes: Bytes | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """The same in parts [parts, rows, out], which somebody else sums: out alone, or others in fp32."""
     if len(x) <= VECTOR_ROWS:
         _launch_vectors(x, codes, scale, out, columns, gated)
-    else:
-        assert not gated, "more rows go through their gate by themselves"
-        _launch_tiles(x, codes, scale, out, columns, in_bytes)
+        return out[None]
+    assert not gated, "more rows go through their gate by themselves"
+    return _launch_tiles(x, codes, scale, out, columns, in_bytes)
 
 
 def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
@@ -158,7 +171,7 @@ def _in_words(columns: Columns | None) -> Columns | None:
 
 def _launch_tiles(
     x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, made: Bytes | None
-) -> None:
+) -> Tensor:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     in_bytes = capability(x.device) >= E4M3_CAPABILITY if is_e4m3 else x.itemsize == 2
@@ -187,8 +200,7 @@ def _launch_tiles(
         num_stages=stages,
         **launch_options(x.device),
     )
-    if len(found) > 1:
-        sum_parts(found, out)
+    return found
 
 
 def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from memphi.model.kernels.coded import (
     room_for_parts,
     store_tile,
     sum_columns,
-    sum_parts,
+    sum_up,
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
@@ -74,6 +74,13 @@ def multiply(
 
     gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
     """
+    sum_up(multiply_in_parts(x, codes, affine, out, columns, gated), out)
+
+
+def multiply_in_parts(
+    x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
+) -> Tensor:
+    """The same in parts [parts, rows, out], which somebody else sums: out alone, or others in fp32."""
     words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
@@ -94,15 +101,12 @@ def multiply(
             num_warps=warps,
             **launch_options(x.device),
         )
-        return
+        return out[None]
     assert not gated, "more rows go through their gate by themselves"
-    if x.itemsize == 2:
-        _launch_groups(x, words, affine, out, columns)
-    else:
-        _launch_tiles(x, words, affine, out, columns)
+    return (_launch_groups if x.itemsize == 2 else _launch_tiles)(x, words, affine, out, columns)
 
 
-def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> Tensor:
     """In fp32."""
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
@@ -125,11 +129,10 @@ def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns
         num_stages=stages,
         **launch_options(x.device),
     )
-    if len(found) > 1:
-        sum_parts(found, out)
+    return found
 
 
-def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> Tensor:
     """In 16 bits, byte by byte."""
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
@@ -154,8 +157,7 @@ def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, column
         num_stages=stages,
         **launch_options(x.device),
     )
-    if len(found) > 1:
-        sum_parts(found, out)
+    return found
 
 
 def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:

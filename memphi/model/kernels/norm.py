@@ -15,11 +15,12 @@ def plain_add_norm(
 ) -> None:
     """x += delta, then out = RMSNorm(x), and made is filled with it, if there is some; the definition.
 
-    x, delta and out [rows, size], each row contiguous; weight [size]. The root mean square is taken in fp32, and x over
+    x, delta and out [rows, size], each row contiguous; delta may be in parts [parts, rows, size], which are summed and
+    rounded first; weight [size]. The root mean square is taken in fp32, and x over
     it is rounded before the weight is applied (`RMSNorm`).
     """
     if delta is not None:
-        x += delta
+        x += delta.sum(0).to(x.dtype) if delta.ndim > 2 else delta
     wide = x.float()
     out.copy_((wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight)
     if made is not None:
@@ -32,14 +33,15 @@ def add_norm(
     """As `plain_add_norm`, one program a row."""
     rows, size = x.shape
     room, strides, n_bytes = byte_arguments(x, made)
+    added = x[None] if delta is None else delta if delta.ndim > 2 else delta[None]
     _add_norm[(rows,)](
-        *(x, x if delta is None else delta, weight, out, *room),
-        *(x.stride(0), x.stride(0) if delta is None else delta.stride(0), out.stride(0), *strides),
+        *(x, added, weight, out, *room),
+        *(x.stride(0), added.stride(0), added.stride(1), out.stride(0), *strides),
         eps,
         size=size,
         n_bytes=n_bytes,
         block=power_of_two(size),
-        adds=delta is not None,
+        parts=0 if delta is None else len(added),
         num_warps=WARPS,
         **launch_options(x.device),
     )
@@ -54,6 +56,7 @@ def _add_norm(
     codes: Tile,
     code_scale: Tile,
     x_stride: Tile,
+    part_stride: Tile,
     delta_stride: Tile,
     out_stride: Tile,
     codes_stride: Tile,
@@ -62,7 +65,7 @@ def _add_norm(
     size: constexpr,
     n_bytes: constexpr,
     block: constexpr,
-    adds: constexpr,
+    parts: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
@@ -76,8 +79,12 @@ def _add_norm(
     values = tl.load(x + row * x_stride + columns, inside, other=0)
     dtype = values.dtype
     wide = values.to(tl.float32)
-    if adds:
-        wide += tl.load(delta + row * delta_stride + columns, inside, other=0).to(tl.float32)
+    if parts > 0:
+        delta += row * delta_stride + columns
+        total = tl.load(delta, inside, other=0)
+        for part in tl.static_range(1, parts):
+            total += tl.load(delta + part * part_stride, inside, other=0)
+        wide += total.to(dtype).to(tl.float32)
         values = wide.to(dtype)
         tl.store(x + row * x_stride + columns, values, inside)
         wide = values.to(tl.float32)

@@ -75,6 +75,13 @@ class QuantisedAdaptedLinear(AdaptedLinear):
         assert not adapter_tokens, "a step with adapters needs them packed"
         return multiply_base(self.base_weight, operand, out, in_bytes)
 
+    def apply_in_parts(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
+    ) -> Tensor:
+        if adapter_tokens or not self.base_weight.is_for_few(operand):
+            return super().apply_in_parts(operand, adapter_tokens, out, in_bytes)
+        return self.base_weight.multiply_few(operand, out, None, in_bytes)
+
     def apply_gated(
         self,
         operand: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.coded import Columns, sum_up
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.kernels.skinny import Narrow
@@ -92,16 +92,22 @@ class PackedQuantisedLinear(PackedLinear):
         in_bytes: Bytes | None = None,
     ) -> Tensor:
         y = operand.new_empty(len(operand), self.out_features) if out is None else out
+        sum_up(self.apply_in_parts(operand, adapter_tokens, y, in_bytes), y)
+        return y
+
+    def apply_in_parts(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
+    ) -> Tensor:
         products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
         self._narrow(operand, adapter_tokens, [product for product in products if product.names])
         if weight.is_for_few(x) and len(products) == 1:
-            weight.multiply_few(x, y, self._columns_of(products[0].names, operand), in_bytes)
-        elif weight.makes_blocks(x):
-            self._multiply_by_blocks(operand, products, y)
+            return weight.multiply_few(x, out, self._columns_of(products[0].names, operand), in_bytes)
+        if weight.makes_blocks(x):
+            self._multiply_by_blocks(operand, products, out)
         else:
-            weight.multiply_many(x, y, None, in_bytes)
-            self._add_adapters(operand, products, y)
-        return y
+            weight.multiply_many(x, out, None, in_bytes)
+            self._add_adapters(operand, products, out)
+        return out[None]
 
     def apply_gated(
         self,

@@ -79,7 +79,7 @@ class QuantisedWeight(nn.Module):
         if not len(x):
             return
         if self.is_for_few(x):
-            self.multiply_few(x, out, None, in_bytes)
+            coded.sum_up(self.multiply_few(x, out, None, in_bytes), out)
         else:
             self.multiply_many(x, out, most_numbers, in_bytes)
 
@@ -97,9 +97,10 @@ class QuantisedWeight(nn.Module):
 
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> None:
+    ) -> Tensor:
         """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add.
 
+        Returns it in parts [parts, rows, out], which `sum_up` or somebody else sums: out alone, or others in fp32.
         gated, where `gates` allows it: through `gate`, and out is half as wide.
         """
         raise NotImplementedError
@@ -164,8 +165,8 @@ class Int8Weight(QuantisedWeight):
 
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
+    ) -> Tensor:
+        return eight_bits.multiply_in_parts(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -237,8 +238,8 @@ class Int4Weight(QuantisedWeight):
 
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> None:
-        four_bits.multiply(x, self.codes, self.affine, out, columns, gated)
+    ) -> Tensor:
+        return four_bits.multiply_in_parts(x, self.codes, self.affine, out, columns, gated)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
@@ -287,8 +288,8 @@ class Fp8Weight(QuantisedWeight):
 
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> None:
-        eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
+    ) -> Tensor:
+        return eight_bits.multiply_in_parts(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def makes_blocks(self, x: Tensor) -> bool:
         return False  # x is rounded before.
