@@ -67,6 +67,8 @@ WIDE_OUT = 8192
 MOST_ROWS = 256
 """To make a matrix of int8 16 bits again takes so long that it pays for more rows only (on an H200, where the kernel
 takes a half of the time for 128 and three quarters for 256)."""
+MOST_INPUTS = 2**17
+"""Of bytes by bytes: the sums of more do not fit in 32 bits."""
 DEQUANTISED_BLOCK, DEQUANTISED_A_WARP = 2048, 512
 
 
@@ -123,7 +125,8 @@ def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
         return None
     if codes.dtype is torch.float8_e4m3fn:
         return room_in_e4m3(rows, codes.shape[1], like)
-    return room_in_two_bytes(rows, codes.shape[1], like) if like.itemsize == 2 else None
+    is_exact = like.itemsize == 2 and codes.shape[1] <= MOST_INPUTS
+    return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
@@ -174,11 +177,11 @@ def _launch_tiles(
 ) -> Tensor:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
-    in_bytes = capability(x.device) >= E4M3_CAPABILITY if is_e4m3 else x.itemsize == 2
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
     if made is None and (made := room_for_bytes(rows, codes, x)) is not None:
         make_bytes(x, made)
+    in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
     values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
     block_rows = block_of_rows(rows)
