@@ -271,3 +271,12 @@ def test_every_number_of_e4m3(device, on, monkeypatch):
     matrix, out = codes.t().repeat(1, codes.shape[1]).contiguous(), torch.zeros(1, codes.shape[1], device=device)
     eight_bits.multiply(x, matrix.view(torch.float8_e4m3fn), torch.ones(codes.shape[1], device=device), out)
     torch.testing.assert_close(out, values)
+
+
+def test_sums_of_bytes_fit_in_32_bits(device):
+    """Of wider matrices rows are not made bytes."""
+    assert 128 * 127 * eight_bits.MOST_INPUTS < 2**31
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    for n_in, fits in ((eight_bits.MOST_INPUTS, True), (eight_bits.MOST_INPUTS + 1, False)):
+        codes = torch.empty(1, n_in, dtype=torch.int8, device=device)
+        assert (eight_bits.room_for_bytes(8, codes, like) is not None) == fits
