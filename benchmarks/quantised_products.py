@@ -214,7 +214,7 @@ def multiply(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns |
 
 
 def multiply_few(module: ModuleType, x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
-    module.multiply(x, *weight.buffers(), out, columns)
+    sum_up(module.multiply(x, *weight.buffers(), out, columns), out)
 
 
 def multiply_many(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:

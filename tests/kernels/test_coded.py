@@ -1,5 +1,7 @@
 """Products with a matrix in few bits against their definitions: every row count, adapters beside, odd sizes."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -24,7 +26,12 @@ def stored(scheme, n_out, n_in, device):
 def products(scheme):
     """The kernel's product and its definition."""
     module = four_bits if scheme == "int4" else eight_bits
-    return module.multiply, module.plain_multiply
+    return partial(summed, module), module.plain_multiply
+
+
+def summed(module, x, codes, scale, out, *rest, **options):
+    """A module's product, whose parts are summed."""
+    coded.sum_up(module.multiply(x, codes, scale, out, *rest, **options), out)
 
 
 def assert_near(got, expected, scheme):
@@ -122,7 +129,7 @@ def test_inputs_in_parts(device, scheme, parts, dtype, monkeypatch):
     operand = numbers(rows, 40, device=device, dtype=dtype, seed=2)
     columns = made_columns(n_out, 12, 5, apart(operand, 12, 5, gap=2), device)
     out, expected = (torch.full((rows, n_out + 5), torch.nan, device=device, dtype=dtype)[:, :n_out] for _ in range(2))
-    module.multiply(x, *weight.buffers(), out, columns)
+    summed(module, x, *weight.buffers(), out, columns)
     module.plain_multiply(x, *weight.buffers(), expected, columns)
     assert_near(out, expected, scheme)
 
@@ -225,7 +232,7 @@ def test_rows_of_bytes_on_a_card_that_multiplies_e4m3(device, rows, ranks, monke
     operand = numbers(rows, 720, device=device, dtype=torch.bfloat16)
     columns = made_columns(70, ranks, 5, apart(operand[:, 688:], ranks, 5), device) if ranks else None
     out, expected = (torch.full((rows, 70), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2))
-    eight_bits.multiply(operand[:, :688], *weight.buffers(), out, columns)
+    summed(eight_bits, operand[:, :688], *weight.buffers(), out, columns)
     eight_bits.plain_multiply(operand[:, :688], *weight.buffers(), expected, columns)
     assert_near(out, expected, "fp8")
 
@@ -237,7 +244,7 @@ def test_every_code_at_every_place_of_a_word(device, dtype):
     for place in range(8):
         x, out = torch.zeros(2, 8, device=device, dtype=dtype), torch.zeros(2, 256, device=device, dtype=dtype)
         x[0, place], x[1, place] = 1, -0.5
-        eight_bits.multiply(x, matrix, torch.ones(256, device=device), out)
+        summed(eight_bits, x, matrix, torch.ones(256, device=device), out)
         assert torch.equal(out, torch.stack((codes.to(dtype), codes.to(dtype) * -0.5)))
 
 
@@ -248,7 +255,7 @@ def test_rows_that_are_no_words(device, n_in, first):
     x = numbers(3, 308, device=device, dtype=torch.bfloat16)[:, first : first + n_in]
     assert not eight_bits._has_words(x, None)
     out, expected = (torch.full((3, 20), torch.nan, device=device, dtype=x.dtype) for _ in range(2))
-    eight_bits.multiply(x, *weight.buffers(), out)
+    summed(eight_bits, x, *weight.buffers(), out)
     eight_bits.plain_multiply(x, *weight.buffers(), expected)
     assert_near(out, expected, "int8")
 
@@ -269,7 +276,7 @@ def test_every_number_of_e4m3(device, on, monkeypatch):
     x = torch.zeros(1, codes.shape[1], device=device)
     x[0, 0] = 1
     matrix, out = codes.t().repeat(1, codes.shape[1]).contiguous(), torch.zeros(1, codes.shape[1], device=device)
-    eight_bits.multiply(x, matrix.view(torch.float8_e4m3fn), torch.ones(codes.shape[1], device=device), out)
+    summed(eight_bits, x, matrix.view(torch.float8_e4m3fn), torch.ones(codes.shape[1], device=device), out)
     torch.testing.assert_close(out, values)
 
 

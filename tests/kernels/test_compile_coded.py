@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from memphi.model.kernels import eight_bits, four_bits, rounding
-from memphi.model.kernels.coded import MOST_ROWS, Columns
+from memphi.model.kernels.coded import MOST_ROWS, Columns, sum_up
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.ahead import SHARED_BYTES, compiled_for
@@ -29,7 +29,7 @@ def launch(scheme, shape, rows, dtype, ranks, gated=False):
     t = operand[:, :ranks].split([RANKS[0], ranks - RANKS[0]], 1) if ranks > RANKS[0] else (operand[:, :ranks],)
     columns = Columns(b[:, :ranks], scale[: len(t)], t) if ranks else None
     weight, out = WEIGHTS[scheme](n_out, n_in), torch.empty(rows, n_out // 2 if gated else n_out, dtype=dtype)
-    MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns, gated=gated)
+    sum_up(MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns, gated=gated), out)
 
 
 def launch_all(scheme, dtype, on_tensor_cores):

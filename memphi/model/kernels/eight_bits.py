@@ -24,7 +24,6 @@ from memphi.model.kernels.coded import (
     room_for_parts,
     store_tile,
     sum_columns,
-    sum_up,
     t_places,
     widen_columns,
 )
@@ -94,24 +93,12 @@ def multiply(
     columns: Columns | None = None,
     in_bytes: Bytes | None = None,
     gated: bool = False,
-) -> None:
-    """As `plain_multiply`; in_bytes: x, where somebody has filled a `room_for_bytes` with it already.
-
-    gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
-    """
-    sum_up(multiply_in_parts(x, codes, scale, out, columns, in_bytes, gated), out)
-
-
-def multiply_in_parts(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    columns: Columns | None = None,
-    in_bytes: Bytes | None = None,
-    gated: bool = False,
 ) -> Tensor:
-    """The same in parts [parts, rows, out], which somebody else sums: out alone, or others in fp32."""
+    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not.
+
+    in_bytes: x, where somebody has filled a `room_for_bytes` with it already. gated, for VECTOR_ROWS at most: what
+    comes of it goes through `gate`, and out is half as wide.
+    """
     if len(x) <= VECTOR_ROWS:
         _launch_vectors(x, codes, scale, out, columns, gated)
         return out[None]
@@ -229,13 +216,13 @@ def block_of_rows(rows: int) -> int:
 def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int], is_e4m3: bool) -> tuple[int, int, int, int]:
     """Outputs, inputs, stages and warps of a program on the tensor cores of a card of some compute capability.
 
-    x has itemsize bytes a number. Where there is room, the best that were measured on an H200 at 16 and at 64 rows.
+    x has itemsize bytes a number. Where there is room, the best that were measured on an H200 at 16, 32 and 64 rows.
     """
     if on not in ROOMY_CAPABILITY:
         return (64, 128, 3, 4) if itemsize <= 2 else (64, 64, 2, 4)
     if itemsize > 2 and not is_e4m3:
         return (128, 64, 4, 8) if n_out >= WIDE_OUT and rows > BLOCK_ROWS[0] else (64, 64, 4, 4)
-    if rows <= 32:
+    if rows <= (32 if is_e4m3 else 16):
         return 64, 256, 5 if is_e4m3 else 4, 4
     if n_out >= WIDE_OUT:
         return (128, 256, 4, 8) if is_e4m3 else (128, 128, 5, 8)

@@ -23,7 +23,6 @@ from memphi.model.kernels.coded import (
     room_for_parts,
     store_tile,
     sum_columns,
-    sum_up,
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
@@ -69,18 +68,11 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
 
 def multiply(
     x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
-) -> None:
-    """As `plain_multiply`.
+) -> Tensor:
+    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not.
 
     gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
     """
-    sum_up(multiply_in_parts(x, codes, affine, out, columns, gated), out)
-
-
-def multiply_in_parts(
-    x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
-) -> Tensor:
-    """The same in parts [parts, rows, out], which somebody else sums: out alone, or others in fp32."""
     words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)

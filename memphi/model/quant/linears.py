@@ -50,14 +50,8 @@ class QuantisedAdapter(Adapter):
         return cast(Tensor, self.b(self.a(x)) * self.scale)
 
 
-class QuantisedAdaptedLinear(AdaptedLinear):
-    """An AdaptedLinear with W in few bits; its adapters, which are quantised by themselves, see x as it is."""
-
-    def __init__(self, linear: AdaptedLinear, weight: QuantisedWeight) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = weight  # type: ignore[assignment]  # a module in the parameter's place
-        self.adapters = linear.adapters
+class LinearOfCodes(AdaptedLinear):
+    """What AdaptedLinears with W in few bits share."""
 
     @property
     def base_weight(self) -> QuantisedWeight:
@@ -68,6 +62,16 @@ class QuantisedAdaptedLinear(AdaptedLinear):
 
     def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
         return self.base_weight.room_for_bytes(count, like)
+
+
+class QuantisedAdaptedLinear(LinearOfCodes):
+    """An AdaptedLinear with W in few bits; its adapters, which are quantised by themselves, see x as it is."""
+
+    def __init__(self, linear: AdaptedLinear, weight: QuantisedWeight) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = weight  # type: ignore[assignment]  # a module in the parameter's place
+        self.adapters = linear.adapters
 
     def apply_to(
         self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
@@ -113,8 +117,13 @@ def multiply_base(
 ) -> Tensor:
     """x W^T with a decoder's weight: x [tokens, in] -> [tokens, out]; in out, where one is given."""
     out = x.new_empty(len(x), weight.out_features) if out is None else out
-    weight.multiply(x, out, dequantised_numbers(len(x)) if weight.kernels else None, in_bytes)
+    weight.multiply(x, out, most_numbers(weight, len(x)), in_bytes)
     return out
+
+
+def most_numbers(weight: QuantisedWeight, tokens: int) -> int | None:
+    """Of a block of a decoder's weight beside so many tokens, as steps through kernels are priced; None: as others."""
+    return dequantised_numbers(tokens) if weight.kernels else None
 
 
 class QuantisedEmbedding(nn.Module):

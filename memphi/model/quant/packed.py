@@ -15,18 +15,23 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memphi.memory.costs import dequantised_numbers
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.coded import Columns, sum_up
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.kernels.skinny import Narrow
 from memphi.model.packing import PackedLinear, Product
-from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter, multiply_base
-from memphi.model.quant.weights import QuantisedWeight, blocks, multiply_by_blocks
+from memphi.model.quant.linears import (
+    LinearOfCodes,
+    QuantisedAdaptedLinear,
+    QuantisedAdapter,
+    most_numbers,
+    multiply_base,
+)
+from memphi.model.quant.weights import blocks, multiply_by_blocks
 
 
-class PackedQuantisedLinear(PackedLinear):
+class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
     """A QuantisedAdaptedLinear whose adapters, by the same names, are views of the two matrices and their scales."""
 
     def __init__(self, linear: QuantisedAdaptedLinear) -> None:
@@ -57,21 +62,11 @@ class PackedQuantisedLinear(PackedLinear):
         return cast(QuantisedAdapter, self.adapters[name])
 
     @property
-    def base_weight(self) -> QuantisedWeight:
-        return cast(QuantisedWeight, self.weight)
-
-    @property
     def width(self) -> int:
         return self._width
 
     def operand(self, tokens: int) -> Tensor:
         return torch.empty((tokens, self.width), dtype=self.dtype, device=self.wide.device)
-
-    def base(self, x: Tensor) -> Tensor:
-        return multiply_base(self.base_weight, x)
-
-    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
-        return self.base_weight.room_for_bytes(count, like)
 
     def forward(
         self,
@@ -138,8 +133,7 @@ class PackedQuantisedLinear(PackedLinear):
             *((self.adapter(name).b, moved(self._t[name])) for name in names),
         ]
         factors = [(operand[each.span, each.columns], moved(each.columns), each.span) for each in products]
-        most_numbers = dequantised_numbers(len(operand)) if self.base_weight.kernels else None
-        multiply_by_blocks(weights, factors, y, most_numbers)
+        multiply_by_blocks(weights, factors, y, most_numbers(self.base_weight, len(operand)))
 
     def _add_adapters(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
         """y += t B^T of each product's adapters, a block of B after another."""

@@ -166,7 +166,7 @@ class Int8Weight(QuantisedWeight):
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
     ) -> Tensor:
-        return eight_bits.multiply_in_parts(x, self.codes, self.scale, out, columns, in_bytes, gated)
+        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -239,7 +239,7 @@ class Int4Weight(QuantisedWeight):
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
     ) -> Tensor:
-        return four_bits.multiply_in_parts(x, self.codes, self.affine, out, columns, gated)
+        return four_bits.multiply(x, self.codes, self.affine, out, columns, gated)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
@@ -289,7 +289,7 @@ class Fp8Weight(QuantisedWeight):
     def multiply_few(
         self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
     ) -> Tensor:
-        return eight_bits.multiply_in_parts(x, self.codes, self.scale, out, columns, in_bytes, gated)
+        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
 
     def makes_blocks(self, x: Tensor) -> bool:
         return False  # x is rounded before.
