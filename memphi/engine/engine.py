@@ -149,7 +149,7 @@ def make_loop(
 def make_graphs(
     model: Phi4MM, pool: PagePool | None, plan: MemoryPlan, config: EngineConfig, forbidden: Tensor
 ) -> Graphs | None:
-    """The graphs of decode steps where config wants kernels and the device has them; tells the model either way."""
+    """The graphs of steps where config wants kernels and the device has them; tells the model either way."""
     obstacle = why_not_available(model.device)
     if obstacle is None and pool is not None:
         obstacle = why_not_kept(pool.cache_format, model.device)
@@ -160,7 +160,8 @@ def make_graphs(
     if model.placement == "streamed":
         obstacle = "memphi's own, and graphs, find no layers that come and go"
     if obstacle is None:
-        return Graphs(model, pool, min(plan.rows, plan.graph_rows), plan.context_tokens, on_gpu, forbidden)
+        most_rows, tokens = min(plan.rows, plan.graph_rows), plan.graph_tokens
+        return Graphs(model, pool, most_rows, plan.context_tokens, on_gpu, forbidden, tokens)
     if on_gpu:
         logging.getLogger(__name__).warning("PyTorch's kernels are used: %s", obstacle)
     return None

@@ -1,25 +1,24 @@
-"""CUDA graphs of decode steps: captured when they are first needed, and replayed for any rows of their number.
+"""CUDA graphs of decode steps: captured when they are first needed, and replayed for any rows of their number. Those of
+prompts stand in `prefills`.
 
 Launching a step's kernels one by one takes the host longer than the device needs for them; a graph is launched at once.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, combinations, product
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
 from memphi.config import AdapterName
+from memphi.engine.capture import Capture
+from memphi.engine.prefills import Prefills
 from memphi.model.decode import Buffers, Chosen, DecodeStep
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
-
-WARM_UPS = 2
-"""Runs before a capture: kernels are compiled and loaded, and libraries take their work space, outside of it."""
 
 Adapters = frozenset[str]
 
@@ -40,12 +39,10 @@ class _Held:
 
     buffers: Buffers
     steps: dict[tuple[int, Adapters], tuple[DecodeStep, torch.cuda.CUDAGraph | None]] = field(default_factory=dict)
-    memory: Any = None
-    """The pool that all graphs take their memory from."""
 
 
 class Graphs:
-    """The decode steps of one engine; one set of buffers and one pool of memory serve all."""
+    """The decode steps of one engine, of which one set of buffers serves all, and its steps of prompts."""
 
     def __init__(
         self,
@@ -55,18 +52,20 @@ class Graphs:
         most_tokens: int,
         capture: bool = True,
         forbidden: Tensor | None = None,
+        prefill_tokens: int = 0,
     ) -> None:
         """most_tokens is the longest sequence's; without capture every step is launched kernel by kernel.
 
-        forbidden [vocab_size] bool: ids that are never chosen; None: all may be.
+        forbidden [vocab_size] bool: ids that are never chosen; None: all may be. prefill_tokens: of a step of prompts
+        that is for a graph, at most.
         """
         self.allowed = True
         """Whether steps go here; not while memory is short."""
         self._model, self._pool, self._forbidden = model, pool, forbidden
         self._most_rows = most_rows
         self._most_pages = -(-most_tokens // pool.page_tokens)
-        # One for all captures: libraries keep a work space for each stream that they were used on.
-        self._stream = torch.cuda.Stream(model.device) if capture else None
+        self._capture = Capture(model.device, capture)
+        self.prefills = Prefills(model, pool, prefill_tokens, self._capture)
         self._held: _Held | None = None
         self._ever = set[tuple[int, Adapters]]()
         """Those whose kernels are compiled and loaded."""
@@ -74,12 +73,28 @@ class Graphs:
     @property
     def are_held(self) -> bool:
         """Whether there is something to drop."""
-        return self._held is not None
+        return self._held is not None or self.prefills.are_held
 
     def can_decode(self, adapters: Collection[str | None], rows: int) -> bool:
         """Whether so many rows under these adapters, each of one new token, can be decoded here now."""
-        live = self._model.adapter_form == "plain" and any(adapters)
-        return self.allowed and rows <= self._most_rows and not live
+        return self._takes(adapters) and rows <= self._most_rows
+
+    def can_prefill(self, rows: Sequence[Row]) -> bool:
+        """Whether rows of any number of new tokens can be computed here now."""
+        return self._takes({row.adapter for row in rows}) and self.prefills.can_compute(rows)
+
+    def miss(self, rows: Sequence[Row]) -> bool:
+        """Note that such rows were computed elsewhere; whether they could come here another time."""
+        return self._takes({row.adapter for row in rows}) and self.prefills.miss(rows)
+
+    def _takes(self, adapters: Collection[str | None]) -> bool:
+        """Whether steps under these adapters go here now: those that are not packed do not."""
+        return self.allowed and not (self._model.adapter_form == "plain" and any(adapters))
+
+    @torch.inference_mode()
+    def ready(self, rows: Sequence[Row]) -> None:
+        """Capture what `decode` needs for such rows, if it is not there. Raises whatever the device raises."""
+        self._step(_rounded_up(len(rows), self._most_rows), self._adapters(rows))
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> Decoded:
@@ -98,29 +113,31 @@ class Graphs:
 
     @torch.inference_mode()
     def rehearse(self) -> bool:
-        """Have the kernels of a graph that no step has needed yet compiled and loaded; whether there was one.
+        """Capture a graph of prompts that a step needed once, or have the kernels of another graph, which no step has
+        needed yet, compiled and loaded; whether there was one.
 
-        It is not captured: that is quickly done when it is needed, and CUDA takes memory for every graph. Raises
+        The other is not captured: that is quickly done when it is needed, and CUDA takes memory for every graph. Raises
         whatever the device raises.
         """
+        if not (self._capture.is_wanted and self.allowed):
+            return False
+        if self.prefills.rehearse():
+            return True
         key = next((key for key in self._all_keys() if key not in self._ever), None)
-        if key is None or self._stream is None or not self.allowed:
+        if key is None:
             return False
         self._ever.add(key)  # Also where it fails: it will be tried when a step needs it.
-        with self._warmed_up(self._make_step(*key)):
-            return True
+        self._capture.warm_up(self._make_step(*key))
+        return True
 
     def drop(self) -> bool:
         """Forget all graphs and give their memory back; whether there were any."""
-        if self._held is None:
+        if not self.are_held:
             return False
-        graphs = [graph for _, graph in self._held.steps.values() if graph is not None]
-        if graphs:
-            torch.cuda.synchronize(self._model.device)
-        for graph in graphs:
-            graph.reset()
+        graphs = [graph for _, graph in self._held.steps.values()] if self._held else []
+        self._capture.drop(graphs + self.prefills.drop())
         self._held = None
-        if self._stream is not None:
+        if self._capture.is_wanted:
             torch.cuda.empty_cache()
         return True
 
@@ -129,7 +146,7 @@ class Graphs:
         key = count, adapters
         if key not in held.steps:
             step = self._make_step(count, adapters)
-            held.steps[key] = step, None if self._stream is None else self._captured(held, step)
+            held.steps[key] = step, self._capture.take(step)
             self._ever.add(key)
         return held.steps[key]
 
@@ -148,32 +165,7 @@ class Graphs:
         if self._held is None:
             buffers = Buffers(self._model.language, self._most_rows, self._most_pages, self._pool.page_tokens)
             self._held = _Held(buffers)
-            self._held.memory = None if self._stream is None else torch.cuda.graph_pool_handle()
         return self._held
-
-    def _captured(self, held: _Held, step: DecodeStep) -> torch.cuda.CUDAGraph:
-        """A graph of a step."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device: only what this one does must fit into a graph.
-        with (
-            self._warmed_up(step) as stream,
-            torch.cuda.graph(graph, held.memory, stream, capture_error_mode="thread_local"),
-        ):
-            step.run()
-        return graph
-
-    @contextmanager
-    def _warmed_up(self, step: DecodeStep) -> Iterator[torch.cuda.Stream]:
-        """On the stream for captures, after runs of a step with rows that read, write and choose nothing."""
-        assert self._stream is not None
-        stream, current = self._stream, torch.cuda.current_stream(self._model.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # Left in any case: a capture that fails does not see to that.
-            step.fill([], [])
-            for _ in range(WARM_UPS):
-                step.run()
-            yield stream
-        current.wait_stream(stream)
 
     def _adapters(self, rows: Sequence[Row]) -> Adapters:
         """Those in use; the merged one is part of the weights."""

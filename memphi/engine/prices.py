@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from memphi.config import AdapterForm, AudioConfig, CacheFormat, ModelConfig
-from memphi.engine.step import EncodeSlice, StepPlan
+from memphi.engine.step import EncodeSlice, PlannedRow, StepPlan
 from memphi.memory import costs
 from memphi.memory.plan import MemoryPlan
 from memphi.request import DecodedClip, DecodedImage
@@ -82,9 +82,18 @@ def price_rows(
     return kind, max(chunk, decode, scores)
 
 
-def price_graph(plan: StepPlan, config: ModelConfig) -> tuple[str, int]:
-    """The same of a step in a graph, whose own tensors have their place: all that comes is to draw from scores."""
-    return "graph step", costs.logits(config, len(plan.rows), 0, 0).bytes
+def price_graphs(
+    answers: Sequence[PlannedRow], prompts: Sequence[PlannedRow], config: ModelConfig, dtype_bytes: int
+) -> tuple[str, int]:
+    """The same of a step in graphs, whose own tensors have their places: what comes is to draw from scores; and of
+    prompts their embeddings, those of media again beside them, and the scores.
+    """
+    if not prompts:
+        return "graph step", costs.logits(config, len(answers), 0, 0).bytes
+    tokens, scored = sum(row.tokens for row in prompts), sum(row.scored for row in (*answers, *prompts))
+    embedded = tokens * (config.language.hidden_size * dtype_bytes + costs.METADATA_BYTES)
+    scores = costs.logits(config, scored, tokens, dtype_bytes).bytes + scored * config.language.vocab_size * dtype_bytes
+    return "graph step of prompts", with_unexplained(embedded + scores)
 
 
 def price_choice() -> tuple[str, int]:

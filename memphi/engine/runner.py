@@ -6,7 +6,7 @@ What a step does the scheduler has decided; doing the same step again changes no
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from memphi.engine.device import current
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
-from memphi.engine.prices import price_choice, price_graph, price_rows, price_slices
+from memphi.engine.prices import price_choice, price_graphs, price_rows, price_slices
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
 from memphi.model.decode import Chosen
@@ -81,12 +81,18 @@ class Runner:
             return reduce(_join, (self._run_rows(part) for part in _parts(plan, self.model.adapters_at_once)))
 
     def _run_rows(self, plan: StepPlan) -> StepResult:
-        with self.gauge.watching(*self._price(plan)):
-            return self._compute(plan)
+        divided = self._divide(plan)
+        if divided is not None:
+            plan = replace(plan, rows=(*divided.answers, *divided.prompts))
+            self._capture(divided)  # What that takes is no part of a step's.
+        with self.gauge.watching(*self._price(plan, divided)):
+            return self._compute(plan, divided)
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
-        return not plan.slices and self._graphs_for(plan) is not None and all(map(_is_plain, plan.rows))
+        if plan.slices or self.graphs is None or not self._can_decode(plan.rows):
+            return False
+        return all(map(_is_plain, plan.rows))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
@@ -100,8 +106,9 @@ class Runner:
         ids = [number for row in plan.rows for number in row.ids] if before is None else before.chosen_for(plan)
         with current(self.model.device):
             self._map_pages(plan)
+            self.graphs.ready(_rows(plan.rows))
             with self.gauge.watching(*price_choice()):
-                chosen = self.graphs.decode(_rows(plan), ids).chosen
+                chosen = self.graphs.decode(_rows(plan.rows), ids).chosen
             told = chosen.to("cpu", non_blocking=True, copy=True)  # Pinned, where there is a GPU.
             arrived = torch.cuda.Event() if chosen.is_cuda else None
             if arrived is not None:
@@ -125,21 +132,48 @@ class Runner:
                 with self.gauge.watching(*price_slices(slices, self.model.config, self.model.dtype.itemsize)):
                     self._encoders.run(slices)
 
-    def _price(self, plan: StepPlan) -> tuple[str, int]:
+    def _price(self, plan: StepPlan, divided: "Divided | None") -> tuple[str, int]:
         model, masked = self.model, self.model.device.type != "cuda"
-        if self._graphs_for(plan):
-            return price_graph(plan, model.config)
+        if divided is not None:
+            return price_graphs(divided.answers, divided.prompts, model.config, model.dtype.itemsize)
         kernels = model.uses_kernels and self.pool is not None
         kept = self.pool.cache_format if self.pool else "plain"
         return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels, kept)
 
-    def _graphs_for(self, plan: StepPlan) -> Graphs | None:
-        """The graphs, where one of them can do this step: all rows are answers that go on by one id."""
+    def _divide(self, plan: StepPlan) -> "Divided | None":
+        """The rows as graphs take them; None where they do not, which graphs note.
+
+        Answers go along with prompts where that graph has room for them, since each reads all weights.
+        """
         graphs = self.graphs
-        # A prompt among them is seen at once, whatever comes before it.
-        if graphs is None or any(row.tokens > 1 for row in plan.rows) or not all(map(_goes_on, plan.rows)):
+        if graphs is None:
             return None
-        return graphs if graphs.can_decode({row.sequence.adapter for row in plan.rows}, len(plan.rows)) else None
+        if self._can_decode(plan.rows):
+            return Divided(plan.rows, ())
+        if graphs.can_prefill(_rows(plan.rows)):
+            return Divided((), plan.rows)
+        answers = tuple(row for row in plan.rows if _goes_on(row))
+        prompts = tuple(row for row in plan.rows if not _goes_on(row))
+        if answers and prompts and self._can_decode(answers) and graphs.can_prefill(_rows(prompts)):
+            return Divided(answers, prompts)
+        if not graphs.miss(_rows(plan.rows)):
+            graphs.miss(_rows(prompts))
+        return None
+
+    def _capture(self, divided: "Divided") -> None:
+        """Have the graphs that a step needs."""
+        assert self.graphs is not None
+        if divided.answers:
+            self.graphs.ready(_rows(divided.answers))
+        if divided.prompts:
+            self.graphs.prefills.ready(_rows(divided.prompts))
+
+    def _can_decode(self, rows: Sequence[PlannedRow]) -> bool:
+        """Whether a graph of answers can do these rows: all are answers that go on by one id."""
+        # A prompt among them is seen at once, whatever comes before it.
+        if self.graphs is None or any(row.tokens > 1 for row in rows) or not all(map(_goes_on, rows)):
+            return False
+        return self.graphs.can_decode({row.sequence.adapter for row in rows}, len(rows))
 
     def _map_pages(self, plan: StepPlan) -> None:
         """Put memory behind the pages that the rows begin; behind all others that they use there is some."""
@@ -153,8 +187,8 @@ class Runner:
         if self.pool.mapped_bytes != held_bytes:
             self.gauge.cap()
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        logits = self._logits(plan)
+    def _compute(self, plan: StepPlan, divided: "Divided | None") -> StepResult:
+        logits = self._logits(plan) if divided is None else self._logits_of_graphs(divided)
         sampling = [row for row in plan.rows if row.samples]
         if not sampling:
             return StepResult({})
@@ -175,18 +209,34 @@ class Runner:
 
     def _logits(self, plan: StepPlan) -> Tensor:
         """Scores at the places where rows choose an id: [places, vocab_size]."""
-        ids, rows = [number for row in plan.rows for number in row.ids], _rows(plan)
-        if graphs := self._graphs_for(plan):
-            return graphs.decode(rows, ids).logits
-        ends = _ends(plan)
-        logits: Tensor = self.model(
-            upload(np.array(ids, dtype=np.int64), self.model.device),
-            rows,
-            _media(plan, ends),
-            self.pool,
-            [place for row, end in zip(plan.rows, ends, strict=True) for place in range(end - row.scored, end)],
-        )
+        media = _media(plan.rows)
+        logits: Tensor = self.model(self._ids(plan.rows), _rows(plan.rows), media, self.pool, _places(plan.rows))
         return logits
+
+    def _logits_of_graphs(self, divided: "Divided") -> Tensor:
+        """The same, those of answers first."""
+        graphs, model, found = self.graphs, self.model, list[Tensor]()
+        assert graphs is not None
+        if answers := divided.answers:
+            found.append(graphs.decode(_rows(answers), [number for row in answers for number in row.ids]).logits)
+        if prompts := divided.prompts:
+            hidden = graphs.prefills.compute(_rows(prompts), model.embed(self._ids(prompts), _media(prompts)))
+            places = upload(np.array(_places(prompts), dtype=np.int64), model.device)
+            found.append(model.language.logits(hidden[places]))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _ids(self, rows: Sequence[PlannedRow]) -> Tensor:
+        return upload(np.array([number for row in rows for number in row.ids], dtype=np.int64), self.model.device)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The rows of a step that graphs do."""
+
+    answers: Sequence[PlannedRow]
+    """Each goes on by one id."""
+    prompts: Sequence[PlannedRow]
+    """Answers may be among them."""
 
 
 def _goes_on(row: PlannedRow) -> bool:
@@ -200,8 +250,8 @@ def _is_plain(row: PlannedRow) -> bool:
     return row.sequence.matcher is None and sampling.top_logprobs is None and Draw(sampling, ()).is_plain
 
 
-def _rows(plan: StepPlan) -> list[Row]:
-    return [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in plan.rows]
+def _rows(rows: Sequence[PlannedRow]) -> list[Row]:
+    return [Row(row.tokens, row.past, row.sequence.adapter, row.sequence.long, row.pages) for row in rows]
 
 
 def _by_adapter(plan: StepPlan) -> StepPlan:
@@ -260,10 +310,10 @@ def _kept(drafts: Sequence[int], choices: Sequence[Choice]) -> Sequence[Choice]:
     return choices[: right + 1]
 
 
-def _media(plan: StepPlan, ends: Sequence[int]) -> list[tuple[int, Tensor]]:
+def _media(rows: Sequence[PlannedRow]) -> list[tuple[int, Tensor]]:
     """The pieces of media embeddings that fall into a step, by packed token."""
     pieces = []
-    for row, end in zip(plan.rows, ends, strict=True):
+    for row, end in zip(rows, _ends(rows), strict=True):
         prompt = row.sequence.prompt
         assert prompt is not None
         if not prompt.spans:
@@ -277,10 +327,11 @@ def _media(plan: StepPlan, ends: Sequence[int]) -> list[tuple[int, Tensor]]:
     return pieces
 
 
-def _ends(plan: StepPlan) -> Sequence[int]:
+def _places(rows: Sequence[PlannedRow]) -> list[int]:
+    """The packed tokens after which rows choose an id."""
+    return [place for row, end in zip(rows, _ends(rows), strict=True) for place in range(end - row.scored, end)]
+
+
+def _ends(rows: Sequence[PlannedRow]) -> Sequence[int]:
     """The packed token after each row's last."""
-    ends, end = [], 0
-    for row in plan.rows:
-        end += row.tokens
-        ends.append(end)
-    return ends
+    return list(accumulate(row.tokens for row in rows))

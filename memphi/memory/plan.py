@@ -15,9 +15,11 @@ class MemoryPlan:
     context_bytes: int
     weights_bytes: int
     graphs_bytes: int
-    """Decode steps in CUDA graphs; 0 where there are none."""
+    """Steps in CUDA graphs; 0 where there are none."""
     graph_rows: int
-    """Rows at most of such a step."""
+    """Rows at most of a decode step in one."""
+    graph_tokens: int
+    """Tokens at most of a step of prompts in one; 0: they go without."""
     workspace_bytes: int
     pool_bytes: int
     media_bytes: int

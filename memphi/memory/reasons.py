@@ -7,7 +7,7 @@ from memphi.memory import costs
 from memphi.memory.choices import enough_tokens
 from memphi.memory.costs import Cost, size_text
 from memphi.memory.plan import MemoryPlan
-from memphi.memory.sizing import GRAPHS_SHARE, TYPICAL_TOKENS, Sizing
+from memphi.memory.sizing import GRAPHS_SHARE, PREFILLS_SHARE, TYPICAL_TOKENS, Sizing
 
 
 def reasons(sizing: Sizing, plan: MemoryPlan, dial_reason: str) -> dict[str, str]:
@@ -21,9 +21,10 @@ def reasons(sizing: Sizing, plan: MemoryPlan, dial_reason: str) -> dict[str, str
         + (f", the {sizing.engine.merge} adapter merged into them" if sizing.engine.merge else "")
         + (", some of them on the host" if sizing.placement != "resident" else "")
         + (", and the allocator's rounding" if sizing.device.kind == "cuda" else ""),
-        "graphs_bytes": sizing.graphs[0].formula if sizing.graphs else "none",
+        "graphs_bytes": "; for prompts: ".join(cost.formula for cost in sizing.graphs) or "none",
         "graph_rows": f"as many as may run at once, and as 1/{GRAPHS_SHARE} of what is left beyond the least has "
         "room for",
+        "graph_tokens": f"as many as 1/{PREFILLS_SHARE} of what is left beyond the least has room for",
         "adapters": _reason_of_adapters(sizing),
         "preprocessing": _reason_of_preprocessing(sizing),
         "scheme": sizing.scheme_reason,

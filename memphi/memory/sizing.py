@@ -34,6 +34,9 @@ WORK_SHARE = 3
 RESERVE_SHARE, RESERVE_BYTES = 20, 512 * MIB
 GRAPHS_SHARE = 8
 """Graphs are for one row at least; for more, one part in so many of what is left beyond the least may go."""
+PREFILLS_SHARE = 16
+"""Graphs of prompts get one part in so many of what is left beyond the least, once that is enough for the smallest;
+until then every byte beyond the rest, so that a larger dial never leaves less for the pool."""
 ENCODER_PASSES = {"vision pass": "vision pass", "cropping": "vision pass", "audio pass": "audio pass"}
 """The kinds of encoder passes by their costs, of which one pass may have several."""
 DECODER_STEPS = ("prefill chunk", "decode step", "mixed step")
@@ -95,6 +98,7 @@ class Sizing:
         self.largest = self._pick(lambda ladder: ladder[0])
         self.graph_rows = 1
         self.graphs = self._price_graphs(self.graph_rows)
+        self.graph_tokens = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -107,6 +111,7 @@ class Sizing:
         if dial_bytes > self.device.free_bytes or least_bytes > dial_bytes:
             raise self._does_not_fit(least_bytes, dial_bytes)
         self._enlarge_graphs(dial_bytes - least_bytes)
+        self._add_prefills(dial_bytes - least_bytes)
         left_bytes = dial_bytes - self.fixed_bytes
         units = self._units(left_bytes)
         kept_bytes = units * self._kept_bytes
@@ -122,6 +127,7 @@ class Sizing:
             weights_bytes=self.weights_bytes,
             graphs_bytes=_sum(self.graphs),
             graph_rows=self.graph_rows,
+            graph_tokens=min(self.graph_tokens, sizes.step_tokens),
             workspace_bytes=workspace_bytes,
             pool_bytes=pool_bytes,
             media_bytes=kept_bytes - pool_bytes,
@@ -174,6 +180,25 @@ class Sizing:
             if _sum(price(rows)) - least <= spare_bytes // GRAPHS_SHARE:
                 self.graph_rows, self.graphs = rows, price(rows)
                 return
+
+    def _add_prefills(self, spare_bytes: int) -> None:
+        """Give graphs of prompts their share of what a dial leaves beyond the least, for as many tokens as it holds."""
+
+        def price(steps: int) -> Cost:
+            tokens = steps * costs.LEAST_PREFILL_TOKENS
+            return costs.prefill_graphs(self.config, tokens, self.dtype_bytes, self.adapters, self.cache_format)
+
+        most = min(self.largest.step_tokens, costs.MOST_PREFILL_TOKENS) // costs.LEAST_PREFILL_TOKENS
+        if not (self.graphs and most):
+            return
+        beyond_bytes = spare_bytes - (PREFILLS_SHARE - 1) * price(1).bytes
+        share_bytes = max(min(spare_bytes // PREFILLS_SHARE, beyond_bytes), 0)
+        if not share_bytes:
+            return
+        steps = _last(lambda steps: not steps or price(steps).bytes <= share_bytes, 0, most)
+        self.graph_tokens = steps * costs.LEAST_PREFILL_TOKENS
+        found = price(max(steps, 1))
+        self.graphs = (*self.graphs, Cost(found.name, min(share_bytes, price(most).bytes), found.formula))
 
     # --- the dial ------------------------------------------------------------------------------------------------
 

@@ -22,10 +22,9 @@ from memphi.model.kernels.rotary import tabulate
 from memphi.model.language import DecoderLayer, KeyValuePool, LanguageModel
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import Row
+from memphi.model.upload import Staging
 
 ADAPTERS = ("vision", "speech")
-ALIGNED_BYTES = 16
-"""Kernels are compiled for addresses that are multiples of this, and again for others."""
 
 
 @dataclass  # Not frozen, though nobody changes it: one is made for every row of every step, three times as fast so.
@@ -50,48 +49,32 @@ class Inputs:
         }
         sizes |= dict.fromkeys(("long", *ADAPTERS), (rows, np.bool_))
         sizes |= {"pages": (rows * most_pages, np.int32)}
-        places, end = {}, 0
-        for name, (count, dtype) in sizes.items():
-            places[name] = (end, end + count * np.dtype(dtype).itemsize, dtype)
-            end = -(-places[name][1] // ALIGNED_BYTES) * ALIGNED_BYTES
-        on_gpu = device.type == "cuda"
         self._lines: list[tuple[int, ...]] = []
         """The pages that stand in the lines of the staged table, which are `_width` apart."""
         self._width = 0
-        self._staged = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu)
-        self._sent = torch.zeros(end, dtype=torch.uint8, device=device) if on_gpu else self._staged
-        self._copied = torch.cuda.Event() if on_gpu else None
-        staged = self._staged.numpy()
-        self._host = {name: staged[first:last].view(dtype) for name, (first, last, dtype) in places.items()}
-        self._given_at, given_end, _ = places["given"]
-        self._pages_at = places["pages"][0]
-        self._pages = self._sent[self._pages_at : places["pages"][1]].view(torch.int32)
-        self.chosen = self._view(places["chosen"], torch.int64)
+        self._staging = staging = Staging(sizes, device)
+        self._given_at, given_end = staging.places["given"]
+        self.chosen = staging.device["chosen"]
         """What a step chooses for its rows, [rows]: it lies before all that is copied, for the next step to read."""
-        self.known = self._sent[:given_end].view(torch.int64)
+        self.known = staging.sent[:given_end].view(torch.int64)
         """The ids chosen by the step before, and those that the host gives."""
-        self.sources = self._view(places["sources"], torch.int64)
+        self.sources = staging.device["sources"]
         """Where among those each row has its id, [rows]."""
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         """Room for them, [rows]."""
-        self.lengths = self._view(places["lengths"], torch.int32)
+        self.lengths = staging.device["lengths"]
         """[rows]: past and new tokens; 0 where a row only fills up the step: it reads and writes nothing."""
-        self.positions = self._view(places["positions"], torch.int32)
-        self.long = self._view(places["long"], torch.bool)
-        self.masks = {name: self._view(places[name], torch.bool) for name in ADAPTERS}
+        self.positions, self.long = staging.device["positions"], staging.device["long"]
+        self.masks = {name: staging.device[name] for name in ADAPTERS}
         """The rows that use each adapter: [rows] bool."""
         self.table = torch.zeros((rows, most_pages), dtype=torch.int32, device=device)
         """The pages of each row; those that a row does not need are not read, and may be any number."""
 
-    def _view(self, place: tuple[int, int, object], dtype: torch.dtype) -> Tensor:
-        return self._sent[place[0] : place[1]].view(dtype)
-
     @torch.inference_mode()
     def fill(self, rows: Sequence[Row], ids: Sequence[int | Chosen], count: int) -> None:
         """Bring over a step of `count` rows: these, and others that fill it up; waits only for the copy before."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        host, filled = self._host, len(rows)
+        self._staging.wait()
+        host, filled = self._staging.host, len(rows)
         past = [row.past for row in rows]
         given = self._given_at // host["given"].itemsize
         adapters = [row.adapter for row in rows]
@@ -116,7 +99,7 @@ class Inputs:
         for row in rows:
             assert len(row.pages) * self.page_tokens > row.past, f"{row.pages} cannot hold {row.past + 1} tokens"
         standing, self._lines = self._lines if width == self._width else [], []  # None, should this one fail.
-        table = self._host["pages"][: len(rows) * width].reshape(len(rows), width)
+        table = self._staging.host["pages"][: len(rows) * width].reshape(len(rows), width)
         lines = [row.pages for row in rows]
         for place, (pages, before) in enumerate(zip_longest(lines, standing[: len(lines)])):
             if pages is not before:
@@ -125,12 +108,9 @@ class Inputs:
         self._lines, self._width = lines, width
 
     def _send(self, filled: int, width: int) -> None:
-        if self._copied is not None:
-            end = self._pages_at + 4 * filled * width
-            first = self._given_at
-            self._sent[first:end].copy_(self._staged[first:end], non_blocking=True)
-            self._copied.record()
-        self.table[:filled, :width] = self._pages[: filled * width].view(filled, width)
+        pages_at, _ = self._staging.places["pages"]
+        self._staging.send(self._given_at, pages_at + 4 * filled * width)
+        self.table[:filled, :width] = self._staging.device["pages"][: filled * width].view(filled, width)
 
 
 class Buffers:
@@ -212,6 +192,10 @@ class DecodeStep:
         """
         assert all(row.tokens == 1 for row in rows)
         self._buffers.inputs.fill(rows, ids, self._rows)
+
+    def clear(self) -> None:
+        """Have the next run read, write and choose nothing."""
+        self._buffers.inputs.fill([], [], self._rows)
 
     @torch.inference_mode()
     def run(self) -> Tensor:

@@ -5,15 +5,18 @@ for each operation, a kernel does in one pass, and leaves it where the next prod
 definition alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from memphi.model.adapters import AdaptedLinear
+from memphi.memory.costs import PREFILL_LINE_TOKENS, PREFILL_ROW_TOKENS, prefill_lines
+from memphi.model.adapters import AdaptedLinear, AdapterTokens
+from memphi.model.decode import ADAPTERS
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
@@ -23,7 +26,8 @@ from memphi.model.kernels.rotary import rotate_and_keep, tabulate
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, RMSNorm, SelfAttention
 from memphi.model.rotary import rotary_frequencies
-from memphi.model.rows import Lines, Packing
+from memphi.model.rows import Lines, Packing, Paging, Row, cut_lines, lay_out
+from memphi.model.upload import Staging
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,22 @@ class Residual:
         return out
 
 
-def compute(model: LanguageModel, embeddings: Tensor, packing: Packing, pool: KeyValuePool) -> Tensor:
+def compute(
+    model: LanguageModel,
+    embeddings: Tensor,
+    packing: Packing,
+    pool: KeyValuePool,
+    frequencies: Tensor | None = None,
+) -> Tensor:
     """The normed hidden states [tokens, hidden] of packed rows; the rows' keys and values go into their pages.
 
-    embeddings [tokens, hidden] are overwritten; packing has the rows of few new tokens in lines.
+    embeddings [tokens, hidden] are overwritten; packing has the rows of few new tokens in lines; frequencies are the
+    rotary ones, where they are on the device already.
     """
+    if frequencies is None:
+        frequencies = rotary_frequencies(model.config, embeddings.device)
     lines = _divide_lines(model, packing)  # Before `_tabulate`, which is not launched dependently.
-    step = Step(packing, _tabulate(model, packing), lines, pool)
+    step = Step(packing, _tabulate(model, packing, frequencies), lines, pool)
     residual = Residual(embeddings)
     for layer in cast(Iterable[DecoderLayer], model.layers):
         residual.delta = _attend(layer.attention, layer.attention_norm, residual, step)
@@ -128,9 +141,126 @@ def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, 
     return tuple(divided)
 
 
-def _tabulate(model: LanguageModel, packing: Packing) -> tuple[Tensor, Tensor]:
+def _tabulate(model: LanguageModel, packing: Packing, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     config, weight = model.config, model.norm.weight
     cos, sin = (weight.new_empty(len(packing.positions), 1, config.rotary_dim) for _ in range(2))
-    frequencies = rotary_frequencies(config, weight.device)
     tabulate(packing.positions, packing.long, frequencies, config.rope_scale, cos, sin)
     return cos, sin
+
+
+class PrefillInputs:
+    """The numbers of a step of up to so many tokens in lines, on the host and on the device, and its embeddings."""
+
+    def __init__(self, model: LanguageModel, tokens: int, page_tokens: int) -> None:
+        weight, lines = model.norm.weight, prefill_lines(tokens)
+        self.page_tokens = page_tokens
+        self._most_pages = -(-PREFILL_ROW_TOKENS // page_tokens)
+        self.staging = Staging(
+            {
+                "positions": (tokens, np.int32),
+                "token_pages": (tokens, np.int32),
+                "token_offsets": (tokens, np.int32),
+                **dict.fromkeys(("long", *ADAPTERS), (tokens, np.bool_)),
+                "kept": (tokens, np.int64),
+                "line_tokens": (lines * PREFILL_LINE_TOKENS, np.int64),
+                "line_lengths": (lines, np.int32),
+                "pages": (lines * self._most_pages, np.int32),
+            },
+            weight.device,
+        )
+        self.table = torch.zeros((lines, self._most_pages), dtype=torch.int32, device=weight.device)
+        """The pages of each line's row."""
+        self.targets = torch.arange(tokens, device=weight.device)
+        self.frequencies = rotary_frequencies(model.config, weight.device)
+        self.x = torch.zeros((tokens, model.config.hidden_size), dtype=weight.dtype, device=weight.device)
+        """Embeddings, and after a step the normed hidden states."""
+
+    def fill(self, rows: Sequence[Row], tokens: int) -> None:
+        """Bring over a step of `tokens` tokens: these rows', and others that read and write nothing."""
+        self.staging.wait()
+        host, lines = self.staging.host, prefill_lines(tokens)
+        host["token_pages"][:tokens] = -1
+        host["line_lengths"][:lines] = 0
+        for name in ("positions", "token_offsets", "kept"):
+            host[name][:tokens] = 0
+        host["line_tokens"][: lines * PREFILL_LINE_TOKENS] = 0
+        width, n_lines = self._lay_out(rows) if rows else (0, 0)
+        self.staging.send(0, self.staging.places["pages"][0] + 4 * n_lines * width)
+        self.table[:n_lines, :width] = self.staging.device["pages"][: n_lines * width].view(n_lines, width)
+
+    def _lay_out(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """Write the rows' numbers; returns how many pages a line has at most, and how many lines there are."""
+        host, laid = self.staging.host, lay_out(rows)
+        table, pages, offsets = laid.places(rows, self.page_tokens)
+        cut = cut_lines(range(len(rows)), laid, PREFILL_LINE_TOKENS)
+        numbers = {
+            "positions": laid.positions,
+            "token_pages": pages,
+            "token_offsets": offsets,
+            "long": laid.long,
+            **{name: laid.adapters == name for name in ADAPTERS},
+            "kept": cut.kept.nonzero()[0],
+            "line_tokens": cut.tokens,
+            "line_lengths": cut.lengths,
+            "pages": table[cut.rows].ravel(),
+        }
+        for name, values in numbers.items():
+            host[name][: len(values)] = values
+        return table.shape[1], len(cut.rows)
+
+
+class PrefillStep:
+    """`compute` for up to so many packed tokens of any rows, over tensors that stay where they are.
+
+    Nothing is read on the host and nothing decided by numbers on the device, so a CUDA graph can hold it. All rows are
+    in lines, whatever they have behind them.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        pool: KeyValuePool,
+        inputs: PrefillInputs,
+        tokens: int,
+        adapters: Collection[str] = (),
+        by_all: bool = False,
+    ) -> None:
+        """adapters that may be used, by_all: the one there is, by all tokens; their linears must be packed."""
+        self._model, self._pool, self._inputs, self._tokens = model, pool, inputs, tokens
+        device, lines = inputs.staging.device, prefill_lines(tokens)
+        lined = Lines(
+            new_tokens=PREFILL_LINE_TOKENS,
+            tokens=device["line_tokens"][: lines * PREFILL_LINE_TOKENS],
+            kept=device["kept"][:tokens],
+            targets=inputs.targets[:tokens],
+            lengths=device["line_lengths"][:lines],
+            table=inputs.table[:lines],
+        )
+        places = device["token_pages"][:tokens], device["token_offsets"][:tokens]
+        self._packing = Packing(
+            rows=(),
+            positions=device["positions"][:tokens],
+            long=device["long"][:tokens],
+            adapter_tokens=AdapterTokens({name: None if by_all else device[name][:tokens] for name in adapters}),
+            whole=(),
+            paging=Paging(*places, begun_pages=None, lines=(lined,), continued=(), together=()),
+        )
+
+        self.states = inputs.x[:tokens]
+        """What a run computes: normed hidden states [tokens, hidden]; the next run of any step replaces them."""
+
+    def fill(self, rows: Sequence[Row], embeddings: Tensor) -> None:
+        """Say what the next run computes: these rows, and the embeddings of their new tokens [tokens, hidden]."""
+        self._inputs.fill(rows, self._tokens)
+        self.states[: len(embeddings)] = embeddings
+
+    def clear(self) -> None:
+        """Have the next run read and write nothing."""
+        self._inputs.fill([], self._tokens)
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        """Write the keys and values of the new tokens; returns `states`."""
+        inputs = self._inputs
+        self.states.copy_(compute(self._model, self.states, self._packing, self._pool, inputs.frequencies))
+        return self.states

@@ -146,23 +146,51 @@ def pack(rows: Sequence[Row], device: torch.device, page_tokens: int | None = No
     """
     if page_tokens is not None:
         rows = [part for row in rows for part in (_parts(row) if row.tokens > RECURRING_TOKENS else (row,))]
-    lengths = np.array([row.tokens for row in rows])
-    bounds = np.concatenate(([0], lengths.cumsum()))
-    shifts = np.array([row.past for row in rows]) - bounds[:-1]
-    positions = np.arange(bounds[-1]) + np.repeat(shifts, lengths)
-    adapters = np.repeat(np.array([row.adapter or "" for row in rows]), lengths)
+    laid = lay_out(rows)
     return Packing(
         rows=tuple(rows),
-        positions=upload(positions, device),
-        long=upload(np.repeat(np.array([row.long for row in rows]), lengths), device),
+        positions=upload(laid.positions, device),
+        long=upload(laid.long, device),
         adapter_tokens=AdapterTokens(
             {
-                name: _tokens_of(adapters == name, device)
+                name: _tokens_of(laid.adapters == name, device)
                 for name in sorted({row.adapter for row in rows if row.adapter})
             }
         ),
-        whole=tuple(_whole(group, bounds, device) for group in _divide_whole(rows)),
-        paging=None if page_tokens is None else _page(rows, bounds, positions, page_tokens, device, in_lines),
+        whole=tuple(_whole(group, laid.bounds, device) for group in _divide_whole(rows)),
+        paging=None if page_tokens is None else _page(rows, laid, page_tokens, device, in_lines),
+    )
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Rows laid end to end, as numbers on the host."""
+
+    bounds: Integers
+    """[rows + 1]: each row's first packed token, then their number."""
+    ends: Integers
+    """[rows]: past and new tokens."""
+    positions: Integers  # [tokens]
+    long: NDArray[np.bool_]  # [tokens]
+    adapters: NDArray[np.str_]  # [tokens]: "" for none
+
+    def places(self, rows: Sequence[Row], page_tokens: int) -> tuple[Integers, Integers, Integers]:
+        """The pages of each row [rows, most pages], and of each token the page and the place within it."""
+        table = _page_table(rows, -(-self.ends // page_tokens))
+        of_token = np.repeat(np.arange(len(rows)), np.diff(self.bounds))
+        return table, table[of_token, self.positions // page_tokens], self.positions % page_tokens
+
+
+def lay_out(rows: Sequence[Row]) -> Laid:
+    """Lay rows end to end."""
+    lengths, past = np.array([row.tokens for row in rows]), np.array([row.past for row in rows])
+    bounds = np.concatenate(([0], lengths.cumsum()))
+    return Laid(
+        bounds,
+        past + lengths,
+        np.arange(bounds[-1]) + np.repeat(past - bounds[:-1], lengths),
+        np.repeat(np.array([row.long for row in rows]), lengths),
+        np.repeat(np.array([row.adapter or "" for row in rows]), lengths),
     )
 
 
@@ -175,18 +203,10 @@ def _tokens_of(uses: NDArray[np.bool_], device: torch.device) -> slice | Tensor 
     return upload(places, device)
 
 
-def _page(
-    rows: Sequence[Row],
-    bounds: Integers,
-    positions: Integers,
-    page_tokens: int,
-    device: torch.device,
-    in_lines: bool,
-) -> Paging:
-    ends = np.array([row.past + row.tokens for row in rows])
+def _page(rows: Sequence[Row], laid: Laid, page_tokens: int, device: torch.device, in_lines: bool) -> Paging:
+    bounds, ends = laid.bounds, laid.ends
     counts = -(-ends // page_tokens)
-    table = _page_table(rows, counts)
-    of_token = np.repeat(np.arange(len(rows)), np.diff(bounds))
+    table, token_pages, token_offsets = laid.places(rows, page_tokens)
     begun = table[np.arange(len(rows)), counts - 1][_are_begun(rows, ends, page_tokens)]
     lined = {i for i, row in enumerate(rows) if in_lines and row.past and row.tokens <= MOST_LINED_TOKENS}
     single = [i for i, row in enumerate(rows) if row.past and row.tokens == 1 and i not in lined]
@@ -198,11 +218,11 @@ def _page(
         return upload(numbers, device)
 
     return Paging(
-        token_pages=place(table[of_token, positions // page_tokens]),
-        token_offsets=place(positions % page_tokens),
+        token_pages=place(token_pages),
+        token_offsets=place(token_offsets),
         begun_pages=place(begun) if begun.size else None,
         lines=tuple(
-            _line_up(group, bounds, ends, table, page_tokens, new_tokens, device)
+            _line_up(group, laid, table, page_tokens, new_tokens, device)
             for new_tokens, group in (
                 (1, [i for i in sorted(lined) if rows[i].tokens == 1]),
                 (LINE_TOKENS, [i for i in sorted(lined) if rows[i].tokens > 1]),
@@ -248,22 +268,10 @@ def _continue(
 
 
 def _line_up(
-    group: Sequence[int],
-    bounds: Integers,
-    ends: Integers,
-    table: Integers,
-    page_tokens: int,
-    new_tokens: int,
-    device: torch.device,
+    group: Sequence[int], laid: Laid, table: Integers, page_tokens: int, new_tokens: int, device: torch.device
 ) -> Lines:
-    counts = -(-np.diff(bounds)[group] // LINE_TOKENS)
-    of_line = np.repeat(np.array(group), counts)
-    # Lines of a row end where it ends, so that only its first may begin before it.
-    after = new_tokens * (np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(of_line)))
-    places = (bounds[of_line + 1] - after)[:, None] + np.arange(-new_tokens, 0)  # [lines, new_tokens]
-    kept = (places >= bounds[of_line, None]).ravel()
-    tokens = np.maximum(places, bounds[of_line, None]).ravel()
-    ends = ends[of_line] - after
+    cut = cut_lines(group, laid, new_tokens)
+    tokens, kept = cut.tokens, cut.kept
 
     def place(numbers: NDArray[np.generic]) -> Tensor:
         return upload(numbers, device)
@@ -273,9 +281,30 @@ def _line_up(
         tokens=slice(int(tokens[0]), int(tokens[-1]) + 1) if (np.diff(tokens) == 1).all() else place(tokens),
         kept=None if kept.all() else place(kept.nonzero()[0]),
         targets=place(tokens[kept]),
-        lengths=place(ends.astype(np.int32)),
-        table=place(table[of_line, : -(-ends.max() // page_tokens)].astype(np.int32)),
+        lengths=place(cut.lengths.astype(np.int32)),
+        table=place(table[cut.rows, : -(-cut.lengths.max() // page_tokens)].astype(np.int32)),
     )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows cut into lines of equally many places, as numbers on the host."""
+
+    rows: Integers  # [lines]: the row of each
+    tokens: Integers  # [lines * new tokens]: each place's packed token, as in `Lines`
+    kept: NDArray[np.bool_]  # [lines * new tokens]: the places that do not repeat another
+    lengths: Integers  # [lines]: tokens of the row up to the line's last
+
+
+def cut_lines(group: Sequence[int], laid: Laid, new_tokens: int) -> Cut:
+    """Cut some of the rows into lines; those of a row end where it ends, so that only its first may begin before it."""
+    bounds, ends = laid.bounds, laid.ends
+    counts = -(-np.diff(bounds)[group] // new_tokens)
+    of_line = np.repeat(np.array(group), counts)
+    after = new_tokens * (np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(of_line)))
+    places = (bounds[of_line + 1] - after)[:, None] + np.arange(-new_tokens, 0)  # [lines, new_tokens]
+    first = bounds[of_line, None]
+    return Cut(of_line, np.maximum(places, first).ravel(), (places >= first).ravel(), ends[of_line] - after)
 
 
 def _as_bounds(bounds: Integers, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from memphi.config import ModelConfig
 
 pytest.importorskip("triton")
 
+from memphi.memory.costs import PREFILL_LINE_TOKENS
 from memphi.model.kernels import choice, division, gate, norm, paged, rotary, rounding
 from memphi.model.kernels.launch import E4M3_CAPABILITY
 from memphi.model.rotary import rotary_frequencies
@@ -79,7 +80,7 @@ def test_every_kernel_fits(capability):
         launch_simple(dtype)
         launch_attention(dtype, rows=1)
         launch_attention(dtype, rows=64)
-        for new_tokens in (1, LINE_TOKENS):
+        for new_tokens in (1, LINE_TOKENS, PREFILL_LINE_TOKENS):
             launch_attention(dtype, rows=64, new_tokens=new_tokens, fresh=False)
     assert {made.name for made in compiled} == {
         *("_add_norm", "_gate", "_tabulate", "_rotate_and_keep", "_find", "_choose", "_divide", "_attend")

@@ -22,21 +22,22 @@ ON_TENSOR_CORES = {
 SHAPES = ((3072, 8192), (16384, 3072))
 
 
-def launch(scheme, shape, rows, dtype, ranks, gated=False):
+def launch(scheme, shape, rows, dtype, ranks, **gated):
     n_out, n_in = shape
     operand = torch.empty(rows, sum(RANKS) + n_in, dtype=dtype)
     b, scale = torch.empty(n_out, sum(RANKS), dtype=torch.int8), torch.empty(2, n_out, dtype=torch.bfloat16)
     t = operand[:, :ranks].split([RANKS[0], ranks - RANKS[0]], 1) if ranks > RANKS[0] else (operand[:, :ranks],)
     columns = Columns(b[:, :ranks], scale[: len(t)], t) if ranks else None
     weight, out = WEIGHTS[scheme](n_out, n_in), torch.empty(rows, n_out // 2 if gated else n_out, dtype=dtype)
-    sum_up(MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns, gated=gated), out)
+    sum_up(MODULES[scheme].multiply(operand[:, sum(RANKS) :], *weight.buffers(), out, columns, **gated), out)
 
 
 def launch_all(scheme, dtype, on_tensor_cores):
     most = MODULES[scheme].VECTOR_ROWS
     for rows, ranks in ((1, sum(RANKS)), (most, RANKS[1])):
         launch(scheme, SHAPES[rows > 1], rows, dtype, ranks)
-        launch(scheme, SHAPES[1], rows, dtype, ranks, gated=True)
+        if scheme == "int8":
+            launch(scheme, SHAPES[1], rows, dtype, ranks, gated=True)
     if on_tensor_cores:
         for rows, ranks in ((16, 0), (MOST_ROWS, sum(RANKS))):
             launch(scheme, SHAPES[rows == MOST_ROWS], rows, dtype, ranks)

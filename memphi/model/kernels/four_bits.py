@@ -26,7 +26,6 @@ from memphi.model.kernels.coded import (
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
-from memphi.model.kernels.gate import outs_of, store_outs
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
@@ -66,13 +65,8 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
     out.copy_(plain_add(y, columns))
 
 
-def multiply(
-    x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
-) -> Tensor:
-    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not.
-
-    gated, for VECTOR_ROWS at most: what comes of it goes through `gate`, and out is half as wide.
-    """
+def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> Tensor:
+    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not."""
     words = codes.view(torch.int32)
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
@@ -81,12 +75,10 @@ def multiply(
     sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
     if rows <= VECTOR_ROWS:
         block_out, block_words, warps = choose_block(rows, groups * part)
-        block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
         _multiply_vectors[(-(-n_out // block_out),)](
             *(*tensors, *strides, n_out),
             **sizes,
             rows=rows,
-            gated=gated,
             block_out=block_out,
             block_words=block_words,
             block_ranks=power_of_two(max(ranks, 1)),
@@ -94,7 +86,6 @@ def multiply(
             **launch_options(x.device),
         )
         return out[None]
-    assert not gated, "more rows go through their gate by themselves"
     return (_launch_groups if x.itemsize == 2 else _launch_tiles)(x, words, affine, out, columns)
 
 
@@ -214,7 +205,6 @@ def _multiply_vectors(
     part: constexpr,
     ranks: constexpr,
     rows: constexpr,
-    gated: constexpr,
     block_out: constexpr,
     block_words: constexpr,
     block_ranks: constexpr,
@@ -223,8 +213,8 @@ def _multiply_vectors(
     """Scale and shift wait until the codes of a group are summed: a code costs a mask and a sum."""
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    places = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    outs, inside, numbers = outs_of(places, n_out, gated), places < n_out, tl.arange(0, block_words)
+    outs, numbers = tl.program_id(0) * block_out + tl.arange(0, block_out), tl.arange(0, block_words)
+    inside = outs < n_out
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
     w = load_block(words, inside, numbers, n_words)
@@ -263,8 +253,7 @@ def _multiply_vectors(
         total = totals[row]
         if ranks > 0:
             total += sum_columns(wide, t + row * t_stride, border, gap, ranks, block_ranks)
-        made = total.to(out.dtype.element_ty)
-        store_outs(out + row * out_stride, made, tl.program_id(0), n_out, gated, block_out)
+        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
 @jit

@@ -96,7 +96,7 @@ class QuantisedAdaptedLinear(LinearOfCodes):
         made: Bytes | None = None,
     ) -> None:
         if self.base_weight.gates(operand) and not adapter_tokens:
-            self.base_weight.multiply_few(operand, out, None, gated=True)
+            self.base_weight.multiply_gated(operand, out, None)
         else:
             gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
 

@@ -118,7 +118,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
             gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
             return
         self._narrow(operand, adapter_tokens, products)
-        weight.multiply_few(x, out, self._columns_of(products[0].names, operand), gated=True)
+        weight.multiply_gated(x, out, self._columns_of(products[0].names, operand))
 
     def _multiply_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
         """y = the products, whose adapters' t are in their places, by blocks of the base and of every B in use."""

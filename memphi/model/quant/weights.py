@@ -95,19 +95,20 @@ class QuantisedWeight(nn.Module):
         """The most rows like these that `multiply_few` is for."""
         return coded.most_rows(x.device, eight_bits.VECTOR_ROWS)
 
-    def multiply_few(
-        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> Tensor:
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         """`multiply` by a kernel that reads the codes as they are, and what adapters' columns beside the matrix add.
 
         Returns it in parts [parts, rows, out], which `sum_up` or somebody else sums: out alone, or others in fp32.
-        gated, where `gates` allows it: through `gate`, and out is half as wide.
         """
         raise NotImplementedError
 
     def gates(self, x: Tensor) -> bool:
-        """Whether `multiply_few` takes rows like these through a gate at once."""
-        return self.is_for_few(x) and len(x) <= eight_bits.VECTOR_ROWS
+        """Whether rows like these are for `multiply_gated`; on an H200 products by e4m3 and int4 took longer so."""
+        return False
+
+    def multiply_gated(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        """As `multiply_few`, what comes of it through `gate` at once: into out [rows, out / 2]."""
+        raise NotImplementedError
 
     def multiply_many(
         self, x: Tensor, out: Tensor, most_numbers: int | None = None, in_bytes: Bytes | None = None
@@ -163,10 +164,14 @@ class Int8Weight(QuantisedWeight):
         is_for_few = self.kernels and rows <= self.most_rows(like)
         return eight_bits.room_for_bytes(rows, self.codes, like) if is_for_few else None
 
-    def multiply_few(
-        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> Tensor:
-        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
+        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
+
+    def gates(self, x: Tensor) -> bool:
+        return self.is_for_few(x) and len(x) <= eight_bits.VECTOR_ROWS
+
+    def multiply_gated(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        eight_bits.multiply(x, self.codes, self.scale, out, columns, gated=True)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, for an embedding: ids [...] -> [..., in]."""
@@ -236,10 +241,8 @@ class Int4Weight(QuantisedWeight):
         last = first + len(out)
         four_bits.dequantise(self.codes[first:last], self.affine[first:last], out)
 
-    def multiply_few(
-        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> Tensor:
-        return four_bits.multiply(x, self.codes, self.affine, out, columns, gated)
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
+        return four_bits.multiply(x, self.codes, self.affine, out, columns)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
@@ -286,10 +289,8 @@ class Fp8Weight(QuantisedWeight):
         last = first + len(out)
         out.copy_(self.codes[first:last].float().mul_(self.scale[first:last, None]))
 
-    def multiply_few(
-        self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None, gated: bool = False
-    ) -> Tensor:
-        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes, gated)
+    def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
+        return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
 
     def makes_blocks(self, x: Tensor) -> bool:
         return False  # x is rounded before.

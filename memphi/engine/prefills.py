@@ -1,0 +1,121 @@
+"""Steps of prompts in CUDA graphs, replayed for any rows of up to so many tokens.
+
+A graph is captured when a step needs it for the second time: most are needed once, and to capture one takes the host
+as long as to launch it twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memphi.cache.pool import PagePool
+from memphi.engine.capture import Capture
+from memphi.memory import costs
+from memphi.model.phi4mm import Phi4MM
+from memphi.model.prefill import PrefillInputs, PrefillStep
+from memphi.model.rows import Row
+
+Key = tuple[int, frozenset[str], bool]
+"""Tokens; adapters in use; whether all tokens use the one there is."""
+
+
+@dataclass
+class _Held:
+    """All that goes when graphs are dropped."""
+
+    inputs: PrefillInputs
+    steps: dict[Key, tuple[PrefillStep, torch.cuda.CUDAGraph | None]] = field(default_factory=dict)
+
+
+class Prefills:
+    """The steps of prompts of one engine; one set of inputs serves all."""
+
+    def __init__(self, model: Phi4MM, pool: PagePool, most_tokens: int, capture: Capture) -> None:
+        """most_tokens are a step's; 0: none is for a graph."""
+        self._model, self._pool, self._most_tokens, self._capture = model, pool, most_tokens, capture
+        self._held: _Held | None = None
+        self._needed = dict[Key, None]()
+        """Those that a step needed, in order."""
+
+    @property
+    def are_held(self) -> bool:
+        """Whether there is something to drop."""
+        return self._held is not None
+
+    def can_compute(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows, of any number of new tokens, are for a graph: of steps of their kind not the first."""
+        key = self._key(rows)
+        return key is not None and key in self._needed and self._has_room(key)
+
+    def miss(self, rows: Sequence[Row]) -> bool:
+        """Note that such rows were computed elsewhere; whether they are for a graph another time."""
+        key = self._key(rows)
+        if key is None:
+            return False
+        self._needed[key] = None
+        return True
+
+    @torch.inference_mode()
+    def ready(self, rows: Sequence[Row]) -> None:
+        """Capture what `compute` needs for such rows, if it is not there. Raises whatever the device raises."""
+        key = self._key(rows)
+        assert key is not None, "others compute such rows"
+        self._step(key)
+
+    @torch.inference_mode()
+    def compute(self, rows: Sequence[Row], embeddings: Tensor) -> Tensor:
+        """The normed hidden states [tokens, hidden] of rows whose new tokens have these embeddings [tokens, hidden].
+
+        The next call replaces them. Raises whatever the device raises, of a capture too.
+        """
+        key = self._key(rows)
+        assert key is not None, "others compute such rows"
+        step, graph = self._step(key)
+        step.fill(rows, embeddings)
+        if graph is None:
+            step.run()
+        else:
+            graph.replay()
+        return step.states[: len(embeddings)]
+
+    @torch.inference_mode()
+    def rehearse(self) -> bool:
+        """Capture a graph that a step needed once, before the next one does; whether there was one."""
+        steps = self._held.steps if self._held else {}
+        key = next((key for key in self._needed if key not in steps and self._has_room(key)), None)
+        if key is None:
+            return False
+        del self._needed[key]  # Also where it fails: then a step has to need it again.
+        self._step(key)
+        self._needed[key] = None
+        return True
+
+    def drop(self) -> list[torch.cuda.CUDAGraph | None]:
+        """Forget all graphs; returns them."""
+        held, self._held = self._held, None
+        return [graph for _, graph in held.steps.values()] if held else []
+
+    def _key(self, rows: Sequence[Row]) -> Key | None:
+        if not rows or not costs.lines_up([(row.tokens, row.past) for row in rows], self._most_tokens):
+            return None
+        tokens = costs.prefill_bucket(sum(row.tokens for row in rows), self._most_tokens)
+        # The merged one is part of the weights.
+        used = [None if self._model.merged else row.adapter for row in rows]
+        adapters = frozenset(name for name in used if name)
+        return tokens, adapters, len(adapters) == 1 and None not in used
+
+    def _has_room(self, key: Key) -> bool:
+        steps = self._held.steps if self._held else {}
+        return key in steps or len(steps) < costs.most_prefills(self._most_tokens)
+
+    def _step(self, key: Key) -> tuple[PrefillStep, torch.cuda.CUDAGraph | None]:
+        if self._held is None:
+            language = self._model.language
+            self._held = _Held(PrefillInputs(language, self._most_tokens, self._pool.page_tokens))
+        held = self._held
+        if key not in held.steps:
+            step = PrefillStep(self._model.language, self._pool, held.inputs, *key)
+            held.steps[key] = step, self._capture.take(step)
+        return held.steps[key]

@@ -1,0 +1,109 @@
+"""What steps in CUDA graphs take, whose tensors stay where they are, and which steps of prompts are for one."""
+
+from collections.abc import Sequence
+
+from memphi.config import AdapterForm, CacheFormat, ModelConfig
+from memphi.memory.costs.cached import PAGE_TOKENS, page_tokens
+from memphi.memory.costs.cost import MIB, Cost, size_text
+from memphi.memory.costs.products import kernel_product_bytes
+from memphi.memory.costs.sizes import all_ranks, qkv_size
+from memphi.memory.costs.steps import GRAPH_PROGRAMS, LINE_TOKENS, METADATA_BYTES, Pasts, kernel_step
+
+GRAPHS_BYTES = 128 * MIB
+"""What CUDA keeps of all graphs, some hundred launches each, and cuBLAS' work space for them."""
+PIECE_SCORES = 2048
+"""Scores of a row in a graph that the likeliest id is first looked for among."""
+PREFILL_GRAPH_BYTES = 2 * MIB
+"""What CUDA keeps of a graph of prompts."""
+PREFILL_KINDS = 3
+"""Of each size as many graphs are held, for prompts without an adapter, with one, or with some."""
+SEGMENT_BYTES = 24 * MIB
+"""Of the allocator's segments for a graph's tensors, not all of which fills up."""
+LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
+"""Of a graph of prompts: fewer tokens take no less time, and with more a large card takes longer than their host."""
+PREFILL_LINE_TOKENS = 16
+"""Of a line: with the heads that share a key they fill three quarters of a block on tensor cores."""
+PREFILL_ROWS, TOKENS_A_ROW, PREFILL_ROW_TOKENS, PREFILL_LINE_KEYS = 64, 8, 16384, 1 << 19
+"""Of a step in such a graph: rows at most, and one for so many tokens of the graph; at most, tokens of a row with its
+past; keys that lines see, all in all. With more of these kernels that take rows as a whole are faster."""
+
+
+def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: AdapterForm = "plain") -> Cost:
+    """Decode steps in CUDA graphs: the tensors of the largest, and what CUDA keeps of each; tokens a row at most."""
+    language = config.language
+    ranks = all_ranks(config) if form == "packed" else 0
+    hidden, inner = language.hidden_size, language.intermediate_size
+    activations = 4 * hidden + 3 * inner + qkv_size(language) + 2 * ranks + 2 * language.rotary_dim
+    pages = -(-tokens // PAGE_TOKENS)
+    units = rows + GRAPH_PROGRAMS // language.kv_heads
+    attention = units * (language.heads * (language.head_dim + 2) * 4 + 32) + rows * language.kv_heads * 4
+    choice = -(-language.vocab_size // PIECE_SCORES) * (4 + 4)
+    each = (activations + language.vocab_size) * dtype_bytes + choice + 2 * pages * 4 + METADATA_BYTES
+    products = kernel_product_bytes(config, rows, dtype_bytes)
+    return Cost(
+        "graphs",
+        rows * each + attention + products + GRAPHS_BYTES,
+        f"{rows} rows x ({activations} activations and {language.vocab_size} scores of {dtype_bytes} bytes, "
+        f"{choice} bytes to choose an id, twice {pages} pages of 4), {units} pieces of attention, "
+        + (f"{size_text(products)} for a block of weights in {config.scheme}, dequantised, " if products else "")
+        + f"and {size_text(GRAPHS_BYTES)} for CUDA and cuBLAS (an estimate: not measured)",
+    )
+
+
+def prefill_lines(tokens: int) -> int:
+    """Lines that a graph of so many tokens has: a row's first may be filled in part."""
+    return -(-tokens // PREFILL_LINE_TOKENS) + _most_rows(tokens)
+
+
+def _most_rows(tokens: int) -> int:
+    return min(tokens // TOKENS_A_ROW, PREFILL_ROWS)
+
+
+def prefill_bucket(tokens: int, most: int) -> int:
+    """The tokens of the graph that serves so many: few sizes, of which large ones leave a third of it idle at most."""
+    step = max(LEAST_PREFILL_TOKENS, (1 << (tokens - 1).bit_length()) // 4)
+    return min(-(-tokens // step) * step, most)
+
+
+def most_prefills(tokens: int) -> int:
+    """Graphs of prompts that are held, where the largest has so many tokens."""
+    sizes = {prefill_bucket(size, tokens) for size in range(LEAST_PREFILL_TOKENS, tokens + 1, LEAST_PREFILL_TOKENS)}
+    return PREFILL_KINDS * len(sizes)
+
+
+def lines_up(rows: Sequence[tuple[int, int]], most_tokens: int) -> bool:
+    """Whether a graph of prompts, of those up to so many tokens, takes rows of (new tokens, past)."""
+    tokens = sum(new for new, _ in rows)
+    if tokens > most_tokens or len(rows) > _most_rows(prefill_bucket(tokens, most_tokens)):
+        return False
+    if max(new + past for new, past in rows) > PREFILL_ROW_TOKENS:
+        return False
+    return sum(_line_keys(*row) for row in rows) <= PREFILL_LINE_KEYS
+
+
+def _line_keys(new: int, past: int) -> int:
+    """Keys that the lines of a row see, all in all: each those up to its end."""
+    lines = -(-new // PREFILL_LINE_TOKENS)
+    return lines * (past + new) - PREFILL_LINE_TOKENS * lines * (lines - 1) // 2
+
+
+def prefill_graphs(
+    config: ModelConfig, tokens: int, dtype_bytes: int, form: AdapterForm, cache_format: CacheFormat
+) -> Cost:
+    """Steps of up to so many tokens of prompts in CUDA graphs: the tensors of the largest, and what CUDA keeps."""
+    lines, pages = prefill_lines(tokens), -(-PREFILL_ROW_TOKENS // page_tokens(cache_format))
+    programs = GRAPH_PROGRAMS // config.language.kv_heads
+    # As `kernel_step` knows them, whose lines are shorter and which divides them among as many programs.
+    shorter = PREFILL_LINE_TOKENS // LINE_TOKENS * (lines + programs) - programs
+    pasts = Pasts(lines=shorter, copied_at_once=0, joined=0)
+    step = kernel_step(config, tokens, pasts, dtype_bytes, form, cache_format).bytes
+    step += step // 8 + SEGMENT_BYTES
+    staying = tokens * (config.language.hidden_size * dtype_bytes + METADATA_BYTES)
+    staying += lines * (PREFILL_LINE_TOKENS * 8 + 4 + 2 * 4 * pages)
+    count = most_prefills(tokens)
+    return Cost(
+        "graphs of prompts",
+        step + staying + count * PREFILL_GRAPH_BYTES,
+        f"a step of {tokens} tokens, {size_text(step)}; their embeddings, and the pages of {lines} lines, "
+        f"{size_text(staying)}; and {size_text(PREFILL_GRAPH_BYTES)} of each of {count} for CUDA",
+    )

@@ -1,0 +1,116 @@
+"""Steps of prompts that graphs compute change no answer: whatever comes with them, and whatever fails."""
+
+from dataclasses import replace
+
+import pytest
+
+from memphi.engine.prefills import Prefills
+from memphi.memory.costs import graphed
+from tests.faults import KINDS, failing
+from tests.plain_graphs import PlainPrefills, use_plain_graphs
+from tests.scenes import GREEDY, alone, mixed_requests
+
+LONG = replace(GREEDY, max_tokens=40)
+MOST_TOKENS = 4096
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_graphs():
+    with pytest.MonkeyPatch.context() as patch:
+        use_plain_graphs(patch, prefill_tokens=MOST_TOKENS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine_of(stage):
+    def make(**settings):
+        return stage(**{"kernels": "auto", "speculation": False, **settings})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def long(model, tokenizer):
+    return [result.ids for result in alone(model, tokenizer, mixed_requests(LONG))]
+
+
+def prefills_of(staged) -> PlainPrefills:
+    return staged.loop.runner.graphs.prefills
+
+
+def again(staged, requests):
+    """Answers to requests whose prompts are computed anew."""
+    staged.scheduler.reservations.pages.drop_idle()
+    return staged.ids(requests)
+
+
+@pytest.mark.parametrize("settings", [{}, {"step_tokens": 9}, {"pages": 20}, {"rows": 2}, {"speculation": True}])
+def test_answers_are_those_without_graphs(engine_of, long, settings):
+    staged = engine_of(**settings)
+    for _ in range(3):
+        assert again(staged, mixed_requests(LONG)) == long
+    assert prefills_of(staged).computed
+    staged.check_empty()
+
+
+def test_a_graph_is_for_the_second_step_of_its_kind(engine_of):
+    lone = engine_of()
+    for expected in (0, 1, 2):
+        again(lone, mixed_requests(GREEDY)[:1])
+        assert len(prefills_of(lone).computed) == expected
+
+
+def test_answers_go_along_with_prompts(engine_of, long):
+    """A request that comes while another is answered."""
+    staged = engine_of()
+    for _ in range(3):
+        staged.scheduler.reservations.pages.drop_idle()
+        first = staged.submit(mixed_requests(LONG)[0])
+        while len(staged.deltas[first]) < 3:
+            staged.step()
+        second = staged.submit(mixed_requests(LONG)[1])
+        staged.run()
+        assert [staged.result(number).ids for number in (first, second)] == long[:2]
+    assert any(1 in tokens and max(tokens) > 1 for tokens in prefills_of(staged).computed)
+
+
+def test_more_answers_than_a_graph_of_prompts_takes_go_in_their_own(engine_of, long, monkeypatch):
+    monkeypatch.setattr(graphed, "PREFILL_ROWS", 2)
+    staged = engine_of()
+    for _ in range(4):
+        staged.scheduler.reservations.pages.drop_idle()
+        numbers = [staged.submit(request) for request in mixed_requests(LONG)[:3]]
+        while len(staged.deltas[numbers[2]]) < 3:
+            staged.step()
+        numbers.append(staged.submit(mixed_requests(LONG)[3]))
+        staged.run()
+        assert [staged.result(number).ids for number in numbers] == long[:4]
+    assert max(map(len, prefills_of(staged).computed)) <= 2
+
+
+def test_a_prompt_that_is_too_long_goes_without(engine_of, long, monkeypatch):
+    monkeypatch.setattr(graphed, "PREFILL_ROW_TOKENS", 10)
+    lone = engine_of()
+    for _ in range(3):
+        assert again(lone, mixed_requests(LONG)[:1]) == long[:1]
+    assert not prefills_of(lone).computed
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_fails_is_computed_again(engine_of, long, times):
+    struck = engine_of()
+    for _ in range(2):
+        assert again(struck, mixed_requests(LONG)) == long
+    with failing(PlainPrefills, "compute", KINDS["torch"], times=times):
+        assert again(struck, mixed_requests(LONG)) == long
+    assert struck.loop.stats.rungs
+    struck.check_empty()
+
+
+def test_prefills_that_are_dropped_are_made_again(engine_of, long):
+    staged = engine_of()
+    for _ in range(3):
+        assert again(staged, mixed_requests(LONG)) == long
+        staged.loop.runner.graphs.drop()
+    assert prefills_of(staged).computed
+    assert isinstance(prefills_of(staged), Prefills)
