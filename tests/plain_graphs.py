@@ -62,6 +62,7 @@ class PlainGraphs(Graphs):
 
     def drop(self):
         dropped, self._chosen = self._chosen is not None, None
+        self.prefills.drop()
         return dropped
 
 

@@ -93,8 +93,9 @@ class Prefills:
         return True
 
     def drop(self) -> list[torch.cuda.CUDAGraph | None]:
-        """Forget all graphs; returns them."""
+        """Forget all graphs, and what was needed, or an idle engine would capture them again; returns them."""
         held, self._held = self._held, None
+        self._needed.clear()
         return [graph for _, graph in held.steps.values()] if held else []
 
     def _key(self, rows: Sequence[Row]) -> Key | None:

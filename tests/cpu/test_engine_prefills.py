@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from memphi.engine.prefills import Prefills
+from memphi.cache.pool import make_pool
+from memphi.engine.graphs import Graphs
 from memphi.memory.costs import graphed
+from memphi.model.rows import Row
 from tests.faults import KINDS, failing
 from tests.plain_graphs import PlainPrefills, use_plain_graphs
 from tests.scenes import GREEDY, alone, mixed_requests
@@ -107,10 +110,42 @@ def test_what_fails_is_computed_again(engine_of, long, times):
     struck.check_empty()
 
 
-def test_prefills_that_are_dropped_are_made_again(engine_of, long):
+def test_prefills_that_are_dropped_are_made_again_when_they_are_needed_twice(engine_of, long):
     staged = engine_of()
-    for _ in range(3):
-        assert again(staged, mixed_requests(LONG)) == long
+    for runs in (1, 2, 2):
+        before = len(prefills_of(staged).computed)
+        for _ in range(runs):
+            assert again(staged, mixed_requests(LONG)[:1]) == long[:1]
+        assert len(prefills_of(staged).computed) - before == runs - 1
         staged.loop.runner.graphs.drop()
-    assert prefills_of(staged).computed
-    assert isinstance(prefills_of(staged), Prefills)
+
+
+def test_what_was_needed_once_is_captured_by_an_idle_engine(model, monkeypatch):
+    """Once, of each kind, and no more than are held; what failed waits until it is needed again."""
+    captured = []
+    pool = make_pool(model.config.language, 8, model.dtype, model.device)
+    graphs = Graphs(model, pool, 4, 64, capture=False, prefill_tokens=256)
+    prefills = graphs.prefills
+    monkeypatch.setattr(graphs._capture, "take", captured.append)
+    monkeypatch.setattr("memphi.memory.costs.graphed.PREFILL_KINDS", 1)
+    for tokens in (10, 20, 100, 160, 250, 70):
+        assert prefills.miss([Row(tokens)])
+    assert not prefills.miss([Row(300)])
+    while prefills.rehearse():
+        pass
+    assert len(captured) == 4 == len(prefills._held.steps)
+    assert prefills.can_compute([Row(30)])
+    assert not prefills.can_compute([Row(30, adapter="vision")])
+    assert prefills.miss([Row(30, adapter="vision")])
+    assert not prefills.can_compute([Row(30, adapter="vision")])  # There is no room for one more.
+    prefills.drop()
+    assert not prefills.rehearse()
+
+    def fail(step):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs._capture, "take", fail)
+    assert prefills.miss([Row(10)])
+    with pytest.raises(torch.OutOfMemoryError):
+        prefills.rehearse()
+    assert not prefills.rehearse()

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memphi.model.attention.blocks import BLOCKS, attend_blocks
 from memphi.model.kept import Kept
+from memphi.model.kernels.launch import capability
 from memphi.model.rows import ContinuedRows, GatheredRows, Packing, WholeRows, recurs
 
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -135,7 +136,7 @@ def _has_flash(query: Tensor) -> bool:
     """Whether torch's flash kernels take such queries: 16 bits, on an NVIDIA card since Ampere."""
     if query.device.type != "cuda" or query.dtype == torch.float32:
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return capability(query.device) >= (8, 0)
 
 
 def _takes_cudnn(query: Tensor, lengths: Sequence[int]) -> bool:
@@ -146,7 +147,7 @@ def _takes_cudnn(query: Tensor, lengths: Sequence[int]) -> bool:
     """
     if query.requires_grad or len(lengths) > 1 or not recurs(lengths[0]) or not _has_flash(query):
         return False
-    return torch.cuda.get_device_capability(query.device)[0] == 9
+    return capability(query.device)[0] == 9
 
 
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from memphi.config import group_size
 from memphi.memory.costs import DEQUANTISED_NUMBERS
 from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
-from memphi.model.kernels.launch import is_available
+from memphi.model.kernels.launch import E4M3_CAPABILITY, capability, is_available
 from memphi.model.kernels.rounding import Bytes, make_bytes, room_in_e4m3
 from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic, weighted_line
 from memphi.model.quant.gptq import gptq, importance
@@ -370,7 +370,7 @@ def blocks(rows: int, columns: int, most_numbers: int | None = None) -> Iterator
 
 def has_fp8_products(device: torch.device) -> bool:
     """Whether the device multiplies e4m3 by e4m3 with a scale for each row (Ada and Hopper)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and capability(device) >= E4M3_CAPABILITY
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
