@@ -245,7 +245,6 @@ class PrefillStep:
             whole=(),
             paging=Paging(*places, begun_pages=None, lines=(lined,), continued=(), together=()),
         )
-
         self.states = inputs.x[:tokens]
         """What a run computes: normed hidden states [tokens, hidden]; the next run of any step replaces them."""
 
