@@ -198,5 +198,5 @@ def test_a_linear_through_its_gate(device, rows, scheme, is_packed):
         gate(linear.apply_to(operand, used, torch.empty_like(both)), expected)
         linear.apply_gated(operand, used, both, out)
         assert_close(out, expected, products=2)
-        most = skinny.most_rows(operand.device) if scheme == "bf16" else eight_bits.VECTOR_ROWS
+        most = {"bf16": skinny.most_rows(operand.device), "int8": eight_bits.VECTOR_ROWS}.get(scheme, 0)
         assert both.isnan().all() == (rows <= most)
