@@ -4,7 +4,7 @@ The model is SmolLM2-135M-Instruct (`benchmarks.smollm` says how to get it), the
 is the perplexity in the same windows relative to that with nothing rounded; that baseline's own weights come from a
 file in 4 bits. All else is computed in fp32, so that nothing else is lost. The part `scales` tries other ways to scale
 keys and values than the one in use, `schemes` has the weights under every scheme, `codes` codes chosen otherwise.
-Calibration reads the texts that `memphi quantize` reads.
+Calibration reads the texts that `memphi quantize` reads, and int4 made while loading the first of them.
 Usage: python -m benchmarks.quality --out FILE
 """
 
@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,18 +27,19 @@ from torch import Tensor
 from benchmarks.document import write_document
 from benchmarks.smollm import SmolLM, find_file
 from memphi.cache.pool import make_pool
-from memphi.checkpoint.calibration import ROW_TOKENS, chosen_rows, conversations, prose
+from memphi.checkpoint.calibration import EXAMPLE_TOKENS, ROW_TOKENS, chosen_rows, conversations, prose
 from memphi.checkpoint.quantisation import CALIBRATED
 from memphi.config import CacheFormat, Scheme
 from memphi.memory import costs
+from memphi.memory.costs import LOADING_TOKENS
 from memphi.model.attention import SdpaAttention
 from memphi.model.kept import CODE_LIMITS, dequantise, quantise
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant import calibration, weights
 from memphi.model.quant.calibration import LEAST_SCALE, Affine, choose_codes, fit, half_quadratic, nearest, stored
-from memphi.model.quant.examples import Examples, adapted_linears
-from memphi.model.quant.swap import quantised_weights
-from memphi.model.quant.weights import WEIGHTS
+from memphi.model.quant.examples import Examples, StandIn, adapted_linears
+from memphi.model.quant.swap import fill_by_inputs, quantised_weights
+from memphi.model.quant.weights import WEIGHTS, QuantisedWeight
 from memphi.model.rows import Packing, Row
 
 TEXT = Path(__file__).parent / "data" / "persuasion.txt"
@@ -150,7 +151,8 @@ def read_schemes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple
     for scheme in WEIGHTS:
         model = source.model(torch.float32)
         model.quantise(scheme)
-        yield f"weights {scheme}", read(model, windows, "plain")
+        yield f"weights {scheme}{', by themselves' if scheme == 'int4' else ''}", read(model, windows, "plain")
+    yield "weights int4", read(loaded(source), windows, "plain")
     for scheme in CALIBRATED:
         model = calibrated(source, scheme)
         yield f"weights {scheme}, calibrated", read(model, windows, "plain")
@@ -182,16 +184,45 @@ def read_codes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[s
 def calibrated(source: SmolLM, scheme: Scheme) -> Phi4MM:
     """The model as `memphi quantize` makes it, on the same texts in its own tokens."""
     model = source.model(torch.float32)
-    encode = source.tokenizer.encode
-    talks = [encode("\n".join(turns)).ids for turns in conversations()]
-    rows = chosen_rows(talks, encode(prose()).ids, ROW_TOKENS)
-    embeddings = model.language.embedding(torch.tensor(list(chain(*rows))))
-    examples = Examples(model.config.language, [len(row) for row in rows], embeddings)
+    examples = shown(source, model, EXAMPLE_TOKENS)
     made = {
         f"language.layers.{number}.{linear.name}.weight": linear.weight
         for number, layer in enumerate(model.language.layers)
         for linear in examples.quantise(layer, WEIGHTS[scheme])
     }
+    return quantised_as(source, scheme, made)
+
+
+@torch.no_grad()
+def loaded(source: SmolLM) -> Phi4MM:
+    """The model in int4 as it is made while loading."""
+    model, made = source.model(torch.float32), dict[str, QuantisedWeight]()
+    examples = shown(source, model, LOADING_TOKENS)
+    for number, layer in enumerate(model.language.layers):
+        for name, linear in adapted_linears(layer).items():
+            weight, matrix = WEIGHTS["int4"](linear.out_features, linear.in_features), linear.weight
+            made[f"language.layers.{number}.{name}.weight"] = weight
+
+            def compute(x: Tensor, weight: QuantisedWeight = weight, matrix: Tensor = matrix) -> Tensor:
+                return fill_by_inputs(weight, "a linear", lambda first, last: matrix[first:last], x)
+
+            layer.set_submodule(name, StandIn(compute))
+        examples.advance(layer)
+    return quantised_as(source, "int4", made)
+
+
+def shown(source: SmolLM, model: Phi4MM, tokens: int) -> Examples:
+    """So many tokens of memphi's texts before the first layer."""
+    encode = source.tokenizer.encode
+    talks = [encode("\n".join(turns)).ids for turns in conversations()]
+    rows = chosen_rows(talks, encode(prose()).ids, ROW_TOKENS, tokens)
+    embeddings = model.language.embedding(torch.tensor(list(chain(*rows))))
+    return Examples(model.config.language, [len(row) for row in rows], embeddings)
+
+
+def quantised_as(source: SmolLM, scheme: Scheme, made: Mapping[str, QuantisedWeight]) -> Phi4MM:
+    """The model with these weights, and all others as the scheme has them."""
+    model = source.model(torch.float32)
     model.quantise(scheme)
     for name, weight in quantised_weights(model).items():
         if name in made:

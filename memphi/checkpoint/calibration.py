@@ -2,7 +2,8 @@
 
 Every layer is read from the source, sees the texts as the quantised layers before it left them, and is quantised by
 what its linears saw (`model.quant.gptq`). The texts are memphi's own, in `examples/`; adapters play no part. Called by
-`quantisation`, which writes what is made and reports the errors.
+`quantisation`, which writes what is made and reports the errors. `filling`, which quantises while loading, shows the
+layers a few of the texts in a way of its own.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memphi.checkpoint.headers import StoredTensor, read_header
-from memphi.checkpoint.names import official_name
+from memphi.checkpoint.names import LAYERS, official_name
 from memphi.checkpoint.reader import fill_tensors
 from memphi.config import ModelConfig, Scheme
 from memphi.errors import CheckpointError
@@ -47,11 +48,11 @@ def prose() -> str:
     return (TEXTS / "prose.txt").read_text(encoding="utf-8")
 
 
-def example_rows(tokenizer: Tokenizer, config: ModelConfig) -> list[list[int]]:
-    """The texts as rows of ids, EXAMPLE_TOKENS at most; raises CheckpointError for a tokenizer of another model."""
+def example_rows(tokenizer: Tokenizer, config: ModelConfig, tokens: int = EXAMPLE_TOKENS) -> list[list[int]]:
+    """The texts as rows of ids, so many at most; raises CheckpointError for a tokenizer of another model."""
     most = min(ROW_TOKENS, config.language.short_tokens)
     talks = [encode(_laid_out(turns), tokenizer)[:most] for turns in conversations()]
-    rows = chosen_rows(talks, tokenizer.encode_text(prose()), most)
+    rows = chosen_rows(talks, tokenizer.encode_text(prose()), most, tokens)
     if (largest := max(map(max, rows))) >= config.language.vocab_size:
         raise CheckpointError(
             f"tokenizer.json makes the id {largest} and config.json has {config.language.vocab_size}; they are of "
@@ -65,10 +66,12 @@ def computed_in(kind: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if kind == "BF16" and device.type == "cuda" else torch.float32
 
 
-def chosen_rows(talks: Sequence[list[int]], novel: Sequence[int], length: int) -> list[list[int]]:
-    """Conversations and rows of so many ids of the prose, EXAMPLE_TOKENS at most in all; conversations first."""
+def chosen_rows(
+    talks: Sequence[list[int]], novel: Sequence[int], length: int, tokens: int = EXAMPLE_TOKENS
+) -> list[list[int]]:
+    """Conversations and rows of so many ids of the prose, so many tokens at most in all; conversations first."""
     pieces = [list(novel[first : first + length]) for first in range(0, len(novel) - length + 1, length)]
-    rows, left = list[list[int]](), EXAMPLE_TOKENS
+    rows, left = list[list[int]](), tokens
     for row in (*talks, *pieces):
         if len(row) <= left:
             rows.append(row)
@@ -79,6 +82,29 @@ def chosen_rows(talks: Sequence[list[int]], novel: Sequence[int], length: int) -
 def _laid_out(turns: Sequence[str]) -> list[Piece]:
     roles = zip(cycle(("user", "assistant")), turns)
     return [piece for role, text in roles for piece in (Special(ROLE_TOKENS[role]), text, Special(END))]
+
+
+@torch.no_grad()
+def embed(
+    rows: Sequence[list[int]], stored: StoredTensor, dtype: torch.dtype, device: torch.device, buffer: Tensor
+) -> Tensor:
+    """Embeddings of all ids [tokens, hidden], as they are in int8; of the table, ids that occur are read alone."""
+    ids, places = torch.tensor([number for row in rows for number in row]).unique(return_inverse=True)
+    table = torch.empty((len(ids), stored.shape[1]), dtype=dtype, device=device)
+    pairs = [(stored.rows(number, number + 1), row[None]) for number, row in zip(ids.tolist(), table, strict=True)]
+    fill_tensors(pairs, device, None, buffer)
+    with device:
+        weight = Int8Weight(*table.shape)
+    weight.store(0, checked(table, f"{stored.file}: tensor {stored.name!r}"))
+    return weight.look_up(places.to(device), dtype)
+
+
+def bare_layer(config: ModelConfig, number: int, dtype: torch.dtype) -> DecoderLayer:
+    """A layer of the decoder without its adapters, on the meta device."""
+    with on_meta():
+        layer = DecoderLayer(config, number, select_attention("auto")).to(dtype)
+        remove_adapters(layer)
+    return layer
 
 
 class Calibration:
@@ -100,7 +126,8 @@ class Calibration:
         self._config, self._kind = config, WEIGHTS[scheme]
         self._stored, self._device, self._buffer = stored, device, buffer
         self._dtype = computed_in(stored["language.norm.weight"].kind, device)
-        self._examples = Examples(config.language, [len(row) for row in rows], self._embed(rows))
+        embeddings = embed(rows, stored["language.embedding.weight"], self._dtype, device, buffer)
+        self._examples = Examples(config.language, [len(row) for row in rows], embeddings)
         self._behind: list[Path] = []
         """Shards of layers that the examples have still to go through."""
 
@@ -118,31 +145,15 @@ class Calibration:
         self._behind.clear()
         layer = self._layer(number)
         for name, linear in adapted_linears(layer).items():
-            stored = self._stored[f"language.layers.{number}.{name}.weight"]
+            stored = self._stored[f"{LAYERS}.{number}.{name}.weight"]
             checked(linear.weight, f"{stored.file}: tensor {stored.name!r}")
         yield from self._examples.quantise(layer, self._kind)
 
     @torch.no_grad()
-    def _embed(self, rows: Sequence[list[int]]) -> Tensor:
-        """Embeddings of all ids [tokens, hidden], as they are in int8."""
-        ids, places = torch.tensor([number for row in rows for number in row]).unique(return_inverse=True)
-        stored = self._stored["language.embedding.weight"]
-        table = torch.empty((len(ids), stored.shape[1]), dtype=self._dtype, device=self._device)
-        pairs = [(stored.rows(number, number + 1), row[None]) for number, row in zip(ids.tolist(), table, strict=True)]
-        fill_tensors(pairs, self._device, None, self._buffer)
-        with self._device:
-            weight = Int8Weight(*table.shape)
-        weight.store(0, checked(table, f"{stored.file}: tensor {stored.name!r}"))
-        return weight.look_up(places.to(self._device), self._dtype)
-
-    @torch.no_grad()
     def _layer(self, number: int, shard: Path | None = None) -> DecoderLayer:
         """A layer without its adapters, as it is stored, or as a shard has it: what its codes stand for."""
-        with on_meta():
-            layer = DecoderLayer(self._config, number, select_attention("auto")).to(self._dtype)
-            remove_adapters(layer)
-        layer.to_empty(device=self._device).requires_grad_(False)
-        prefix = f"language.layers.{number}."
+        layer = bare_layer(self._config, number, self._dtype).to_empty(device=self._device).requires_grad_(False)
+        prefix = f"{LAYERS}.{number}."
         tensors = {prefix + name: tensor for name, tensor in layer.state_dict().items()}
         if shard is None:
             self._fill((self._stored[name], tensor) for name, tensor in tensors.items())

@@ -4,25 +4,24 @@ Knows the order of things: build the modules without memory, compare every name 
 read. The engine, fine-tuning and the tests call it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from memphi.checkpoint.filling import Filling
 from memphi.checkpoint.headers import StoredTensor
 from memphi.checkpoint.layout import find_tensors, read_config
-from memphi.checkpoint.names import adapted, official_name
-from memphi.checkpoint.reader import DTYPES, Progress, fill_tensors, kinds_for, make_buffer
+from memphi.checkpoint.names import official_name
+from memphi.checkpoint.reader import Progress, kinds_for
 from memphi.config import AdapterName, ModelConfig, Placement, Scheme
 from memphi.errors import CheckpointError
-from memphi.model.adapters import merge_adapter
 from memphi.model.attention import Attention
 from memphi.model.meta import on_meta
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.quant.swap import fill, quantised_weights
+from memphi.model.quant.swap import quantised_weights
 
 
 def load_model(
@@ -35,13 +34,15 @@ def load_model(
     merge: AdapterName | None = None,
     scheme: Scheme | None = None,
     placement: Placement = "resident",
+    examples: Sequence[list[int]] = (),
 ) -> Phi4MM:
     """Load a folder of either layout for inference: eval mode, and no parameter requires a gradient.
 
     packed: adapters beside the weights they adapt, for inference only; merge: this one in the weights, and none beside;
     scheme: quantise weights of 16 bits while they are read, None: keep them as they are stored; placement: what of them
-    lies on the host. Where a quantised folder has matrices in 16 bits that are in few now, as adapters of those that
-    were written earlier are, these are quantised as well.
+    lies on the host; examples: rows of ids that codes of int4 made here are fitted to; without, they are chosen by the
+    weights alone. Where a quantised folder has matrices in 16 bits that are in few now, as adapters of those that were
+    written earlier are, these are quantised as well.
     Device memory: the model, and nothing beside it but the pieces of `merge_adapter` or of `fill`. Host memory: a
     buffer (see `fill_tensors`), and the model where the device is the host. Raises CheckpointError before either is
     taken if a file is damaged, if a tensor is missing, unknown or of the wrong shape (spec 2), or if a quantised folder
@@ -61,7 +62,7 @@ def load_model(
     device = torch.device(device)
     model.take_memory(device, placement)
     model.eval().requires_grad_(False)
-    _Filling(model, stored, device, progress).run()
+    Filling(model, stored, device, progress, examples).run()
     return model
 
 
@@ -93,76 +94,6 @@ def _refuse_changes(folder: Path, stored: Scheme, merge: AdapterName | None, sch
         raise CheckpointError(f"{folder} holds weights in {stored}, which cannot be made {scheme}; {source}")
     if merge is not None:
         raise CheckpointError(f"{folder} holds weights in {stored}, into which no adapter can be merged; {source}")
-
-
-class _Filling:
-    """Reading what a model has a place for: as it is stored, merged, quantised, or merged and then quantised."""
-
-    def __init__(
-        self, model: Phi4MM, stored: Mapping[str, StoredTensor], device: torch.device, progress: Progress | None
-    ) -> None:
-        self._stored, self._device = stored, device
-        self._targets = model.state_dict()
-        self._quantised = {name: weight for name, weight in quantised_weights(model).items() if name in stored}
-        self._merged = {weight: (a, b) for weight, a, b in adapted(stored, model.merged)} if model.merged else {}
-        self._scale = model.config.adapter(model.merged).scale if model.merged else 0.0
-        self._buffer = make_buffer(device)
-        self._tell = progress or (lambda done, total: None)
-
-    def run(self) -> None:
-        """Fill all; progress counts the bytes that are stored."""
-        made = sorted({*self._quantised, *self._merged}, key=lambda name: (self._stored[name].file, name))
-        as_stored = [
-            (self._stored[name], target)
-            for name, target in self._targets.items()
-            if name in self._stored and name not in self._merged
-        ]
-        sources = {name: [self._stored[part] for part in (name, *self._merged.get(name, ()))] for name in made}
-        done, made_bytes = sum(map(_bytes, (s for s, _ in as_stored))), sum(map(_bytes, chain(*sources.values())))
-        total = done + made_bytes
-        fill_tensors(as_stored, self._device, lambda done, _: self._tell(done, total), self._buffer)
-        for name in made:
-            self._make(name)
-            done += sum(map(_bytes, sources[name]))
-            self._tell(done, total)
-
-    def _make(self, name: str) -> None:
-        """Merge or quantise one weight, or first the one and then the other, which rounds once more."""
-        stored = self._stored[name]
-        a = self._read(self._stored[self._merged[name][0]]) if name in self._merged else None
-        weight = self._quantised.get(name)
-        if weight is None:
-            assert a is not None
-            self._merge(name, a, self._targets[name], 0)
-            return
-
-        def read_rows(first: int, last: int) -> Tensor:
-            if a is None:
-                return self._read(stored.rows(first, last))
-            rows = torch.empty((last - first, *stored.shape[1:]), dtype=DTYPES[stored.kind], device=self._device)
-            self._merge(name, a, rows, first)
-            return rows
-
-        fill(weight, f"{stored.file}: tensor {stored.name!r}", read_rows)
-
-    def _merge(self, name: str, a: Tensor, rows: Tensor, start: int) -> None:
-        """Fill outputs of a weight, those from `start` on, with what is stored and its adapter, rounded once."""
-        weight, b = self._stored[name], self._stored[self._merged[name][1]]
-
-        def read(first: int, last: int) -> tuple[Tensor, Tensor]:
-            part = start + first, start + last
-            return self._read(weight.rows(*part)), self._read(b.rows(*part))
-
-        merge_adapter(rows, a, self._scale, read)
-
-    def _read(self, tensor: StoredTensor) -> Tensor:
-        piece = torch.empty(tensor.shape, dtype=DTYPES[tensor.kind], device=self._device)
-        fill_tensors([(tensor, piece)], self._device, None, self._buffer)
-        return piece
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    return tensor.end - tensor.start
 
 
 def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, Tensor]) -> None:

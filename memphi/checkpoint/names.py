@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+LAYERS = "language.layers"
+"""What names of the decoder's layers begin with."""
 MARKERS = {"#": r"(0|[1-9][0-9]*)", "*": r"(weight|bias)", "@": r"(vision|speech)"}
 """What the table's markers stand for: a layer's number, a kind of parameter, an adapter."""
 

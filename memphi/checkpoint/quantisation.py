@@ -24,7 +24,7 @@ from memphi.checkpoint.calibration import Calibration, example_rows
 from memphi.checkpoint.headers import INDEX_NAME, StoredTensor, read_header
 from memphi.checkpoint.layout import find_tensors, read_config
 from memphi.checkpoint.loader import check_tensors, empty_model
-from memphi.checkpoint.names import official_name
+from memphi.checkpoint.names import LAYERS, official_name
 from memphi.checkpoint.reader import DTYPES, Progress, fill_tensors, make_buffer
 from memphi.checkpoint.writer import copy_tokenizer, header_bytes, synced, write_configs, write_json
 from memphi.config import ModelConfig, Scheme
@@ -40,7 +40,6 @@ BUFFER_BYTES = 128 * 2**20
 piece of a weight as it is quantised. What calibration takes beside it lies on the device (`costs.calibrating`)."""
 CALIBRATED = ("int4", "fp8")
 """Schemes under which the decoder's codes are fitted to example texts; int8 loses too little to need it."""
-LAYERS = "language.layers"
 _PROGRESS_NAME = "progress.json"
 _COPIED_BYTES = 4 * 2**20
 

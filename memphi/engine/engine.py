@@ -12,6 +12,7 @@ from torch import Tensor
 from memphi.cache.media import MediaCache
 from memphi.cache.pages import Pages
 from memphi.cache.pool import PagePool, make_pool
+from memphi.checkpoint.filling import loading_examples
 from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.locate import locate
@@ -259,14 +260,16 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     backend = select_attention(loading.attention)
     plan = make_plan(read_config(location.folder), device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
+    tokenizer = Tokenizer.from_folder(location.folder)
     packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
     with current(where), told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             config = read_config(location.folder)
             network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)
         else:
-            network = load_model(location.folder, where, number, backend, progress, packed, merge, *kept)
+            examples = loading_examples(plan.scheme, tokenizer, read_config(location.folder))
+            network = load_model(location.folder, where, number, backend, progress, packed, merge, *kept, examples)
         if where.type == "cpu" and number is torch.bfloat16:
             use_host_products(network)
         network.place(plan.placement)
-        return Parts(network, Tokenizer.from_folder(location.folder), plan)
+        return Parts(network, tokenizer, plan)

@@ -46,6 +46,7 @@ from memphi.memory.costs.graphed import (
 )
 from memphi.memory.costs.groups import (
     EXAMPLE_BATCH_TOKENS,
+    LOADING_TOKENS,
     MERGED_NUMBERS,
     QUANTISED_NUMBERS,
     ROOM_STEP,
@@ -95,6 +96,7 @@ __all__ = [
     "LEAST_CONVOLVED_VALUES",
     "LEAST_PREFILL_TOKENS",
     "LINE_TOKENS",
+    "LOADING_TOKENS",
     "MERGED_NUMBERS",
     "METADATA_BYTES",
     "MIB",

@@ -23,6 +23,9 @@ ROOM_STEP = 256
 """Bytes at whose multiples tensors begin in a room."""
 QUANTISED_NUMBERS = 2 * MIB
 """Numbers of a weight that are quantised at once."""
+LOADING_TOKENS = 256
+"""Of example texts, at most, that a decoder is shown while it is quantised, all at once: which of a linear's inputs are
+large is no clearer by more."""
 EXAMPLE_BATCH_TOKENS = 1024
 """Of example texts that go through a layer at once, where it is calibrated; a longer text goes alone."""
 Tensors = tuple[tuple[int, int], ...]
@@ -296,7 +299,12 @@ def quantising(config: ModelConfig, dtype_bytes: int) -> Cost:
     """Quantise while loading: a piece of W as stored and in fp32, and what choosing codes or fitting them takes."""
     each = dtype_bytes + {"bf16": 0, "int8": 5, "int4": 17, "fp8": 6}[config.scheme]
     numbers = min(QUANTISED_NUMBERS, largest_matrix(config))
-    return Cost("quantising", numbers * each, f"while loading: {numbers} numbers of a weight x {each} bytes")
+    formula = f"while loading: {numbers} numbers of a weight x {each} bytes"
+    if config.scheme != "int4":
+        return Cost("quantising", numbers * each, formula)
+    values = 4 * config.language.hidden_size + 3 * config.language.intermediate_size
+    shown = LOADING_TOKENS * values * 4
+    return Cost("quantising", numbers * each + shown, f"{formula}; {LOADING_TOKENS} tokens x {values} values x 4 bytes")
 
 
 def calibrating(config: ModelConfig, dtype_bytes: int, tokens: int) -> Cost:

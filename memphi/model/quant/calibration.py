@@ -2,7 +2,8 @@
 
 Rounding to nearest takes the group's least and largest number for ends. `half_quadratic` is what is used where weights
 are all that is known: it moves the ends until the error is least, as Badri and Shaji do for the zero point (HQQ, 2023);
-scale and shift both, here. `weighted_line` is for whoever knows how much each number's error counts (`gptq`).
+scale and shift both, here. `weighted_line` is for whoever knows how much each number's error counts, by what inputs are
+like (`gptq.importance`).
 """
 
 import torch
@@ -13,7 +14,7 @@ ROUNDS = 10
 """Of choosing codes and then scale and shift; fifty more make the error a thousandth smaller."""
 FIRST_SHARE = 0.9
 """The part of a group's range that the codes span at first: its ends are rare."""
-FIRST_SHARES, FEW_ROUNDS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 6
+FIRST_SHARES, FEW_ROUNDS = (0.8, 0.95), 5
 """The same, where each is tried, and rounds of each."""
 LEAST_SCALE = 1e-30
 LEAST_SPREAD = 1e-9
@@ -40,11 +41,12 @@ def half_quadratic(groups: Tensor) -> Affine:
 
 
 def weighted_line(groups: Tensor, importance: Tensor) -> Affine:
-    """Scale and shift of the least squared error, in which a number's error counts by its importance [numbers] > 0.
+    """Scale and shift of the least squared error, in which a number's error counts by its importance, above zero.
 
-    The best of what turns of choosing codes and fitting them come to from several ranges.
+    groups [out, numbers] with importance [numbers], or [groups, out, numbers] with [groups, numbers]. The best of what
+    turns of choosing codes and fitting them come to from several ranges.
     """
-    share = importance / importance.sum()
+    share = (importance / importance.sum(-1, keepdim=True))[..., None]
     fits = [_weighted_fit(groups, share, first) for first in FIRST_SHARES]
     errors = torch.cat([_weighted_error(groups, share, *fit) for fit in fits], -1)
     best = errors.argmin(-1, keepdim=True)
@@ -54,13 +56,13 @@ def weighted_line(groups: Tensor, importance: Tensor) -> Affine:
 
 def _weighted_fit(groups: Tensor, share: Tensor, first_share: float) -> Affine:
     scale, shift = nearest(groups, first_share)
-    middle = groups @ share[:, None]
+    middle = groups @ share
     for _ in range(FEW_ROUNDS):
         codes = choose_codes(groups, scale, shift)
-        mean = codes @ share[:, None]
+        mean = codes @ share
         apart = codes.sub_(mean)
-        spread = apart.square() @ share[:, None]
-        fitted = apart.mul_(groups) @ share[:, None] / spread.clamp(min=LEAST_SPREAD)
+        spread = apart.square() @ share
+        fitted = apart.mul_(groups) @ share / spread.clamp(min=LEAST_SPREAD)
         scale = torch.where((spread > LEAST_SPREAD) & (fitted > 0), fitted, scale)
         shift = middle - scale * mean
     return stored(scale, shift)
@@ -68,7 +70,7 @@ def _weighted_fit(groups: Tensor, share: Tensor, first_share: float) -> Affine:
 
 def _weighted_error(groups: Tensor, share: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """[..., 1]"""
-    return choose_codes(groups, scale, shift).mul_(scale).add_(shift).sub_(groups).square_() @ share[:, None]
+    return choose_codes(groups, scale, shift).mul_(scale).add_(shift).sub_(groups).square_() @ share
 
 
 def choose_codes(groups: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

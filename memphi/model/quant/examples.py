@@ -1,6 +1,7 @@
 """Tokens of example texts on their way through the decoder, and its layers quantised by what they see of them.
 
-Knows layers as modules, adapters unused, and no files. Called by `checkpoint.calibration` and by benchmarks.
+Knows layers as modules, adapters unused, and no files. Called by `checkpoint.calibration`, `checkpoint.filling` and by
+benchmarks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,14 @@ class Examples:
         for hook in hooks:
             hook.remove()
         return hessians
+
+
+class StandIn(AdaptedLinear):
+    """In the place of a linear, whose weight need not be there, whatever computes its outputs from its inputs."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.base = compute  # type: ignore[assignment,method-assign]
 
 
 def put_in_place(linear: AdaptedLinear, weight: QuantisedWeight) -> None:

@@ -27,11 +27,7 @@ def gptq(weight: Tensor, hessian: Tensor, rounded: RoundColumn) -> Tensor:
     Inputs that are always zero are rounded by themselves. Memory: the weight twice in fp32, and four Hessians more.
     Raises CheckpointError for a Hessian with numbers that are infinite or none at all.
     """
-    if not torch.isfinite(hessian).all():
-        raise CheckpointError(
-            "the model makes numbers that are infinite or none at all of the example texts, so no codes can be fitted "
-            "to them; int8 needs no texts"
-        )
+    check_finite(hessian)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     feed = _feed(hessian[order][:, order])
     columns = weight.t()[order].float().contiguous()  # [in, out]
@@ -43,9 +39,22 @@ def gptq(weight: Tensor, hessian: Tensor, rounded: RoundColumn) -> Tensor:
     return torch.empty_like(columns).index_copy_(0, order, columns).t()
 
 
-def importance(hessian: Tensor) -> Tensor:
-    """How much an error in each column counts by itself: [in], all above zero."""
-    return hessian.diagonal() + DAMPINGS[0] * _mean(hessian)
+def importance(squares: Tensor) -> Tensor:
+    """How much an error in each column counts by itself, by its inputs' squares, all together: [in], all above zero.
+
+    Raises CheckpointError as `gptq` does.
+    """
+    check_finite(squares)
+    return squares + DAMPINGS[0] * _mean(squares)
+
+
+def check_finite(seen: Tensor) -> None:
+    """Raise CheckpointError where a model computes no numbers of the texts that it is shown."""
+    if not torch.isfinite(seen).all():
+        raise CheckpointError(
+            "the model makes numbers that are infinite or none at all of the example texts, so no codes can be fitted "
+            "to them; int8 needs no texts"
+        )
 
 
 def _round_block(block: Tensor, feed: Tensor, numbers: list[int], rounded: RoundColumn) -> Tensor:
@@ -64,7 +73,7 @@ def _feed(hessian: Tensor) -> Tensor:
 
     Found without the inverse: where the Hessian is R R^T with R upper triangular, U is the inverse of R.
     """
-    mean, damped = _mean(hessian), 0.0
+    mean, damped = _mean(hessian.diagonal()), 0.0
     for damping in DAMPINGS:
         hessian.diagonal().add_((damping - damped) * mean)
         damped = damping
@@ -76,7 +85,7 @@ def _feed(hessian: Tensor) -> Tensor:
     return feed
 
 
-def _mean(hessian: Tensor) -> Tensor:
-    """Of the diagonal; one where all inputs are zero."""
-    mean = hessian.diagonal().mean()
+def _mean(squares: Tensor) -> Tensor:
+    """One where all inputs are zero."""
+    mean = squares.mean()
     return torch.where(mean > 0, mean, 1.0)

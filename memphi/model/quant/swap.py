@@ -52,14 +52,28 @@ def fill(weight: QuantisedWeight, name: str, read_rows: ReadRows) -> None:
 
 
 @torch.no_grad()
-def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor) -> None:
+def fill_by_inputs(weight: QuantisedWeight, name: str, read_rows: ReadRows, x: Tensor) -> Tensor:
+    """`fill`, with codes that suit inputs x [tokens, in]; returns x W^T, with what is read.
+
+    Raises CheckpointError also for inputs that are infinite or none at all.
+    """
+    y, squares = x.new_empty(len(x), weight.out_features), x.float().square().sum(0)
+    for first, last in pieces(weight.out_features, weight.in_features):
+        rows = read_rows(first, last)
+        y[:, first:last] = x @ rows.t().to(x.dtype)
+        store(weight, name, first, rows, squares)
+    return y
+
+
+@torch.no_grad()
+def store(weight: QuantisedWeight, name: str, first: int, rows: Tensor, squares: Tensor | None = None) -> None:
     """Quantise the outputs from `first` on, piece by piece; raises CheckpointError for a number that is none.
 
-    Those of a convolution have an axis more, of length one.
+    Those of a convolution have an axis more, of length one. squares: as `QuantisedWeight.store` takes them.
     """
     rows = rows.flatten(1)
     for start, end in pieces(*rows.shape):
-        weight.store(first + start, checked(rows[start:end], name))
+        weight.store(first + start, checked(rows[start:end], name), squares)
 
 
 def pieces(rows: int, columns: int, most_numbers: int | None = None) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import E4M3_CAPABILITY, capability, is_available
 from memphi.model.kernels.rounding import Bytes, make_bytes, room_in_e4m3
-from memphi.model.quant.calibration import LEAST_SCALE, choose_codes, half_quadratic, weighted_line
+from memphi.model.quant.calibration import LEAST_SCALE, Affine, choose_codes, half_quadratic, weighted_line
 from memphi.model.quant.gptq import gptq, importance
 
 EVEN_ROWS = 256
@@ -42,8 +42,11 @@ class QuantisedWeight(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
 
-    def store(self, first: int, rows: Tensor) -> None:
-        """Quantise rows [n, in], which are the outputs from `first` on."""
+    def store(self, first: int, rows: Tensor, squares: Tensor | None = None) -> None:
+        """Quantise rows [n, in], which are the outputs from `first` on.
+
+        squares [in]: of example inputs, all together; what has a scale for a whole output does not heed them.
+        """
         raise NotImplementedError
 
     def store_calibrated(self, matrix: Tensor, hessian: Tensor) -> None:
@@ -141,7 +144,7 @@ class Int8Weight(QuantisedWeight):
         self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.bfloat16))
 
-    def store(self, first: int, rows: Tensor) -> None:
+    def store(self, first: int, rows: Tensor, squares: Tensor | None = None) -> None:
         scale = (_largest(rows) / 127).clamp(min=LEAST_SCALE).bfloat16()
         self.scale[first : first + len(rows)] = scale
         self.codes[first : first + len(rows)] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
@@ -201,13 +204,13 @@ class Int4Weight(QuantisedWeight):
         self.register_buffer("codes", torch.empty(out_features, groups, self.group // 2, dtype=torch.uint8))
         self.register_buffer("affine", torch.empty(out_features, groups, 2, dtype=torch.bfloat16))
 
-    def store(self, first: int, rows: Tensor) -> None:
+    def store(self, first: int, rows: Tensor, squares: Tensor | None = None) -> None:
         groups = self._filled(rows.float()).unflatten(1, (-1, self.group))
-        scale, shift = half_quadratic(groups)
+        scale, shift = half_quadratic(groups) if squares is None else self._weighted_lines(groups, squares)
         self._keep(first, choose_codes(groups, scale, shift), torch.cat((scale, shift), -1))
 
     def store_calibrated(self, matrix: Tensor, hessian: Tensor) -> None:
-        columns = zip(matrix.split(self.group, 1), importance(hessian).split(self.group), strict=True)
+        columns = zip(matrix.split(self.group, 1), importance(hessian.diagonal()).split(self.group), strict=True)
         lines = [weighted_line(part.float(), each) for part, each in columns]
 
         def rounded(column: Tensor, number: int) -> Tensor:
@@ -220,6 +223,12 @@ class Int4Weight(QuantisedWeight):
             groups = self._filled(meant[first:last]).unflatten(1, (-1, self.group))
             codes = choose_codes(groups, scale[first:last], shift[first:last])
             self._keep(first, codes, torch.cat((scale[first:last], shift[first:last]), -1))
+
+    def _weighted_lines(self, groups: Tensor, squares: Tensor) -> Affine:
+        """For groups [n, groups, group], scale and shift [n, groups, 1] each."""
+        counts = self._filled(importance(squares)[None]).view(-1, self.group)
+        scale, shift = weighted_line(groups.transpose(0, 1), counts)
+        return scale.transpose(0, 1), shift.transpose(0, 1)
 
     def _keep(self, first: int, codes: Tensor, affine: Tensor) -> None:
         """Keep codes from -8 to 7 [n, groups, group], scale and shift [n, groups, 2] of outputs from `first` on."""
@@ -270,7 +279,7 @@ class Fp8Weight(QuantisedWeight):
         self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32))
 
-    def store(self, first: int, rows: Tensor) -> None:
+    def store(self, first: int, rows: Tensor, squares: Tensor | None = None) -> None:
         part = slice(first, first + len(rows))
         self.codes[part], self.scale[part] = _to_fp8(rows)
 
