@@ -5,6 +5,7 @@ import torch
 
 from memphi import official
 from memphi.checkpoint.layout import read_config
+from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.quantisation import CALIBRATED, quantise_folder
 from memphi.checkpoint.random import random_model
 from memphi.memory import costs
@@ -49,6 +50,20 @@ def test_what_is_stored_is_what_the_cpu_stores(scheme):
     here.store(0, rows)
     there.store(0, rows.to(DEVICE))
     assert relative(there.dequantise(0, 64, torch.float32).cpu(), here.dequantise(0, 64, torch.float32)) < 0.01
+
+
+@pytest.mark.parametrize("placement", ["resident", "shared", "streamed"])
+def test_int4_made_while_loading_is_what_the_cpu_makes(placement, tmp_path):
+    """Wherever its weights lie; but for codes that lie on the border between two."""
+    folder = tiny_checkpoint(tmp_path / "model", dtype=torch.float32)
+    examples = [[5, 9, 200, 31, 7, 7, 54], [77, 3, 150, 9, 61, 12]]
+    settings = {"scheme": "int4", "examples": examples}
+    here = swap.quantised_weights(load_model(folder, "cpu", torch.float32, **settings))
+    there = swap.quantised_weights(load_model(folder, DEVICE, torch.float32, placement=placement, **settings))
+    assert here.keys() == there.keys()
+    for name, weight in here.items():
+        meant = (each.dequantise(0, each.out_features, torch.float32).cpu() for each in (there[name], weight))
+        assert relative(*meant) < 0.02, name
 
 
 @pytest.mark.parametrize("scheme", CALIBRATED)

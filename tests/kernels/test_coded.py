@@ -44,7 +44,7 @@ def assert_near(got, expected, scheme):
 @SCHEMES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (37, 1100), (70, 304)])
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (9, 1100), (70, 304)])
 def test_a_product(device, scheme, rows, n_out, n_in, dtype):
     weight = stored(scheme, n_out, n_in, device)
     x = numbers(rows, n_in + 48, device=device, dtype=dtype, seed=1)[:, 16 : n_in + 16]
