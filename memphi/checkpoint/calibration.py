@@ -50,7 +50,7 @@ def prose() -> str:
 
 def example_rows(tokenizer: Tokenizer, config: ModelConfig, tokens: int = EXAMPLE_TOKENS) -> list[list[int]]:
     """The texts as rows of ids, so many at most; raises CheckpointError for a tokenizer of another model."""
-    most = min(ROW_TOKENS, config.language.short_tokens)
+    most = min(ROW_TOKENS, config.language.short_tokens, tokens)  # So that there is a row at least.
     talks = [encode(_laid_out(turns), tokenizer)[:most] for turns in conversations()]
     rows = chosen_rows(talks, tokenizer.encode_text(prose()), most, tokens)
     if (largest := max(map(max, rows))) >= config.language.vocab_size:

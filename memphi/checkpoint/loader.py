@@ -43,10 +43,11 @@ def load_model(
     lies on the host; examples: rows of ids that codes of int4 made here are fitted to; without, they are chosen by the
     weights alone. Where a quantised folder has matrices in 16 bits that are in few now, as adapters of those that were
     written earlier are, these are quantised as well.
-    Device memory: the model, and nothing beside it but the pieces of `merge_adapter` or of `fill`. Host memory: a
-    buffer (see `fill_tensors`), and the model where the device is the host. Raises CheckpointError before either is
-    taken if a file is damaged, if a tensor is missing, unknown or of the wrong shape (spec 2), or if a quantised folder
-    is to have another scheme or an adapter merged; and for a number that cannot be quantised.
+    Device memory: the model, and nothing beside it but the pieces of `merge_adapter` or of `fill`, and what a layer
+    makes of the examples. Host memory: a buffer (see `fill_tensors`), and the model where the device is the host.
+    Raises CheckpointError before either is taken if a file is damaged, if a tensor is missing, unknown or of the wrong
+    shape (spec 2), or if a quantised folder is to have another scheme or an adapter merged; and for a number that
+    cannot be quantised, or that a model makes of the examples.
     """
     config = read_config(folder)
     stored = find_tensors(folder, config)

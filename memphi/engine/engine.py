@@ -258,16 +258,16 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     where, number = find_device(loading.device), find_dtype(loading.dtype)
     location = locate(loading.model)
     backend = select_attention(loading.attention)
-    plan = make_plan(read_config(location.folder), device_facts(where), loading.config, number.itemsize)
+    config = read_config(location.folder)
+    plan = make_plan(config, device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
     tokenizer = Tokenizer.from_folder(location.folder)
     packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
     with current(where), told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
-            config = read_config(location.folder)
             network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)
         else:
-            examples = loading_examples(plan.scheme, tokenizer, read_config(location.folder))
+            examples = loading_examples(plan.scheme, tokenizer, config)
             network = load_model(location.folder, where, number, backend, progress, packed, merge, *kept, examples)
         if where.type == "cpu" and number is torch.bfloat16:
             use_host_products(network)

@@ -1,6 +1,8 @@
 """Four bits made while loading, by how large inputs are in the texts that a decoder is shown as it is read."""
 
+import shutil
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from memphi.model.quant.examples import Examples, adapted_linears
 from memphi.model.quant.swap import quantised_weights
 from memphi.model.quant.weights import Int4Weight, Int8Weight
 from tests.checkpoints import tiny_checkpoint
+from tests.cpu.test_quantize import spoil
 
 EXAMPLES = [[5, 9, 200, 31, 7, 7, 54], [77, 3, 150, 9, 61, 12]]
 
@@ -107,8 +110,23 @@ def test_progress_comes_to_its_end(source):
 
 def test_what_is_quantised_already_stays_as_it_is(source, tmp_path):
     quantise_folder(source, tmp_path / "small", "int4")
-    stored, loaded = (load(tmp_path / "small", scheme=scheme) for scheme in (None, "int4"))
+    stored, loaded = (load(tmp_path / "small", examples=examples) for examples in ((), EXAMPLES))
     assert all(same(weight, decoder_weights(loaded)[name]) for name, weight in decoder_weights(stored).items())
+
+
+@pytest.mark.parametrize("name", ["mlp.down_proj.base_layer", "mlp.gate_up_proj.base_layer"])
+def test_a_bad_tensor_is_named_though_examples_reach_it(source, tmp_path, name):
+    damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
+    spoil(damaged, f"model.layers.1.{name}.weight", float("nan"))
+    with pytest.raises(CheckpointError, match=f"tensor 'model.layers.1.{name}.weight' holds a number that is infinite"):
+        load(damaged)
+
+
+def test_texts_of_long_rows_alone_are_cut(source):
+    """As a tokenizer makes them that has a token for each byte."""
+    tokenizer, config = Tokenizer.from_folder(source), read_config(source)
+    (row,) = example_rows(tokenizer, config, tokens=3)
+    assert len(row) == 3
 
 
 def test_a_model_that_computes_no_numbers_is_told(source, monkeypatch):
