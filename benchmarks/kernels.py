@@ -67,11 +67,13 @@ TILINGS = {
 
 
 NARROW_TILES = [
-    *product((16,), (16, 32), (128, 256), (4,), (1, 2)),
-    *product((32,), (16, 32), (128, 256), (4,), (2, 4)),
-    *product((64,), (16, 32, 64), (128,), (4,), (4,)),
+    *product((16,), (16,), (64, 128), (2, 3), (4, 8)),
+    *product((16,), (16,), (64, 128), (2,), (16,)),
+    *product((16,), (8, 32), (64, 128), (3,), (8,)),
+    *product((32,), (16,), (64, 128), (2,), (4, 8)),
+    (64, 16, 64, 2, 8),
 ]
-"""Rows, outputs and inputs of a program that multiplies by an adapter's A, its stages and warps."""
+"""Rows, outputs and inputs of a warp of a program that multiplies by an adapter's A, its stages and warps."""
 
 
 @dataclass(frozen=True)
@@ -413,18 +415,23 @@ def narrow_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         if rows > skinny.MOST_NARROW_ROWS:
             continue
         for n_in in (sizes.config.hidden_size, sizes.config.intermediate_size):
-            yield narrow_case(rows, n_in, sizes, device)
+            for is_coded in (False, True):
+                yield narrow_case(rows, n_in, is_coded, sizes, device)
 
 
-def narrow_case(rows: int, n_in: int, sizes: Sizes, device: torch.device) -> Case:
+def narrow_case(rows: int, n_in: int, is_coded: bool, sizes: Sizes, device: torch.device) -> Case:
     make, border, n_out = partial(torch.randn, device=device, dtype=sizes.dtype), sizes.ranks[0], sum(sizes.ranks)
-    n_bytes = (n_out * n_in + rows * (n_in + n_out)) * sizes.dtype.itemsize
+    n_bytes = n_out * n_in * (1 if is_coded else sizes.dtype.itemsize) + rows * (n_in + n_out) * sizes.dtype.itemsize
     thirds = torch.arange(rows, device=device) * 3 // rows
     sets = []
     for _ in copies_of(n_bytes, sizes):
-        a, operand = make(n_out, n_in) / n_in**0.5, make(rows, n_in + n_out)
-        first = skinny.Narrow(a[:border], 2.0, thirds == 1, operand[:, :border])
-        second = skinny.Narrow(a[border:], 1.0, thirds == 2, operand[:, border + n_in :])
+        a, operand, scale = make(n_out, n_in) / n_in**0.5, make(rows, n_in + n_out), None
+        if is_coded:
+            a = (a * n_in**0.5 * 32).to(torch.int8)
+            scale = torch.full((n_out,), 1 / (32 * n_in**0.5), device=device, dtype=torch.bfloat16)
+        scales = (None, None) if scale is None else scale.split([border, n_out - border])
+        first = skinny.Narrow(a[:border], 2.0, thirds == 1, operand[:, :border], scales[0])
+        second = skinny.Narrow(a[border:], 1.0, thirds == 2, operand[:, border + n_in :], scales[1])
         sets.append((operand[:, border : border + n_in], [first, second]))
     found = []
     for run in (skinny.plain_narrow, skinny.narrow):
@@ -436,12 +443,14 @@ def narrow_case(rows: int, n_in: int, sizes: Sizes, device: torch.device) -> Cas
 
     ways = {"plain": launches(skinny.plain_narrow), "as chosen": launches(skinny.narrow)}
     if rows > skinny.VECTOR_ROWS:
-        ways["number by number"] = launches(partial(with_constant, skinny, "NARROW_VECTOR_ROWS", rows, skinny.narrow))
+        all_rows = partial(with_constant, skinny, "narrow_vector_rows")
+        ways["number by number"] = launches(partial(all_rows, lambda _: rows, skinny.narrow))
         for tile in NARROW_TILES:
-            on_tiles = partial(with_constant, skinny, "NARROW_TILES", ((rows, tile),), skinny.narrow)
-            run = partial(with_constant, skinny, "NARROW_VECTOR_ROWS", 0, on_tiles)
+            on_tiles = partial(with_constant, skinny, "choose_narrow_tile", lambda *_, tile=tile: tile, skinny.narrow)
+            run = partial(all_rows, lambda _: 0, on_tiles)
             ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
-    return Case("narrow", f"{rows} rows, {n_in}", n_bytes, error_of(found[1], found[0]), ways)
+    size = f"{rows} rows, {n_in}" + ", int8" * is_coded
+    return Case("narrow", size, n_bytes, error_of(found[1], found[0]), ways)
 
 
 # --- attention over pages --------------------------------------------------------------------------------------------

@@ -142,12 +142,12 @@ def ways(rows: int, device: torch.device) -> Mapping[str, Callable[[Tensor, Tens
 
 
 def with_block(block: tuple[int, int, int], x: Tensor, weight: Tensor, out: Tensor) -> None:
-    with patch.object(skinny, "choose_block", lambda *_: block), patch.object(skinny, "VECTOR_ROWS", 4):
+    with patch.object(skinny, "choose_block", lambda *_: block), patch.object(skinny, "vector_rows", lambda _: 4):
         skinny.multiply(x, weight, out)
 
 
 def with_tile(tile: tuple[int, int, int, int], x: Tensor, weight: Tensor, out: Tensor) -> None:
-    with patch.object(skinny, "choose_tile", lambda *_: tile), patch.object(skinny, "VECTOR_ROWS", 0):
+    with patch.object(skinny, "choose_tile", lambda *_: tile), patch.object(skinny, "vector_rows", lambda _: 0):
         skinny.multiply(x, weight, out)
 
 

@@ -37,7 +37,7 @@ from benchmarks.kernels import (
 from benchmarks.products import Matrix, matrices
 from memphi.memory.costs import dequantised_numbers
 from memphi.model.kernels import eight_bits, four_bits, launch, skinny
-from memphi.model.kernels.coded import Columns, sum_up
+from memphi.model.kernels.coded import VECTOR_ROWS, Columns, sum_up
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight, multiply_by_blocks
 
 MODULES: dict[str, ModuleType] = {"int8": eight_bits, "int4": four_bits, "fp8": eight_bits}
@@ -54,9 +54,13 @@ WORD_BLOCKS = [
 ]
 """Outputs, inputs or words, and warps of a program that sums number by number."""
 BYTE_TILES = [*product((32, 64, 128), (128, 256), (3, 4, 5), (4, 8)), *product((256,), (128,), (3, 4), (4, 8))]
-WORD_TILES = [*product((32, 64, 128), (16,), (2, 3, 4, 5), (4, 8))]
-"""Outputs, inputs or words, stages and warps of a program on tensor cores; in 16 bits, words are those of a group."""
-PARTS = (1, 2, 3, 4)
+WORD_TILES = [
+    *product((128,), (32, 64), (2, 3), (8, 16)),
+    *product((128,), (32,), (2,), (4,)),
+    *product((256,), (16, 32), (2, 3), (8, 16)),
+]
+"""Outputs, inputs or words, stages and warps of a program on tensor cores."""
+PARTS = (1, 2, 3, 4, 5, 6, 8)
 """Into how many parts inputs are divided; nothing is compiled anew for that."""
 OTHER_PARTS = tuple(f" {parts} parts" for parts in PARTS[2:])
 """Ways by these names are compiled with others."""
@@ -196,7 +200,7 @@ def ways(scheme: str, rows: int, sweep: bool) -> Mapping[str, Run]:
 def tilings(module: ModuleType, rows: int) -> Iterator[tuple[str, Run]]:
     """Every tiling that such rows can take."""
     blocks, tiles = (WORD_BLOCKS, WORD_TILES) if module is four_bits else (BYTE_BLOCKS, BYTE_TILES)
-    if rows <= module.VECTOR_ROWS:
+    if rows <= VECTOR_ROWS:
         for block in blocks:
             if rows == 1 or rows * block[0] * block[1] <= 2 * module.SUMS * 32 * block[2]:
                 yield "vector {}x{}, {} warps".format(*block), partial(with_block, module, block)
@@ -244,7 +248,10 @@ def with_block(
     out: Tensor,
     columns: Columns | None,
 ) -> None:
-    with patch.object(module, "choose_block", lambda *_: block):
+    with (
+        patch.object(module, "choose_block", lambda *_: block),
+        patch.object(module, "vector_rows", lambda _: VECTOR_ROWS),
+    ):
         multiply_few(module, x, weight, out, columns)
 
 
@@ -257,13 +264,10 @@ def with_tile(
     out: Tensor,
     columns: Columns | None,
 ) -> None:
-    block_out, _, stages, warps = tile
     with (
         patch.object(module, "choose_tile", lambda *_: tile),
-        patch.object(four_bits, "choose_group_tile", lambda *_: (block_out, stages, warps)),
         patch.object(module, "choose_parts", lambda *_: parts),
-        patch.object(four_bits, "choose_group_parts", lambda *_: parts),
-        patch.object(module, "VECTOR_ROWS", 0),
+        patch.object(module, "vector_rows", lambda _: 0),
     ):
         multiply_few(module, x, weight, out, columns)
 

@@ -34,6 +34,13 @@ def summed(module, x, codes, scale, out, *rest, **options):
     coded.sum_up(module.multiply(x, codes, scale, out, *rest, **options), out)
 
 
+@pytest.fixture
+def _number_by_number(monkeypatch):
+    """Up to VECTOR_ROWS rows, as on a card without tensor cores."""
+    for module in (coded, eight_bits, four_bits):
+        monkeypatch.setattr(module, "vector_rows", lambda device: coded.VECTOR_ROWS)
+
+
 def assert_near(got, expected, scheme):
     """A rounding of x to e4m3 that lies between two may fall to either."""
     assert got.isfinite().all()
@@ -42,6 +49,7 @@ def assert_near(got, expected, scheme):
 
 
 @SCHEMES
+@pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (9, 1100), (70, 304)])
@@ -55,6 +63,29 @@ def test_a_product(device, scheme, rows, n_out, n_in, dtype):
     assert_near(out, expected, scheme)
 
 
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("ranks", [0, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_card_with_tensor_cores(device, scheme, rows, ranks, dtype):
+    """Two are multiplied on those; rows may be in bytes already, then they are not looked at."""
+    weight = stored(scheme, 40, 192, device)
+    operand = numbers(rows, 352, device=device, dtype=dtype, seed=1)
+    columns = made_columns(40, ranks, 5, apart(operand, ranks, 5), device) if ranks else None
+    weight.kernels = True
+    x, made = operand[:, 160:], weight.room_for_bytes(rows, operand)
+    assert (made is None) == (scheme == "int4" or (scheme == "int8" and (rows == 1 or dtype is torch.float32)))
+    out, expected = (torch.full((rows, 40), torch.nan, device=device, dtype=dtype) for _ in range(2))
+    _, plain_multiply = products(scheme)
+    plain_multiply(x, *weight.buffers(), expected, columns)
+    if made is not None:
+        rounding.make_bytes(x, made)
+        x = torch.full_like(operand, torch.nan)[:, 160:]
+    coded.sum_up(weight.multiply_few(x, out, columns, made), out)
+    assert_near(out, expected, scheme)
+
+
+@pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("ranks", [0, 12])
@@ -98,6 +129,7 @@ def apart(operand, ranks, border, gap=0):
 
 
 @SCHEMES
+@pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 70])
 @pytest.mark.parametrize(("ranks", "border", "gap"), [(6, 6, 0), (100, 100, 0), (9, 4, 3), (100, 37, 0), (128, 64, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,7 +154,6 @@ def test_inputs_in_parts(device, scheme, parts, dtype, monkeypatch):
     block = 16 if scheme == "int4" else 64
     monkeypatch.setattr(module, "choose_tile", lambda *_: (32, block, 2, 4))
     monkeypatch.setattr(module, "choose_parts", lambda *_: parts)
-    monkeypatch.setattr(four_bits, "choose_group_parts", lambda *_: parts)
     n_out, n_in, rows = 70, 688, 9
     weight, x = stored(scheme, n_out, n_in, device), numbers(rows, n_in, device=device, dtype=dtype)
     operand = numbers(rows, 40, device=device, dtype=dtype, seed=2)
@@ -144,10 +175,8 @@ def test_parts_are_summed_one_after_another(device):
 def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
     monkeypatch.setattr(coded, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(four_bits, "multiprocessors", lambda device: 132)
-    few = [four_bits.choose_group_parts(16, *sizes, device) for sizes in ((40, 24), (24, 24), (128, 24), (24, 64))]
-    assert few == [4, 4, 4, 10]
-    assert [four_bits.choose_group_parts(64, blocks, 24, device) for blocks in (48, 80, 128)] == [4, 3, 1]
     assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [8, 4, 3, 2, 1, 1, 1]
+    assert [four_bits.choose_parts(blocks, device) for blocks in (24, 40, 128, 500)] == [5, 3, 1, 1]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -201,24 +230,6 @@ def test_rows_in_two_bytes(device, dtype):
     assert (ours != theirs).float().mean() < 1e-2
     assert ((ours * scales[0][:, None] - x.float()).abs() <= 0.51 * scales[0][:, None]).all()
     assert ours.abs().amax(1).tolist() == [127 * 256] * 4 + [0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "group"), [(1024, 128), (200, 64), (1000, 64), (16, 64)])
-def test_groups_in_two_bytes(device, size, group, dtype):
-    """What stands where, and the sums; but for numbers between two, as the definition has it."""
-    x = numbers(5, size + 3, device=device, dtype=dtype)[:, :size]
-    groups = -(-size // group)
-    halves = [torch.full((2, 5, groups * group), 77, dtype=torch.int8, device=device) for _ in range(2)]
-    scales, sums = ([torch.zeros(shape, device=device) for _ in range(2)] for shape in (5, (5, groups)))
-    rounding.split_groups(x, halves[0], scales[0], sums[0])
-    rounding.plain_split_groups(x, halves[1], scales[1], sums[1])
-    torch.testing.assert_close(*scales)
-    ours, theirs = (256 * each[0].float() + each[1].float() for each in halves)
-    assert (ours - theirs).abs().max() <= 1
-    assert (ours != theirs).float().mean() < 1e-2
-    assert torch.equal(ours.view(5, groups, group).sum(-1), sums[0])
-    assert (sums[0] - sums[1]).abs().max() <= group
 
 
 @pytest.mark.parametrize("rows", [5, 17, 70])

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from memphi.model.kernels import eight_bits, four_bits, rounding
-from memphi.model.kernels.coded import MOST_ROWS, Columns, sum_up
+from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns, sum_up
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.ahead import SHARED_BYTES, compiled_for
@@ -16,7 +16,7 @@ MODULES = {"int8": eight_bits, "fp8": eight_bits, "int4": four_bits}
 ON_TENSOR_CORES = {
     "int8": ["_split_rows", "_multiply_tiles"],
     "fp8": ["_round_rows", "_multiply_tiles"],
-    "int4": ["_split_rows", "_multiply_groups"],
+    "int4": ["_multiply_tiles"],
 }
 """What makes bytes of rows, and multiplies them."""
 SHAPES = ((3072, 8192), (16384, 3072))
@@ -33,14 +33,15 @@ def launch(scheme, shape, rows, dtype, ranks, **gated):
 
 
 def launch_all(scheme, dtype, on_tensor_cores):
-    most = MODULES[scheme].VECTOR_ROWS
-    for rows, ranks in ((1, sum(RANKS)), (most, RANKS[1])):
-        launch(scheme, SHAPES[rows > 1], rows, dtype, ranks)
+    for ranks in (0, *RANKS, sum(RANKS)):
+        launch(scheme, SHAPES[ranks != RANKS[1]], 1, dtype, ranks)
         if scheme == "int8":
-            launch(scheme, SHAPES[1], rows, dtype, ranks, gated=True)
+            launch(scheme, SHAPES[1], 1, dtype, ranks, gated=True)
     if on_tensor_cores:
-        for rows, ranks in ((16, 0), (MOST_ROWS, sum(RANKS))):
+        for rows, ranks in ((2, 0), (MOST_ROWS, sum(RANKS))):
             launch(scheme, SHAPES[rows == MOST_ROWS], rows, dtype, ranks)
+    else:
+        launch(scheme, SHAPES[1], VECTOR_ROWS, dtype, RANKS[1])
 
 
 @pytest.mark.parametrize("scheme", MODULES)

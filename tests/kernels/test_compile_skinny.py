@@ -49,8 +49,9 @@ def test_every_product_fits(capability):
         launch_narrow(dtype, rows=skinny.VECTOR_ROWS)
         launch_narrow(dtype, rows=skinny.VECTOR_ROWS, is_coded=True)
         if capability >= TENSOR_CAPABILITY:
+            launch_products(dtype, rows=skinny.FEW_ROWS, places=slice(1, 3))
             launch_products(dtype, rows=skinny.MOST_ROWS, places=slice(1, 3))
-            for rows, _ in skinny.NARROW_TILES:
+            for rows in (skinny.NARROW_VECTOR_ROWS + 1, skinny.MANY_NARROW_ROWS):
                 launch_narrow(dtype, rows)
                 launch_narrow(dtype, rows, is_coded=True)
                 launch_narrow(torch.float32, rows)

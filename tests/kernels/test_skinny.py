@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels import eight_bits, skinny
+from memphi.model.kernels import coded, skinny
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_interpreted
 from memphi.model.kernels.skinny import Narrow
@@ -27,6 +27,13 @@ def assert_close(got, expected, products=1):
     assert (got - expected).abs().max() <= products * TOLERANCE[got.dtype] * expected.abs().max()
 
 
+@pytest.fixture
+def _number_by_number(monkeypatch):
+    """Up to VECTOR_ROWS rows, as on a card without tensor cores."""
+    monkeypatch.setattr(skinny, "vector_rows", lambda device: skinny.VECTOR_ROWS)
+
+
+@pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16])
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (37, 1100), (70, 300)])
@@ -42,6 +49,7 @@ def test_a_product_of_a_range_of_columns(device, rows, n_out, n_in, dtype):
     assert_close(out, expected)
 
 
+@pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 16])
 @pytest.mark.parametrize(("size", "n_in"), [(64, 256), (37, 1100)])
@@ -86,7 +94,7 @@ def make_parts(operand, matrix, ranks, scales, masks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11, 35, 130])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 19, 35, 130])
 @pytest.mark.parametrize("first", ["all", "some", "none", None])
 @pytest.mark.parametrize("second", ["all", "some", "none", None])
 def test_what_adapters_make_of_x(device, rows, first, second, dtype):
@@ -201,5 +209,5 @@ def test_a_linear_through_its_gate(device, rows, scheme, is_packed):
         gate(linear.apply_to(operand, used, torch.empty_like(both)), expected)
         linear.apply_gated(operand, used, both, out)
         assert_close(out, expected, products=2)
-        most = {"bf16": skinny.most_rows(operand.device), "int8": eight_bits.VECTOR_ROWS}.get(scheme, 0)
+        most = {"bf16": skinny.most_rows(operand.device), "int8": coded.vector_rows(operand.device)}.get(scheme, 0)
         assert both.isnan().all() == (rows <= most)

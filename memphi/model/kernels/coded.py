@@ -20,6 +20,8 @@ from memphi.model.kernels.launch import (
     tl,
 )
 
+VECTOR_ROWS = 4
+"""Up to so many rows products are summed number by number on a card without tensor cores."""
 MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch; or as they are, where a card has units for them."""
 BLOCK_ROWS = 16, 64
@@ -30,7 +32,11 @@ SUMMED_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Columns:
-    """What one adapter or two add to a product: t B^T, where b = code * scale."""
+    """What one adapter or two add to a product: t B^T, where b = code * scale.
+
+    What makes t is launched right before the product, which runs beside it until it needs t: so x must have been made
+    before that.
+    """
 
     codes: Tensor  # [out, ranks] int8, those of two adapters side by side
     scale: Tensor  # [adapters, out]
@@ -75,12 +81,17 @@ def plain_add(y: Tensor, columns: Columns | None) -> Tensor:
     return y
 
 
+def vector_rows(device: torch.device) -> int:
+    """The most rows whose products are summed number by number; on an H200 two took less on tensor cores already."""
+    return 1 if capability(device) >= TENSOR_CAPABILITY else VECTOR_ROWS
+
+
 @functools.cache
-def most_rows(device: torch.device, vector_rows: int, most: int = MOST_ROWS) -> int:
-    """The most rows that products are for; 0 where there are no kernels, and vector_rows without tensor cores."""
+def most_rows(device: torch.device, most: int = MOST_ROWS) -> int:
+    """The most rows that products are for; 0 where there are no kernels."""
     if not is_available(device):
         return 0
-    return most if capability(device) >= TENSOR_CAPABILITY else vector_rows
+    return most if capability(device) >= TENSOR_CAPABILITY else VECTOR_ROWS
 
 
 def choose_parts(blocks: int, device: torch.device) -> int:
@@ -179,10 +190,12 @@ def sum_columns(columns: Tile, t: Tile, border: Tile, gap: Tile, ranks: constexp
 
 
 @jit
-def load_rows(x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile) -> Tile:
+def load_rows(
+    x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile, cache: constexpr = ""
+) -> Tile:
     """Some columns of rows: [numbers, columns]."""
     places = x + numbers.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    return tl.load(places, exists[:, None] & inside[None, :], other=0)
+    return tl.load(places, exists[:, None] & inside[None, :], other=0, cache_modifier=cache)
 
 
 @jit
@@ -213,11 +226,13 @@ def add_columns(
     inside: Tile,
     numbers: Tile,
     exists: Tile,
+    own: Tile,
+    parts: Tile,
     ranks: constexpr,
     block: constexpr,
 ) -> Tile:
-    """sums [outs, rows] + B t^T, a block of columns after another, each rounded to t's dtype."""
-    for start in range(0, ranks, block):
+    """sums [outs, rows] + a part's own share of B t^T, a block of columns after another, each rounded to t's dtype."""
+    for start in range(own * block, ranks, parts * block):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
         values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks)

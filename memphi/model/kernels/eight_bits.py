@@ -25,6 +25,7 @@ from memphi.model.kernels.coded import (
     store_tile,
     sum_columns,
     t_places,
+    vector_rows,
     widen_columns,
 )
 from memphi.model.kernels.gate import outs_of, store_outs
@@ -51,8 +52,6 @@ from memphi.model.kernels.rounding import (
     widened,
 )
 
-VECTOR_ROWS = 4
-"""Up to so many rows products are summed number by number, beyond on tensor cores."""
 SUMS = 64
 """Sums that a thread keeps at most."""
 BLOCK, BLOCK_OF_WORDS = (8, 1024, 4), (4, 1024, 2)
@@ -96,11 +95,11 @@ def multiply(
 ) -> Tensor:
     """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not.
 
-    in_bytes: x, where somebody has filled a `room_for_bytes` with it already. gated, for VECTOR_ROWS at most: what
+    in_bytes: x, where somebody has filled a `room_for_bytes` with it already. gated, for `vector_rows` at most: what
     comes of it goes through `gate`, and out is half as wide.
     """
-    if len(x) <= VECTOR_ROWS:
-        _launch_vectors(x, codes, scale, out, columns, gated)
+    if len(x) <= vector_rows(x.device):
+        _launch_vectors(x, codes, scale, out, columns, gated, in_bytes)
         return out[None]
     assert not gated, "more rows go through their gate by themselves"
     return _launch_tiles(x, codes, scale, out, columns, in_bytes)
@@ -108,31 +107,47 @@ def multiply(
 
 def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     """Room for so many x of like's dtype in bytes, where that is what they are multiplied in; None where it is not."""
-    if rows <= VECTOR_ROWS:
-        return None
     if codes.dtype is torch.float8_e4m3fn:
         return room_in_e4m3(rows, codes.shape[1], like)
-    is_exact = like.itemsize == 2 and codes.shape[1] <= MOST_INPUTS
+    is_exact = rows > vector_rows(like.device) and like.itemsize == 2 and codes.shape[1] <= MOST_INPUTS
     return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
-def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
+def bytes_of(x: Tensor, codes: Tensor) -> Bytes | None:
+    """x in bytes, where so many rows are multiplied so; a lone one in e4m3 becomes so as it is multiplied."""
+    made = room_for_bytes(len(x), codes, x) if len(x) > vector_rows(x.device) else None
+    if made is not None:
+        make_bytes(x, made)
+    return made
+
+
+def _launch_vectors(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    columns: Columns | None,
+    gated: bool,
+    made: Bytes | None,
+) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
     block_out, block_in, warps = choose_block(rows, n_in, in_words)
     block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
-    values = x.view(torch.int64) if in_words else x
+    values, steps = (x, scale) if made is None else (made.codes.view(torch.uint8), made.scale)
+    values = x.view(torch.int64) if in_words else values
     codes = codes.view(torch.int32 if in_words else torch.uint8 if is_e4m3 else torch.int8)
     added, places, ranks = column_arguments(x, _in_words(columns) if in_words else columns)
     _multiply_vectors[(-(-n_out // block_out),)](
-        *(values, codes, scale, *added, out),
+        *(values, steps, codes, scale, *added, out),
         *(values.stride(0), *places, out.stride(0), n_out),
         n_in=n_in,
         rows=rows,
         ranks=ranks,
         is_e4m3=is_e4m3,
         knows_e4m3=capability(x.device) >= E4M3_CAPABILITY,
+        in_bytes=made is not None,
         in_words=in_words,
         gated=gated,
         block_out=block_out,
@@ -166,8 +181,7 @@ def _launch_tiles(
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
-    if made is None and (made := room_for_bytes(rows, codes, x)) is not None:
-        make_bytes(x, made)
+    made = made or bytes_of(x, codes)
     in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
     values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
@@ -232,6 +246,7 @@ def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int], is_e4
 @jit
 def _multiply_vectors(
     x: Tile,
+    steps: Tile,
     codes: Tile,
     scale: Tile,
     b: Tile,
@@ -251,6 +266,7 @@ def _multiply_vectors(
     ranks: constexpr,
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
+    in_bytes: constexpr,
     in_words: constexpr,
     gated: constexpr,
     block_out: constexpr,
@@ -270,17 +286,21 @@ def _multiply_vectors(
     lines = outs.to(tl.int64)[:, None]
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     dtype = out.dtype.element_ty
+    at_once: constexpr = dependent and ranks == 0
+    cache: constexpr = ".cg" if ranks > 0 else ""
     if in_words:
         codes += lines * (n_in // 4)
         totals = _sum_words(
             *(x0, x1, x2, x3, codes, inside, n_in // 4, rows),
-            *(dtype, block_out, block_in // 4, dependent),
+            *(dtype, block_out, block_in // 4, at_once, cache),
         )
     else:
         totals = _sum_bytes(
-            *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
-            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, dependent),
+            *(x0, x1, x2, x3, steps, codes + lines * n_in, inside, n_in, rows),
+            *(is_e4m3, knows_e4m3, in_bytes, block_out, block_in, block_row, at_once, cache),
         )
+    if dependent and ranks > 0:
+        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if ranks > 0 and not in_words:
         wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
@@ -316,12 +336,13 @@ def _sum_words(
     dtype: constexpr,
     block_out: constexpr,
     block_words: constexpr,
-    dependent: constexpr,
+    waits: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """The products of up to four rows of words, each four numbers of some dtype, with a block of outputs."""
     places = tl.arange(0, block_words)
     w = load_block(words, inside, places, n_words)
-    if dependent:
+    if waits:
         tl.extra.cuda.gdc_wait()
     sums0, added0 = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
     sums1, sums2, sums3, added1, added2, added3 = sums0, sums0, sums0, added0, added0, added0
@@ -329,13 +350,13 @@ def _sum_words(
         if start > 0:
             w = load_block(words, inside, start + places, n_words)
         exist = start + places < n_words
-        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype)
+        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype, cache)
         if rows > 1:
-            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype)
+            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype, cache)
         if rows > 2:
-            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype)
+            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype, cache)
         if rows > 3:
-            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype)
+            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype, cache)
     return (
         tl.sum(_of_codes(sums0, added0), 1),
         tl.sum(_of_codes(sums1, added1), 1),
@@ -360,12 +381,12 @@ def _sum_columns_of_words(
     """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
     places = tl.arange(0, block_words)
     sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
-    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype)
+    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype, "")
     return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
 
 @jit
-def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
+def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr, cache: constexpr) -> Tile:
     """sums, and products of numbers with the codes of words and 128 [outs, words]; and added, and those numbers
     [1, words].
 
@@ -373,7 +394,7 @@ def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype:
     exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
     """
     digits = words.to(tl.uint32, bitcast=True) ^ 0x80808080
-    four = tl.load(x, exist, other=0)[None, :]
+    four = tl.load(x, exist, other=0, cache_modifier=cache)[None, :]
     for number in tl.static_range(4):
         value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         code = ((digits >> (8 * number)) & 255).to(tl.float32, bitcast=True)
@@ -394,45 +415,50 @@ def _sum_bytes(
     x1: Tile,
     x2: Tile,
     x3: Tile,
+    steps: Tile,
     codes: Tile,
     inside: Tile,
     n_in: constexpr,
     rows: constexpr,
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
+    in_bytes: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
-    dependent: constexpr,
+    waits: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """The products of up to four rows of numbers with a block of outputs."""
     places = tl.arange(0, block_in)
     c = load_block(codes, inside, places, n_in)
-    if dependent:
+    if waits:
         tl.extra.cuda.gdc_wait()
     step0, step1, step2, step3 = 1.0, 1.0, 1.0, 1.0
     if is_e4m3:
-        step0 = row_step(x0, n_in, block_row)
+        step0 = _step(x0, steps, n_in, block_row, in_bytes, cache)
         if rows > 1:
-            step1 = row_step(x1, n_in, block_row)
+            step1 = _step(x1, steps + 1, n_in, block_row, in_bytes, cache)
         if rows > 2:
-            step2 = row_step(x2, n_in, block_row)
+            step2 = _step(x2, steps + 2, n_in, block_row, in_bytes, cache)
         if rows > 3:
-            step3 = row_step(x3, n_in, block_row)
+            step3 = _step(x3, steps + 3, n_in, block_row, in_bytes, cache)
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
             c = load_block(codes, inside, start + places, n_in)
         wide = wide_codes(c, is_e4m3, knows_e4m3)
-        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3)
+        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3, knows_e4m3, in_bytes, cache)
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3)
+            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3, knows_e4m3, in_bytes, cache)
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3)
+            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3, knows_e4m3, in_bytes, cache)
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3)
-    rest = 256.0 if is_e4m3 and not knows_e4m3 else 1.0
+            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3, knows_e4m3, in_bytes, cache)
+    rest = 1.0
+    if is_e4m3 and not knows_e4m3:
+        rest = 65536.0 if in_bytes else 256.0
     return (
         tl.sum(sums0, 1) * (step0 * rest),
         tl.sum(sums1, 1) * (step1 * rest),
@@ -442,10 +468,29 @@ def _sum_bytes(
 
 
 @jit
-def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr) -> Tile:
-    values = tl.load(x + places, places < n_in, other=0).to(tl.float32)
-    if is_e4m3:
-        values = nearest(values * of_step)
+def _step(x: Tile, step: Tile, n_in: constexpr, block_row: constexpr, in_bytes: constexpr, cache: constexpr) -> Tile:
+    """The scale of a row in e4m3, which is there where the row is in bytes."""
+    return tl.load(step, cache_modifier=cache) if in_bytes else row_step(x, n_in, block_row, cache)
+
+
+@jit
+def _load_x(
+    x: Tile,
+    places: Tile,
+    n_in: constexpr,
+    of_step: Tile,
+    is_e4m3: constexpr,
+    knows_e4m3: constexpr,
+    in_bytes: constexpr,
+    cache: constexpr,
+) -> Tile:
+    values = tl.load(x + places, places < n_in, other=0, cache_modifier=cache)
+    if in_bytes:
+        values = wide_codes(values, is_e4m3, knows_e4m3)
+    elif is_e4m3:
+        values = nearest(values.to(tl.float32) * of_step)
+    else:
+        values = values.to(tl.float32)
     return values[None, :]
 
 
@@ -489,27 +534,37 @@ def _multiply_tiles(
     codes += outs.to(tl.int64)[:, None] * n_in
     c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
-    if dependent:
+    # Copies of whole blocks alone are wide enough to go past a multiprocessor's cache.
+    beside: constexpr = ranks > 0 and n_in % block_in == 0
+    cache: constexpr = ".cg" if beside else ""
+    if dependent and not beside:
         tl.extra.cuda.gdc_wait()
     upper = tl.zeros([block_out, block_rows], tl.int32 if in_bytes and not is_e4m3 else tl.float32)
     lower, half = upper, rows * x_stride
-    upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes)
+    upper, lower = _add_codes(
+        upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes, cache
+    )
     for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
         at = start + places
         c = load_block(codes, inside, at, n_in)
-        upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes)
+        upper, lower = _add_codes(
+            upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes, cache
+        )
     sums = upper
     if in_bytes and not is_e4m3:
         sums = upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
     sums *= scales[:, None]
+    if dependent and beside:
+        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if in_bytes or is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * (1.0 if in_bytes else 65536.0)
         sums *= of_rows[None, :]
-    if ranks > 0 and part == 0:
+    if ranks > 0 and (is_e4m3 or part == 0):  # In int8 all of them took less in one part than divided.
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+        own, parts = (part, tl.num_programs(2)) if is_e4m3 else (0, 1)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, ranks, block_ranks),
+            *(outs, inside, numbers, exists, own, parts, ranks, block_ranks),
         )
     out += part.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)
@@ -529,15 +584,16 @@ def _add_codes(
     n_in: constexpr,
     is_e4m3: constexpr,
     in_bytes: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """Sums, and the products of a block of codes with rows: as numbers of 16 or 32 bits, or byte by byte."""
-    values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
+    values = load_rows(x, x_stride, numbers, exists, places, places < n_in, cache)
     if is_e4m3 and in_bytes:
         c, values = c.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
         upper = tl.dot(c, tl.trans(values), upper, max_num_imprecise_acc=128)
     elif in_bytes:
         upper = tl.dot(c, tl.trans(values), upper, out_dtype=tl.int32)
-        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in)
+        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in, cache)
         lower = tl.dot(c, tl.trans(values), lower, out_dtype=tl.int32)
     elif is_e4m3:
         upper = add_product(widened(values, True), widened(c, True), upper)

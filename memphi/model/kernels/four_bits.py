@@ -13,7 +13,6 @@ from memphi.model.kernels.coded import (
     Columns,
     add_columns,
     add_product,
-    choose_parts,
     column_arguments,
     load_block,
     load_columns,
@@ -23,6 +22,7 @@ from memphi.model.kernels.coded import (
     room_for_parts,
     store_tile,
     sum_columns,
+    vector_rows,
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
@@ -38,18 +38,31 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
-from memphi.model.kernels.rounding import split_groups
 
-VECTOR_ROWS = 4
-"""Up to so many rows products are summed number by number, beyond on tensor cores."""
 SUMS = 16
 """Sums that a thread keeps at most, of words."""
-BLOCK = (4, 128, 1)
-"""Outputs, words of eight inputs, and warps of a program that sums number by number."""
-FEW_ROWS, LEAST_GROUPS = 32, 6
-"""Up to so many rows on tensor cores, programs are many; the fewest groups of one of them then."""
+BLOCK, WIDE_BLOCK = (8, 512, 4), (8, 128, 1)
+"""Outputs, words of eight inputs, and warps of a program that sums number by number; and where there are WIDE_OUT
+outputs and nothing beside them. The best that were measured on an H200 at one row."""
+BLOCK_ROWS = 8, 64
+"""The fewest and the most rows that one program has on tensor cores."""
 DEQUANTISED_BLOCK = 512
 """Words that a program makes 16 bits again."""
+
+
+def _widening(base: int) -> str:
+    """How a card makes two words side by side eight pairs of 16 bits: each code as the last digits of a float that
+    counts in ones there, so that it is that float and the code, which a compiler does not see."""
+    shifted = [
+        f"shr.u32 moved, {half}, {4 * number}; lop3.b32 ${place}, moved, 0x000F000F, 0x{base:04X}{base:04X}, 0xEA;"
+        for place, (half, number) in enumerate((half, number) for half in ("lower", "upper") for number in range(4))
+    ]
+    halves = "prmt.b32 lower, $8, $9, 0x5410; prmt.b32 upper, $8, $9, 0x7632;"
+    return "{ .reg .b32 lower, upper, moved; " + halves + " ".join(shifted) + " }"
+
+
+WIDENING = {torch.bfloat16: (_widening(0x4300), 128.0), torch.float16: (_widening(0x6400), 1024.0)}
+"""For each dtype, and the float that counts in ones: where its step is one."""
 
 
 def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> None:
@@ -73,8 +86,8 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
     tensors = (x, words, affine.view(torch.int32), *added, out)
     strides = (x.stride(0), *places, out.stride(0))
     sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
-    if rows <= VECTOR_ROWS:
-        block_out, block_words, warps = choose_block(rows, groups * part)
+    if rows <= vector_rows(x.device):
+        block_out, block_words, warps = choose_block(rows, n_out, groups * part, ranks)
         _multiply_vectors[(-(-n_out // block_out),)](
             *(*tensors, *strides, n_out),
             **sizes,
@@ -86,18 +99,21 @@ def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Col
             **launch_options(x.device),
         )
         return out[None]
-    return (_launch_groups if x.itemsize == 2 else _launch_tiles)(x, words, affine, out, columns)
+    return _launch_tiles(x, words, affine, out, columns)
 
 
 def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> Tensor:
-    """In fp32."""
+    """On tensor cores."""
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
-    block_out, block_words, stages, warps = choose_tile(rows, capability(x.device))
-    block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
-    share = share_of(groups * part, block_words, choose_parts(blocks, x.device))
+    block_out, block_words, stages, warps = choose_tile(rows, x.itemsize, capability(x.device))
+    fewest, most = BLOCK_ROWS
+    block_rows = max(min(power_of_two(rows), most), fewest)
+    row_blocks, blocks = -(-rows // block_rows), -(-n_out // block_out)
+    share = share_of(groups * part, block_words, choose_parts(blocks * row_blocks, x.device))
     found = room_for_parts(out, -(-groups * part // share))
-    _multiply_tiles[(-(-rows // block_rows), blocks, len(found))](
+    assembler, counting = ("", 0.0) if is_interpreted() else WIDENING.get(x.dtype, ("", 0.0))
+    _multiply_tiles[(row_blocks, blocks, len(found))](
         *(x, words, affine.view(torch.int32), *added, found),
         *(x.stride(0), *places, found.stride(0), found.stride(1), n_out, rows, share),
         n_in=x.shape[1],
@@ -107,7 +123,10 @@ def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns
         block_rows=block_rows,
         block_out=block_out,
         block_words=block_words,
-        block_ranks=COLUMNS_BLOCK // 2,
+        block_ranks=COLUMNS_BLOCK if x.itemsize == 2 else COLUMNS_BLOCK // 2,
+        is_whole=bool(assembler) and x.shape[1] == 8 * groups * part and groups * part % share == 0,
+        assembler=assembler,
+        counting=counting,
         num_warps=warps,
         num_stages=stages,
         **launch_options(x.device),
@@ -115,37 +134,9 @@ def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns
     return found
 
 
-def _launch_groups(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> Tensor:
-    """In 16 bits, byte by byte."""
-    rows, (n_out, groups, part) = len(x), words.shape
-    added, places, ranks = column_arguments(x, columns)
-    halves, steps = x.new_empty((2, rows, 8 * groups * part), dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
-    of_groups = x.new_empty((rows, groups), dtype=torch.float32)
-    split_groups(x, halves, steps, of_groups)
-    block_out, stages, warps = choose_group_tile(rows, n_out, capability(x.device))
-    block_rows, blocks = block_of_rows(rows), -(-n_out // block_out)
-    share = share_of(groups, 1, choose_group_parts(rows, blocks, groups, x.device))
-    found = room_for_parts(out, -(-groups // share))
-    _multiply_groups[(-(-rows // block_rows), blocks, len(found))](
-        *(halves, of_groups, steps, words.view(torch.int8), affine.view(torch.int32), *added, found),
-        *(*places, found.stride(0), found.stride(1), n_out, rows, share),
-        groups=groups,
-        part=part,
-        ranks=ranks,
-        block_rows=block_rows,
-        block_out=block_out,
-        block_ranks=COLUMNS_BLOCK,
-        in_assembler=not is_interpreted(),
-        num_warps=warps,
-        num_stages=stages,
-        **launch_options(x.device),
-    )
-    return found
-
-
-def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
+def choose_block(rows: int, n_out: int, n_words: int, ranks: int) -> tuple[int, int, int]:
     """Outputs, words and warps of a program, so that no thread keeps more than SUMS for more than one row."""
-    block_out, block_words, warps = BLOCK
+    block_out, block_words, warps = WIDE_BLOCK if n_out >= WIDE_OUT and not ranks else BLOCK
     block_words = min(block_words, power_of_two(n_words))
     while rows > 1 and rows * block_out * block_words > SUMS * 32 * warps:
         if block_out > 1:
@@ -155,32 +146,21 @@ def choose_block(rows: int, n_words: int) -> tuple[int, int, int]:
     return block_out, block_words, warps
 
 
-def choose_tile(rows: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Outputs, words, stages and warps of a program in fp32 on the tensor cores of a card of some capability."""
+def choose_tile(rows: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Outputs, words, stages and warps of a program on the tensor cores of a card of some capability."""
+    if itemsize == 2 and on in ROOMY_CAPABILITY:  # The best that were measured on an H200 at 4, 32 and 64 rows.
+        return (128, 64, 2, 8) if rows <= 32 else (128, 32, 3, 8)
+    if itemsize == 2:
+        return 64, 16, 3, 4
     few = block_of_rows(rows) <= 16
     if on in ROOMY_CAPABILITY:
         return 64, 32 if few else 16, 3, 4
     return 64, 16, 3 if few else 2, 4
 
 
-def choose_group_tile(rows: int, n_out: int, on: tuple[int, int]) -> tuple[int, int, int]:
-    """Outputs, stages and warps of such a program in 16 bits, which takes a group of inputs at once.
-
-    Where there is room, the best that were measured on an H200 at 16 and at 64 rows.
-    """
-    if on not in ROOMY_CAPABILITY:
-        return 32, 3, 4
-    if rows <= FEW_ROWS:
-        return 128, 3, 4
-    return (128, 4, 8) if n_out >= WIDE_OUT else (64, 3, 4)
-
-
-def choose_group_parts(rows: int, blocks: int, groups: int, device: torch.device) -> int:
-    """Into how many parts groups are divided: a program takes one after another, and of few rows most of its time is
-    waiting, so that a card wants several of them side by side."""
-    if rows > FEW_ROWS:
-        return choose_parts(blocks, device)
-    return max(1, min(groups // LEAST_GROUPS, -(-7 * multiprocessors(device) // (2 * blocks))))
+def choose_parts(blocks: int, device: torch.device) -> int:
+    """Into how many parts inputs are divided: a multiprocessor has room for one program of these."""
+    return max(multiprocessors(device) // blocks, 1)
 
 
 @jit
@@ -222,8 +202,9 @@ def _multiply_vectors(
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-    if dependent:
+    if dependent and ranks == 0:
         tl.extra.cuda.gdc_wait()
+    cache: constexpr = ".cg" if ranks > 0 else ""
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     sums0 = tl.zeros([block_out, block_words // part], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
@@ -233,22 +214,24 @@ def _multiply_vectors(
                 w = load_block(words, inside, start + numbers, n_words)
                 lines = _load_lines(affine, inside, start, n_words, part, block_words)
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
     else:
         # Unrolled, this is so long that a compiler needs a quarter of a minute for it.
         for start in range(0, n_words, block_words):
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
-            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
+            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part, cache)
             if rows > 2:
-                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
+                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part, cache)
             if rows > 3:
-                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
+                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part, cache)
             w = load_block(words, inside, start + block_words + numbers, n_words)
             lines = _load_lines(affine, inside, start + block_words, n_words, part, block_words)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     if ranks > 0:
         wide = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
+        if dependent:
+            tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     for row in tl.static_range(rows):
         total = totals[row]
         if ranks > 0:
@@ -257,7 +240,9 @@ def _multiply_vectors(
 
 
 @jit
-def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr) -> Tile:
+def _sum_groups(
+    words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr, cache: constexpr
+) -> Tile:
     """What each group of a block of words adds to a row: [outs, groups].
 
     Codes are not made numbers: as they stand in their word, they are the digits of a fp32 so small that it has no
@@ -266,7 +251,7 @@ def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr,
     found = tl.zeros(words.shape, tl.float32)
     added = tl.zeros([words.shape[1]], tl.float32)
     for number in tl.static_range(8):
-        value = tl.load(x + number * part, first + number * part < n_in, other=0).to(tl.float32)
+        value = tl.load(x + number * part, first + number * part < n_in, other=0, cache_modifier=cache).to(tl.float32)
         larger = value * (18446744073709551616.0 / (1 << (4 * (number % 4))))
         found += _digits(words, number).to(tl.float32, bitcast=True) * larger[None, :]
         added += value
@@ -344,6 +329,9 @@ def _multiply_tiles(
     block_out: constexpr,
     block_words: constexpr,
     block_ranks: constexpr,
+    is_whole: constexpr,
+    assembler: constexpr,
+    counting: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
@@ -360,125 +348,25 @@ def _multiply_tiles(
     if dependent:
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([block_out, block_rows], tl.float32)
-    sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, _first_inputs(places, part), n_in, part)
+    first = _first_inputs(places, part)
+    sums = _add_words(
+        *(sums, w, lines, x, x_stride, numbers, exists, first), *(n_in, part, is_whole, assembler, counting)
+    )
     for start in range(block_words, tl.minimum(share, n_words - begin), block_words):
         w = load_block(words, inside, start + places, n_words)
         lines = _load_lines(affine, inside, begin + start, n_words, part, block_words)
         first = _first_inputs(start + places, part)
-        sums = _add_words(sums, w, lines, x, x_stride, numbers, exists, first, n_in, part)
-    if ranks > 0 and own == 0:
+        sums = _add_words(
+            *(sums, w, lines, x, x_stride, numbers, exists, first), *(n_in, part, is_whole, assembler, counting)
+        )
+    if ranks > 0:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, ranks, block_ranks),
+            *(outs, inside, numbers, exists, own, tl.num_programs(2), ranks, block_ranks),
         )
     out += own.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)
-
-
-@jit
-def _multiply_groups(
-    x: Tile,
-    of_groups: Tile,
-    steps: Tile,
-    codes: Tile,
-    affine: Tile,
-    b: Tile,
-    b_first: Tile,
-    b_last: Tile,
-    t: Tile,
-    out: Tile,
-    b_stride: Tile,
-    t_stride: Tile,
-    border: Tile,
-    gap: Tile,
-    part_stride: Tile,
-    out_stride: Tile,
-    n_out: Tile,
-    rows: Tile,
-    share: Tile,
-    groups: constexpr,
-    part: constexpr,
-    ranks: constexpr,
-    block_rows: constexpr,
-    block_out: constexpr,
-    block_ranks: constexpr,
-    in_assembler: constexpr,
-    dependent: constexpr,
-) -> None:
-    """Rows in bytes as `split_groups` makes them; scale and shift wait until the products of a group are summed."""
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
-    numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
-    own, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
-    first, end = own * share, tl.minimum(groups, own * share + share)
-    codes += outs.to(tl.int64)[:, None] * (4 * groups * part)
-    affine += outs.to(tl.int64) * groups
-    of_groups += numbers * groups
-    places = tl.arange(0, 4 * part)
-    pairs = load_block(codes, inside, first * (4 * part) + places, 4 * groups * part)
-    line = tl.load(affine + first, inside, other=0)
-    if dependent:
-        tl.extra.cuda.gdc_wait()
-    sums = tl.zeros([block_out, block_rows], tl.float32)
-    sums = _add_group(sums, pairs, line, x, of_groups, first, numbers, exists, rows, groups, part, in_assembler)
-    for group in range(first + 1, end):
-        pairs = load_block(codes, inside, group * (4 * part) + places, 4 * groups * part)
-        line = tl.load(affine + group, inside, other=0)
-        sums = _add_group(sums, pairs, line, x, of_groups, group, numbers, exists, rows, groups, part, in_assembler)
-    sums *= tl.load(steps + numbers, exists, other=0)[None, :]
-    if ranks > 0 and own == 0:
-        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-        sums = add_columns(
-            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, ranks, block_ranks),
-        )
-    out += own.to(tl.int64) * part_stride
-    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
-
-
-@jit
-def _add_group(
-    sums: Tile,
-    pairs: Tile,
-    line: Tile,
-    x: Tile,
-    of_groups: Tile,
-    group: Tile,
-    numbers: Tile,
-    exists: Tile,
-    rows: Tile,
-    groups: constexpr,
-    part: constexpr,
-    in_assembler: constexpr,
-) -> Tile:
-    """sums, and the products of a group, of whose codes two are a byte."""
-    width: constexpr = 8 * groups * part
-    even, odd = _codes(pairs, False, in_assembler), _codes(pairs, True, in_assembler)
-    places = group * (8 * part) + tl.arange(0, 4 * part)
-    there, lines = exists[:, None] & (places < width)[None, :], numbers.to(tl.int64)[:, None] * width + places[None, :]
-    upper = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
-    upper = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), upper, out_dtype=tl.int32)
-    lines += rows.to(tl.int64) * width
-    lower = tl.dot(even, tl.trans(tl.load(x + lines, there, other=0)), out_dtype=tl.int32)
-    lower = tl.dot(odd, tl.trans(tl.load(x + lines + 4 * part, there, other=0)), lower, out_dtype=tl.int32)
-    found = (upper * 256 + lower).to(tl.float32)  # Of 128 inputs it fits in 32 bits.
-    of_group = tl.load(of_groups + group, exists, other=0)
-    return sums + found * _scale(line)[:, None] + _shift(line)[:, None] * of_group[None, :]
-
-
-@jit
-def _codes(pairs: Tile, upper: constexpr, in_assembler: constexpr) -> Tile:
-    """The lower or the upper code of each byte, 0 to 15; four at once, which a compiler does not see."""
-    if not in_assembler:
-        return (pairs >> 4 if upper else pairs) & 15
-    if upper:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 moved; shr.u32 moved, $1, 4; and.b32 $0, moved, 0x0F0F0F0F; }",
-            *("=r,r", [pairs], tl.int8, True, 4),
-        )
-    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [pairs], tl.int8, True, 4)
 
 
 @jit
@@ -493,13 +381,25 @@ def _add_words(
     first: Tile,
     n_in: constexpr,
     part: constexpr,
+    is_whole: constexpr,
+    assembler: constexpr,
+    counting: constexpr,
 ) -> Tile:
-    """sums, and the products of a block of words, a code of each after another."""
+    """sums, and the products of a block of words, a code of each after another, rounded to x's dtype."""
     scale, shift = _spread(_scale(lines), words.shape, part), _spread(_shift(lines), words.shape, part)
+    if assembler != "":
+        codes = tl.inline_asm_elementwise(
+            *(assembler, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], (x.dtype.element_ty,) * 8, True, 2)
+        )
+        scale, shift = scale.to(codes[0].dtype), (shift + 8.0 * scale).to(codes[0].dtype)
     for number in tl.static_range(8):
         places = first + number * part
-        values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
-        weights = _meant(words, scale, shift, number).to(values.dtype)
+        inside = tl.full(places.shape, True, tl.int1) if is_whole else places < n_in
+        values = load_rows(x, x_stride, numbers, exists, places, inside)
+        if assembler != "":
+            weights = tl.fma(codes[number] - (counting + 8.0), scale, shift)
+        else:
+            weights = _meant(words, scale, shift, number).to(values.dtype)
         sums = add_product(values, weights, sums)
     return sums
 

@@ -111,39 +111,13 @@ def plain_split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     codes[1] = whole - 256 * codes[0].int()
 
 
-def plain_split_groups(x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor) -> None:
-    """The same of groups of inputs, in which those an eighth of it apart stand side by side, the 1st, 3rd, 5th and 7th
-    first; and sums [rows, groups] fp32 of the whole numbers. What a last group lacks is zero; the definition.
-
-    codes [2, rows, groups * group].
-    """
-    (rows, groups), width = sums.shape, codes.shape[2]
-    filled = torch.cat((x, x.new_zeros(rows, width - x.shape[1])), 1)
-    eighths = filled.view(rows, groups, 4, 2, -1).permute(0, 1, 3, 4, 2)  # Pair, of a pair, input.
-    plain_split_rows(eighths.reshape(rows, width), codes, scale)
-    whole = 256 * codes[0].float() + codes[1].float()
-    sums.copy_(whole.view(rows, groups, -1).sum(-1))
-
-
 def split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """As `plain_split_rows`, one program a row; codes are contiguous."""
-    _launch_split(x, codes, scale, scale, 0)
-
-
-def split_groups(x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor) -> None:
-    """As `plain_split_groups`; codes and sums are contiguous, and a group a power of two."""
-    _launch_split(x, codes, scale, sums, sums.shape[1])
-
-
-def _launch_split(x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor, groups: int) -> None:
-    _, rows, width = codes.shape
+    _, rows, size = codes.shape
     _split_rows[(rows,)](
-        *(x, codes, scale, sums, x.stride(0), codes.stride(0)),
-        size=x.shape[1],
-        width=width,
-        block=power_of_two(width),
-        groups=groups,
-        part=width // groups // 8 if groups else 0,
+        *(x, codes, scale, x.stride(0), codes.stride(0)),
+        size=size,
+        block=power_of_two(size),
         num_warps=WARPS,
         **launch_options(x.device),
     )
@@ -154,38 +128,25 @@ def _split_rows(
     x: Tile,
     codes: Tile,
     scale: Tile,
-    sums: Tile,
     x_stride: Tile,
     half: Tile,
     size: constexpr,
-    width: constexpr,
     block: constexpr,
-    groups: constexpr,
-    part: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row, places = tl.program_id(0).to(tl.int64), tl.arange(0, block)
-    columns = places
-    if groups > 0:
-        within = places % (8 * part)
-        eighth = 2 * (within % 4) + within // (4 * part)
-        columns = places - within + eighth * part + within // 4 % part
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     values = tl.load(x + row * x_stride + columns, columns < size, other=0).to(tl.float32)
-    whole = store_bytes(values, codes + row * width, scale + row, half, places, places < width, 2)
-    if groups > 0:
-        found = tl.sum(tl.reshape(whole, [block // (8 * part), 8 * part]), 1)
-        numbers = tl.arange(0, block // (8 * part))
-        tl.store(sums + row * groups + numbers, found.to(tl.float32), numbers < groups)
+    store_bytes(values, codes + row * size, scale + row, half, columns, columns < size, 2)
 
 
 @jit
 def store_bytes(
     values: Tile, codes: Tile, scale: Tile, half: Tile, places: Tile, inside: Tile, n_bytes: constexpr
-) -> Tile:
-    """Store all of a row, in fp32 and with zeros beyond its end, in bytes, and its scale; returns its whole numbers."""
+) -> None:
+    """Store all of a row, in fp32 and with zeros beyond its end, in bytes, and its scale."""
     largest = tl.max(tl.abs(values), 0)
     if n_bytes == 1:
         step = tl.maximum(largest / 448.0, 1e-30)
@@ -199,14 +160,13 @@ def store_bytes(
         tl.store(codes + places, upper.to(tl.int8), inside)
         tl.store(codes + half + places, (whole - (upper << 8)).to(tl.int8), inside)
     tl.store(scale, step)
-    return whole
 
 
 @jit
-def row_step(x: Tile, size: constexpr, block: constexpr) -> Tile:
+def row_step(x: Tile, size: constexpr, block: constexpr, cache: constexpr) -> Tile:
     """The scale of a row."""
     columns = tl.arange(0, block)
-    values = tl.load(x + columns, columns < size, other=0).to(tl.float32)
+    values = tl.load(x + columns, columns < size, other=0, cache_modifier=cache).to(tl.float32)
     return tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-30)
 
 

@@ -30,15 +30,18 @@ from memphi.model.kernels.launch import (
 
 MOST_ROWS, MOST_NARROW_ROWS = 16, 512
 """Beyond, torch's own products are as fast: of weights; of an adapter's A."""
-VECTOR_ROWS = 4
-"""Up to so many rows products are summed number by number, beyond on tensor cores."""
-NARROW_VECTOR_ROWS = 32
-"""The same of an adapter's A, which then is read once for every VECTOR_ROWS."""
+VECTOR_ROWS, FEW_ROWS = 4, 2
+"""Up to so many rows products are summed number by number; where there are tensor cores, which take less for more."""
+NARROW_VECTOR_ROWS = 16
+"""Up to so many rows products with an adapter's A in 16 bits are, which then is read once for every VECTOR_ROWS."""
 NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
-NARROW_TILES = ((128, (16, 16, 256, 4, 1)), (MOST_NARROW_ROWS, (64, 16, 128, 4, 4)))
-"""Up to so many rows, the rows, outputs, inputs of 2 bytes, stages and warps of such a program on tensor cores: the
-best that were measured on an H200 at 64 and at 256 rows."""
+NARROW_TILE, NARROW_TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
+"""Rows, outputs, inputs of 2 bytes, stages and warps of such a program on tensor cores, each of whose warps has inputs
+of its own: the best that were measured on an H200 at 64 rows."""
+SMALL_NARROW_TILE = (16, 16, 128, 2, 4)
+"""The same from MANY_NARROW_ROWS on, at 256 rows, and where a program has less room."""
+MANY_NARROW_ROWS = 129
 SUMS = 64
 """Sums that a thread keeps at most."""
 BLOCKS = {(5120, 3): (2, 2048, 4), (3072, 3): (2, 2048, 4), (16384, 3): (2, 2048, 8), (3072, 8): (4, 4096, 4)}
@@ -68,6 +71,11 @@ class Narrow:
         return wide
 
 
+def vector_rows(device: torch.device) -> int:
+    """The most rows whose products are summed number by number."""
+    return FEW_ROWS if capability(device) >= TENSOR_CAPABILITY else VECTOR_ROWS
+
+
 @functools.cache
 def most_rows(device: torch.device) -> int:
     """The most rows that `multiply` is for; 0 where there are no kernels."""
@@ -93,7 +101,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> Non
     """As `plain_multiply`; gated: what comes of that goes through `gate`, and out is half as wide."""
     rows, (n_out, n_in) = len(x), weight.shape
     strides = (x.stride(0), weight.stride(0), out.stride(0))
-    if rows <= VECTOR_ROWS:
+    if rows <= vector_rows(x.device):
         block_out, block_in, warps = choose_block(rows, n_out, n_in)
         block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
         _multiply_vectors[(-(-n_out // block_out),)](
@@ -169,13 +177,15 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
         "is_coded": first.a_scale is not None,
         **launch_options(x.device),
     }
-    if len(x) > NARROW_VECTOR_ROWS and capability(x.device) >= TENSOR_CAPABILITY:
-        block_rows, block_out, block_in, stages, warps = choose_narrow_tile(len(x), x.itemsize)
+    if len(x) > narrow_vector_rows(first.a_scale is not None) and capability(x.device) >= TENSOR_CAPABILITY:
+        tile = choose_narrow_tile(len(x), x.itemsize, first.a.itemsize == 1, capability(x.device))
+        block_rows, block_out, block_in, stages, warps = tile
         _narrow_tiles[(-(-n_out // block_out), -(-len(x) // block_rows))](
             *arguments,
             block_rows=block_rows,
             block_out=block_out,
             block_in=block_in,
+            splits=warps,
             num_stages=stages,
             num_warps=warps,
             **options,
@@ -193,13 +203,21 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     )
 
 
-def choose_narrow_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+def narrow_vector_rows(is_coded: bool) -> int:
+    """The most rows whose products with an adapter's A are summed number by number."""
+    return VECTOR_ROWS if is_coded else NARROW_VECTOR_ROWS
+
+
+def choose_narrow_tile(rows: int, itemsize: int, is_coded: bool, on: tuple[int, int]) -> tuple[int, int, int, int, int]:
     """Rows, outputs, inputs, stages and warps of a program that multiplies by an adapter's A on tensor cores.
 
-    Wider numbers are fewer at once: what a program stages has to fit into a multiprocessor.
+    Of wider numbers, which have no tensor cores, a thread has room for fewer.
     """
-    block_rows, block_out, block_in, stages, warps = next(tile for most, tile in NARROW_TILES if rows <= most)
-    return block_rows, block_out, 2 * block_in // itemsize, stages, warps
+    tile = NARROW_TILE_OF_CODES if is_coded else NARROW_TILE
+    if rows >= MANY_NARROW_ROWS or itemsize > 2 or on not in ROOMY_CAPABILITY:
+        tile = SMALL_NARROW_TILE
+    block_rows, block_out, block_in, stages, warps = tile
+    return block_rows, block_out, block_in // (4 if itemsize > 2 else 1), stages, warps
 
 
 @jit
@@ -246,11 +264,15 @@ def _sum_vectors(
     block_in: constexpr,
     dependent: constexpr,
 ) -> Tile:
-    """The products of up to four rows with a block of outputs; the first weights are read before x is there."""
+    """The products of up to four rows with a block of outputs; the first weights are read before x is there.
+
+    From then on at the latest the next kernel may start.
+    """
     columns = tl.arange(0, block_in)
     w = _load_weights(weights, inside, columns, n_in)
     if dependent:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
@@ -348,8 +370,7 @@ def _narrow(
     block_in: constexpr,
     dependent: constexpr,
 ) -> None:
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
+    """The next kernel, which may need x, starts when x is there."""
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside, is_first = outs < n_out, outs < border
     # Rows beyond the last repeat it, and are not stored.
@@ -404,10 +425,13 @@ def _narrow_tiles(
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
+    splits: constexpr,
     dependent: constexpr,
 ) -> None:
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Each warp multiplies inputs of its own: there are few programs, and a matrix is long.
+
+    The next kernel, which may need x, starts when x is there.
+    """
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     inside, exists, is_first = outs < n_out, rows < n_rows, outs < border
@@ -417,21 +441,22 @@ def _narrow_tiles(
     uses = tl.where(is_first[None, :], first[:, None], last[:, None]) > 0  # [block_rows, block_out]
     if dependent:
         tl.extra.cuda.gdc_wait()
-    sums = tl.zeros([block_rows, block_out], tl.float32)
+        tl.extra.cuda.gdc_launch_dependents()
+    sums = tl.zeros([splits, block_rows, block_out], tl.float32)
     if tl.max(tl.max(uses.to(tl.int32), 1), 0) > 0:
-        columns = tl.arange(0, block_in)
-        lines, asked = a + outs[:, None] * a_stride, x + rows[:, None] * x_stride
-        for start in range(0, n_in, block_in):
+        columns = tl.arange(0, splits)[:, None, None] * block_in + tl.arange(0, block_in)[None, None, :]
+        lines, asked = a + outs[None, :, None] * a_stride, x + rows[None, :, None] * x_stride
+        for start in range(0, n_in, splits * block_in):
             places = start + columns
-            there = (places < n_in)[None, :]
-            values = tl.load(asked + places[None, :], exists[:, None] & there, other=0)
-            weights = tl.load(lines + places[None, :], inside[:, None] & there, other=0).to(values.dtype)
-            sums = tl.dot(values, tl.trans(weights), sums, input_precision="ieee")
+            values = tl.load(asked + places, exists[None, :, None] & (places < n_in), other=0)
+            weights = tl.load(lines + places, inside[None, :, None] & (places < n_in), other=0).to(values.dtype)
+            sums = tl.dot(values, tl.trans(weights, 0, 2, 1), sums, input_precision="ieee")
+    total = tl.sum(sums, 0)
     scale = tl.where(is_first, first_scale, last_scale)
     if is_coded:
         scale *= tl.load(a_scale + outs, inside, other=0).to(tl.float32)
     to = t + rows[:, None] * t_stride + tl.where(is_first, outs, outs + gap)[None, :]
-    made = tl.where(uses, sums * scale[None, :], 0).to(t.dtype.element_ty)
+    made = tl.where(uses, total * scale[None, :], 0).to(t.dtype.element_ty)
     tl.store(to, made, exists[:, None] & inside[None, :])
 
 
