@@ -22,8 +22,6 @@ from memphi.request import FinishReason, Media, MediaKind, Prompt
 
 BURST = 4
 """Prompts that make a burst, and how many answers for each of them still count as few beside it."""
-FEW_SHARE = 16
-"""What is less than this part of a step's prompt tokens is next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ class Scheduler:
         shares = not _is_burst(len(prefilling), len(decoding))
         room = self.limits.shared_step_tokens if shares else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
-        room = _evened(max(min(room, self.limits.step_tokens - len(decoding)), 1), sum(s.pending for s in prefilling))
+        room = max(min(room, self.limits.step_tokens - len(decoding)), 1)
         for sequence, tokens in _divide(prefilling, room):
             yield self._row(sequence, sequence.computed, tokens)
 
@@ -423,15 +421,6 @@ def _marks(sequence: Running) -> list[MediaMark]:
         MediaMark(span.start, span.tokens, entry.key.fingerprint())
         for span, entry in zip(sequence.prompt.spans, sequence.entries, strict=True)
     ]
-
-
-def _evened(room: int, left: int) -> int:
-    """The prompt tokens of a step that has room for so many, where so many are left: all that fit, but two thirds where
-    next to nothing would be left for another.
-
-    To launch a few tokens takes the host as long as to launch many: an H200 waited for it 37 ms in a step of 157.
-    """
-    return -(-2 * left // 3) if room < left < room + room // FEW_SHARE else room
 
 
 def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running, int]]:

@@ -292,14 +292,6 @@ def test_a_lone_prompt_has_the_whole_step():
     assert [row.tokens for row in some.step().rows] == [41]
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(64, [64]), (65, [44, 21]), (67, [45, 22]), (68, [64, 4])])
-def test_what_is_little_more_than_a_step_is_two_steps_of_some_size(tokens, steps):
-    some = world(config=make_config(400, 500), pages=200)
-    some.arrive(text(tokens, max_tokens=1))
-    assert [sum(row.tokens for row in some.step().rows) for _ in steps] == steps
-    some.drain()
-
-
 def test_a_step_is_theirs_who_wait_while_they_are_more_than_those_who_answer():
     some = world(config=make_config(400, 500), pages=200)
     some.arrive(text(10, max_tokens=40, ignore_eos=True))

@@ -191,7 +191,7 @@ def sum_columns(columns: Tile, t: Tile, border: Tile, gap: Tile, ranks: constexp
 
 @jit
 def load_rows(
-    x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile, cache: constexpr = ""
+    x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile, cache: constexpr
 ) -> Tile:
     """Some columns of rows: [numbers, columns]."""
     places = x + numbers.to(tl.int64)[:, None] * x_stride + columns[None, :]
@@ -235,7 +235,7 @@ def add_columns(
     for start in range(own * block, ranks, parts * block):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
-        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks)
+        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks, "")
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums)
     return sums

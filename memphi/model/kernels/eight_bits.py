@@ -57,6 +57,9 @@ SUMS = 64
 BLOCK, BLOCK_OF_WORDS = (8, 1024, 4), (4, 1024, 2)
 """Outputs, inputs and warps of a program that sums number by number; and where it reads words: the best for most of the
 decoder's matrices at one row on an H200."""
+BLOCKS = {(5120, 3): (8, 512, 2)}
+BLOCKS_OF_WORDS = {(16384, 3): (4, 512, 1), (200064, 3): (4, 512, 1), (3072, 8): (2, 1024, 2)}
+"""The best for others, by outputs and thousands of inputs."""
 CODES_A_WORD = 4
 COLUMNS_BLOCK = 64
 """Adapters' columns at once on tensor cores; in 32 bits half as many."""
@@ -99,7 +102,7 @@ def multiply(
     comes of it goes through `gate`, and out is half as wide.
     """
     if len(x) <= vector_rows(x.device):
-        _launch_vectors(x, codes, scale, out, columns, gated, in_bytes)
+        _launch_vectors(x, codes, scale, out, columns, gated)
         return out[None]
     assert not gated, "more rows go through their gate by themselves"
     return _launch_tiles(x, codes, scale, out, columns, in_bytes)
@@ -107,47 +110,39 @@ def multiply(
 
 def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     """Room for so many x of like's dtype in bytes, where that is what they are multiplied in; None where it is not."""
+    if rows <= vector_rows(like.device):  # In e4m3 they become so as they are multiplied, which takes less.
+        return None
     if codes.dtype is torch.float8_e4m3fn:
         return room_in_e4m3(rows, codes.shape[1], like)
-    is_exact = rows > vector_rows(like.device) and like.itemsize == 2 and codes.shape[1] <= MOST_INPUTS
+    is_exact = like.itemsize == 2 and codes.shape[1] <= MOST_INPUTS
     return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
 def bytes_of(x: Tensor, codes: Tensor) -> Bytes | None:
-    """x in bytes, where so many rows are multiplied so; a lone one in e4m3 becomes so as it is multiplied."""
-    made = room_for_bytes(len(x), codes, x) if len(x) > vector_rows(x.device) else None
+    """x in bytes, where that is what it is multiplied in."""
+    made = room_for_bytes(len(x), codes, x)
     if made is not None:
         make_bytes(x, made)
     return made
 
 
-def _launch_vectors(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    columns: Columns | None,
-    gated: bool,
-    made: Bytes | None,
-) -> None:
+def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
-    block_out, block_in, warps = choose_block(rows, n_in, in_words)
+    block_out, block_in, warps = choose_block(rows, n_out, n_in, in_words)
     block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
-    values, steps = (x, scale) if made is None else (made.codes.view(torch.uint8), made.scale)
-    values = x.view(torch.int64) if in_words else values
+    values = x.view(torch.int64) if in_words else x
     codes = codes.view(torch.int32 if in_words else torch.uint8 if is_e4m3 else torch.int8)
     added, places, ranks = column_arguments(x, _in_words(columns) if in_words else columns)
     _multiply_vectors[(-(-n_out // block_out),)](
-        *(values, steps, codes, scale, *added, out),
+        *(values, codes, scale, *added, out),
         *(values.stride(0), *places, out.stride(0), n_out),
         n_in=n_in,
         rows=rows,
         ranks=ranks,
         is_e4m3=is_e4m3,
         knows_e4m3=capability(x.device) >= E4M3_CAPABILITY,
-        in_bytes=made is not None,
         in_words=in_words,
         gated=gated,
         block_out=block_out,
@@ -207,9 +202,10 @@ def _launch_tiles(
     return found
 
 
-def choose_block(rows: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
+def choose_block(rows: int, n_out: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
-    block_out, block_in, warps = BLOCK_OF_WORDS if in_words else BLOCK
+    blocks, usual = (BLOCKS_OF_WORDS, BLOCK_OF_WORDS) if in_words else (BLOCKS, BLOCK)
+    block_out, block_in, warps = blocks.get((n_out, n_in // 1024), usual)
     block_in = min(block_in, power_of_two(n_in))
     if in_words:  # A word has one sum of each row.
         return block_out, block_in, warps if rows <= 2 else 2 * warps
@@ -246,7 +242,6 @@ def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int], is_e4
 @jit
 def _multiply_vectors(
     x: Tile,
-    steps: Tile,
     codes: Tile,
     scale: Tile,
     b: Tile,
@@ -266,7 +261,6 @@ def _multiply_vectors(
     ranks: constexpr,
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
-    in_bytes: constexpr,
     in_words: constexpr,
     gated: constexpr,
     block_out: constexpr,
@@ -296,8 +290,8 @@ def _multiply_vectors(
         )
     else:
         totals = _sum_bytes(
-            *(x0, x1, x2, x3, steps, codes + lines * n_in, inside, n_in, rows),
-            *(is_e4m3, knows_e4m3, in_bytes, block_out, block_in, block_row, at_once, cache),
+            *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
+            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, at_once, cache),
         )
     if dependent and ranks > 0:
         tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
@@ -415,14 +409,12 @@ def _sum_bytes(
     x1: Tile,
     x2: Tile,
     x3: Tile,
-    steps: Tile,
     codes: Tile,
     inside: Tile,
     n_in: constexpr,
     rows: constexpr,
     is_e4m3: constexpr,
     knows_e4m3: constexpr,
-    in_bytes: constexpr,
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
@@ -436,29 +428,27 @@ def _sum_bytes(
         tl.extra.cuda.gdc_wait()
     step0, step1, step2, step3 = 1.0, 1.0, 1.0, 1.0
     if is_e4m3:
-        step0 = _step(x0, steps, n_in, block_row, in_bytes, cache)
+        step0 = row_step(x0, n_in, block_row, cache)
         if rows > 1:
-            step1 = _step(x1, steps + 1, n_in, block_row, in_bytes, cache)
+            step1 = row_step(x1, n_in, block_row, cache)
         if rows > 2:
-            step2 = _step(x2, steps + 2, n_in, block_row, in_bytes, cache)
+            step2 = row_step(x2, n_in, block_row, cache)
         if rows > 3:
-            step3 = _step(x3, steps + 3, n_in, block_row, in_bytes, cache)
+            step3 = row_step(x3, n_in, block_row, cache)
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
             c = load_block(codes, inside, start + places, n_in)
         wide = wide_codes(c, is_e4m3, knows_e4m3)
-        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3, knows_e4m3, in_bytes, cache)
+        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3, cache)
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3, knows_e4m3, in_bytes, cache)
+            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3, cache)
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3, knows_e4m3, in_bytes, cache)
+            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3, cache)
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3, knows_e4m3, in_bytes, cache)
-    rest = 1.0
-    if is_e4m3 and not knows_e4m3:
-        rest = 65536.0 if in_bytes else 256.0
+            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3, cache)
+    rest = 256.0 if is_e4m3 and not knows_e4m3 else 1.0
     return (
         tl.sum(sums0, 1) * (step0 * rest),
         tl.sum(sums1, 1) * (step1 * rest),
@@ -468,29 +458,10 @@ def _sum_bytes(
 
 
 @jit
-def _step(x: Tile, step: Tile, n_in: constexpr, block_row: constexpr, in_bytes: constexpr, cache: constexpr) -> Tile:
-    """The scale of a row in e4m3, which is there where the row is in bytes."""
-    return tl.load(step, cache_modifier=cache) if in_bytes else row_step(x, n_in, block_row, cache)
-
-
-@jit
-def _load_x(
-    x: Tile,
-    places: Tile,
-    n_in: constexpr,
-    of_step: Tile,
-    is_e4m3: constexpr,
-    knows_e4m3: constexpr,
-    in_bytes: constexpr,
-    cache: constexpr,
-) -> Tile:
-    values = tl.load(x + places, places < n_in, other=0, cache_modifier=cache)
-    if in_bytes:
-        values = wide_codes(values, is_e4m3, knows_e4m3)
-    elif is_e4m3:
-        values = nearest(values.to(tl.float32) * of_step)
-    else:
-        values = values.to(tl.float32)
+def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr, cache: constexpr) -> Tile:
+    values = tl.load(x + places, places < n_in, other=0, cache_modifier=cache).to(tl.float32)
+    if is_e4m3:
+        values = nearest(values * of_step)
     return values[None, :]
 
 

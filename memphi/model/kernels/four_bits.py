@@ -395,7 +395,7 @@ def _add_words(
     for number in tl.static_range(8):
         places = first + number * part
         inside = tl.full(places.shape, True, tl.int1) if is_whole else places < n_in
-        values = load_rows(x, x_stride, numbers, exists, places, inside)
+        values = load_rows(x, x_stride, numbers, exists, places, inside, "")
         if assembler != "":
             weights = tl.fma(codes[number] - (counting + 8.0), scale, shift)
         else:
