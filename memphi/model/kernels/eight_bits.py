@@ -57,9 +57,8 @@ SUMS = 64
 BLOCK, BLOCK_OF_WORDS = (8, 1024, 4), (4, 1024, 2)
 """Outputs, inputs and warps of a program that sums number by number; and where it reads words: the best for most of the
 decoder's matrices at one row on an H200."""
-BLOCKS = {(5120, 3): (8, 512, 2)}
-BLOCKS_OF_WORDS = {(16384, 3): (4, 512, 1), (200064, 3): (4, 512, 1), (3072, 8): (2, 1024, 2)}
-"""The best for others, by outputs and thousands of inputs."""
+HEAD_BLOCK_OF_WORDS, HEAD_OUT = (4, 512, 1), 100_000
+"""The best for a head, which has so many outputs."""
 CODES_A_WORD = 4
 COLUMNS_BLOCK = 64
 """Adapters' columns at once on tensor cores; in 32 bits half as many."""
@@ -118,14 +117,6 @@ def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
-def bytes_of(x: Tensor, codes: Tensor) -> Bytes | None:
-    """x in bytes, where that is what it is multiplied in."""
-    made = room_for_bytes(len(x), codes, x)
-    if made is not None:
-        make_bytes(x, made)
-    return made
-
-
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
@@ -176,7 +167,8 @@ def _launch_tiles(
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
-    made = made or bytes_of(x, codes)
+    if made is None and (made := room_for_bytes(rows, codes, x)) is not None:
+        make_bytes(x, made)
     in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
     values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
@@ -204,8 +196,8 @@ def _launch_tiles(
 
 def choose_block(rows: int, n_out: int, n_in: int, in_words: bool) -> tuple[int, int, int]:
     """Outputs, inputs and warps of a program, so that no thread keeps more than SUMS for more than one row."""
-    blocks, usual = (BLOCKS_OF_WORDS, BLOCK_OF_WORDS) if in_words else (BLOCKS, BLOCK)
-    block_out, block_in, warps = blocks.get((n_out, n_in // 1024), usual)
+    words = HEAD_BLOCK_OF_WORDS if n_out >= HEAD_OUT else BLOCK_OF_WORDS
+    block_out, block_in, warps = words if in_words else BLOCK
     block_in = min(block_in, power_of_two(n_in))
     if in_words:  # A word has one sum of each row.
         return block_out, block_in, warps if rows <= 2 else 2 * warps
@@ -280,21 +272,17 @@ def _multiply_vectors(
     lines = outs.to(tl.int64)[:, None]
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     dtype = out.dtype.element_ty
-    at_once: constexpr = dependent and ranks == 0
-    cache: constexpr = ".cg" if ranks > 0 else ""
     if in_words:
         codes += lines * (n_in // 4)
         totals = _sum_words(
             *(x0, x1, x2, x3, codes, inside, n_in // 4, rows),
-            *(dtype, block_out, block_in // 4, at_once, cache),
+            *(dtype, block_out, block_in // 4, dependent),
         )
     else:
         totals = _sum_bytes(
             *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
-            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, at_once, cache),
+            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, dependent),
         )
-    if dependent and ranks > 0:
-        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if ranks > 0 and not in_words:
         wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
@@ -330,13 +318,12 @@ def _sum_words(
     dtype: constexpr,
     block_out: constexpr,
     block_words: constexpr,
-    waits: constexpr,
-    cache: constexpr,
+    dependent: constexpr,
 ) -> Tile:
     """The products of up to four rows of words, each four numbers of some dtype, with a block of outputs."""
     places = tl.arange(0, block_words)
     w = load_block(words, inside, places, n_words)
-    if waits:
+    if dependent:
         tl.extra.cuda.gdc_wait()
     sums0, added0 = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
     sums1, sums2, sums3, added1, added2, added3 = sums0, sums0, sums0, added0, added0, added0
@@ -344,13 +331,13 @@ def _sum_words(
         if start > 0:
             w = load_block(words, inside, start + places, n_words)
         exist = start + places < n_words
-        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype, cache)
+        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype)
         if rows > 1:
-            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype, cache)
+            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype)
         if rows > 2:
-            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype, cache)
+            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype)
         if rows > 3:
-            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype, cache)
+            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype)
     return (
         tl.sum(_of_codes(sums0, added0), 1),
         tl.sum(_of_codes(sums1, added1), 1),
@@ -375,12 +362,12 @@ def _sum_columns_of_words(
     """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
     places = tl.arange(0, block_words)
     sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
-    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype, "")
+    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype)
     return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
 
 @jit
-def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr, cache: constexpr) -> Tile:
+def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
     """sums, and products of numbers with the codes of words and 128 [outs, words]; and added, and those numbers
     [1, words].
 
@@ -388,7 +375,7 @@ def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype:
     exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
     """
     digits = words.to(tl.uint32, bitcast=True) ^ 0x80808080
-    four = tl.load(x, exist, other=0, cache_modifier=cache)[None, :]
+    four = tl.load(x, exist, other=0)[None, :]
     for number in tl.static_range(4):
         value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         code = ((digits >> (8 * number)) & 255).to(tl.float32, bitcast=True)
@@ -418,36 +405,35 @@ def _sum_bytes(
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
-    waits: constexpr,
-    cache: constexpr,
+    dependent: constexpr,
 ) -> Tile:
     """The products of up to four rows of numbers with a block of outputs."""
     places = tl.arange(0, block_in)
     c = load_block(codes, inside, places, n_in)
-    if waits:
+    if dependent:
         tl.extra.cuda.gdc_wait()
     step0, step1, step2, step3 = 1.0, 1.0, 1.0, 1.0
     if is_e4m3:
-        step0 = row_step(x0, n_in, block_row, cache)
+        step0 = row_step(x0, n_in, block_row)
         if rows > 1:
-            step1 = row_step(x1, n_in, block_row, cache)
+            step1 = row_step(x1, n_in, block_row)
         if rows > 2:
-            step2 = row_step(x2, n_in, block_row, cache)
+            step2 = row_step(x2, n_in, block_row)
         if rows > 3:
-            step3 = row_step(x3, n_in, block_row, cache)
+            step3 = row_step(x3, n_in, block_row)
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
             c = load_block(codes, inside, start + places, n_in)
         wide = wide_codes(c, is_e4m3, knows_e4m3)
-        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3, cache)
+        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3)
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3, cache)
+            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3)
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3, cache)
+            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3)
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3, cache)
+            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3)
     rest = 256.0 if is_e4m3 and not knows_e4m3 else 1.0
     return (
         tl.sum(sums0, 1) * (step0 * rest),
@@ -458,8 +444,8 @@ def _sum_bytes(
 
 
 @jit
-def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr, cache: constexpr) -> Tile:
-    values = tl.load(x + places, places < n_in, other=0, cache_modifier=cache).to(tl.float32)
+def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr) -> Tile:
+    values = tl.load(x + places, places < n_in, other=0).to(tl.float32)
     if is_e4m3:
         values = nearest(values * of_step)
     return values[None, :]
@@ -505,28 +491,19 @@ def _multiply_tiles(
     codes += outs.to(tl.int64)[:, None] * n_in
     c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
-    # Copies of whole blocks alone are wide enough to go past a multiprocessor's cache.
-    beside: constexpr = ranks > 0 and n_in % block_in == 0
-    cache: constexpr = ".cg" if beside else ""
-    if dependent and not beside:
+    if dependent:
         tl.extra.cuda.gdc_wait()
     upper = tl.zeros([block_out, block_rows], tl.int32 if in_bytes and not is_e4m3 else tl.float32)
     lower, half = upper, rows * x_stride
-    upper, lower = _add_codes(
-        upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes, cache
-    )
+    upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes)
     for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
         at = start + places
         c = load_block(codes, inside, at, n_in)
-        upper, lower = _add_codes(
-            upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes, cache
-        )
+        upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes)
     sums = upper
     if in_bytes and not is_e4m3:
         sums = upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
     sums *= scales[:, None]
-    if dependent and beside:
-        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if in_bytes or is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * (1.0 if in_bytes else 65536.0)
         sums *= of_rows[None, :]
@@ -555,16 +532,15 @@ def _add_codes(
     n_in: constexpr,
     is_e4m3: constexpr,
     in_bytes: constexpr,
-    cache: constexpr,
 ) -> Tile:
     """Sums, and the products of a block of codes with rows: as numbers of 16 or 32 bits, or byte by byte."""
-    values = load_rows(x, x_stride, numbers, exists, places, places < n_in, cache)
+    values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
     if is_e4m3 and in_bytes:
         c, values = c.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
         upper = tl.dot(c, tl.trans(values), upper, max_num_imprecise_acc=128)
     elif in_bytes:
         upper = tl.dot(c, tl.trans(values), upper, out_dtype=tl.int32)
-        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in, cache)
+        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in)
         lower = tl.dot(c, tl.trans(values), lower, out_dtype=tl.int32)
     elif is_e4m3:
         upper = add_product(widened(values, True), widened(c, True), upper)

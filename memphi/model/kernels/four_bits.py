@@ -202,9 +202,8 @@ def _multiply_vectors(
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-    if dependent and ranks == 0:
+    if dependent:
         tl.extra.cuda.gdc_wait()
-    cache: constexpr = ".cg" if ranks > 0 else ""
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     sums0 = tl.zeros([block_out, block_words // part], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
@@ -214,24 +213,22 @@ def _multiply_vectors(
                 w = load_block(words, inside, start + numbers, n_words)
                 lines = _load_lines(affine, inside, start, n_words, part, block_words)
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
     else:
         # Unrolled, this is so long that a compiler needs a quarter of a minute for it.
         for start in range(0, n_words, block_words):
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
-            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part, cache)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
+            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part)
             if rows > 2:
-                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part, cache)
+                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
             if rows > 3:
-                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part, cache)
+                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
             w = load_block(words, inside, start + block_words + numbers, n_words)
             lines = _load_lines(affine, inside, start + block_words, n_words, part, block_words)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     if ranks > 0:
         wide = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
-        if dependent:
-            tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     for row in tl.static_range(rows):
         total = totals[row]
         if ranks > 0:
@@ -240,9 +237,7 @@ def _multiply_vectors(
 
 
 @jit
-def _sum_groups(
-    words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr, cache: constexpr
-) -> Tile:
+def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr) -> Tile:
     """What each group of a block of words adds to a row: [outs, groups].
 
     Codes are not made numbers: as they stand in their word, they are the digits of a fp32 so small that it has no
@@ -251,7 +246,7 @@ def _sum_groups(
     found = tl.zeros(words.shape, tl.float32)
     added = tl.zeros([words.shape[1]], tl.float32)
     for number in tl.static_range(8):
-        value = tl.load(x + number * part, first + number * part < n_in, other=0, cache_modifier=cache).to(tl.float32)
+        value = tl.load(x + number * part, first + number * part < n_in, other=0).to(tl.float32)
         larger = value * (18446744073709551616.0 / (1 << (4 * (number % 4))))
         found += _digits(words, number).to(tl.float32, bitcast=True) * larger[None, :]
         added += value
@@ -395,7 +390,7 @@ def _add_words(
     for number in tl.static_range(8):
         places = first + number * part
         inside = tl.full(places.shape, True, tl.int1) if is_whole else places < n_in
-        values = load_rows(x, x_stride, numbers, exists, places, inside, "")
+        values = load_rows(x, x_stride, numbers, exists, places, inside)
         if assembler != "":
             weights = tl.fma(codes[number] - (counting + 8.0), scale, shift)
         else:
