@@ -46,11 +46,15 @@ class Suite:
     load: Callable[[], Engine]
     tell: Callable[[str], None]
     """Hears what is being done."""
+    keep: Callable[[dict[str, Any]], None] = lambda document: None
+    """Is given the document as far as it is made, whenever something was measured: a run may end before its end."""
     records: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     peers: list[dict[str, Any]] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     """What was asked for and not measured, and why."""
+    _card: Card | None = None
+    _plan: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
         """Measure and return the document; raises what loading raises."""
@@ -59,36 +63,40 @@ class Suite:
         if START in self.wanted.workloads:
             self._try(START, self._measure_start)
         self.tell("measuring the card")
-        card = measure_card(device, dtype)
-        self.tell(card_text(card))
-        plan = self._measure_engine(card)
+        self._card = measure_card(device, dtype)
+        self.tell(card_text(self._card))
+        self._measure_engine(self._card)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         for number, peer in enumerate(self.wanted.peers):
             self._try(peer, self._measure_peer, peer, len(self.wanted.peers) - number)
+        return self._document()
+
+    def _document(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "benchmark": BENCHMARK,
-            **provenance(device, self.wanted.commit),
+            **provenance(find_device(self.loading.device), self.wanted.commit),
             "model": self.loading.model,
             "dtype": self.loading.dtype,
             "attention": self.loading.attention,
             "engine": asdict(self.loading.config),
-            "plan": plan,
+            "plan": self._plan,
             "scale": self.wanted.scale,
             "wanted": asdict(self.wanted),
-            "card": asdict(card),
-            "workloads": self.records,
-            "curves": self.curves,
-            "peers": self.peers,
+            "card": self._card and asdict(self._card),
+            "workloads": [*self.records],
+            "curves": [*self.curves],
+            "peers": [*self.peers],
             "peers_are": {peer: PEERS[peer].says for peer in self.wanted.peers},
-            "not_run": self.not_run,
+            "not_run": dict(self.not_run),
         }
 
-    def _measure_engine(self, card: Card) -> dict[str, Any]:
-        """Workloads and curves; returns the plan's sizes, and leaves nothing of the engine."""
+    def _measure_engine(self, card: Card) -> None:
+        """Workloads and curves; leaves nothing of the engine."""
         engine = self.load()
+        self._plan = {name: getattr(engine.plan, name) for name in SIZES}
         bench = Bench(engine, card, self.wanted.repeats, self.wanted.seed, self._deadline, self.tell)
         for name in self.wanted.workloads:
             if name != START:
@@ -96,7 +104,6 @@ class Suite:
         for curve in self.wanted.curves:
             self._try(curve, self._measure_curve, bench, curve)
         engine.close()
-        return {name: getattr(engine.plan, name) for name in SIZES}
 
     def _measure_start(self) -> None:
         self.records.append(measure_start(self.loading, self._deadline, self.tell))
@@ -129,3 +136,4 @@ class Suite:
         except Exception as error:
             self.not_run[name] = sentence(error)
             self.tell(f"{name}: not run: {self.not_run[name]}")
+        self.keep(self._document())

@@ -1,6 +1,7 @@
 """`memphi bench`: how fast this machine runs a model, beside what its card allows."""
 
 import json
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -46,7 +47,9 @@ def bench(
     seed: options.Seed = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw figures into a file, .png or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON document here too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON document here too, as far as it is made, after each workload.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="The commit measured, where git cannot say.")] = None,
 ) -> None:
     """Measure named workloads beside the limit of this very card, and print a table or one JSON document.
@@ -71,7 +74,12 @@ def bench(
     def load() -> "Engine":
         return load_engine(model, device, dtype, attention, config, allocator)
 
-    document = Suite(wanted, Loading(model, device, dtype, attention, config, allocator), load, tell).run()
+    def keep(document: dict[str, Any]) -> None:
+        if out is not None:
+            with suppress(OSError):  # Told at the end, below the figures.
+                _write(document, out)
+
+    document = Suite(wanted, Loading(model, device, dtype, attention, config, allocator), load, tell, keep).run()
     _show(document, as_json, out, plot)
     measured = {record["workload"] for record in document["workloads"]}
     if not measured.issuperset(wanted.workloads):
@@ -109,14 +117,17 @@ def _show(document: dict[str, Any], as_json: bool, out: Path | None, plot: Path 
     """Print the document or its table, then write what was asked for: if that fails, the figures are seen."""
     from memphi.bench.table import text_table
 
-    text = json.dumps(document, indent=2)
-    print(text if as_json else text_table(document))
+    print(json.dumps(document, indent=2) if as_json else text_table(document))
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        _write(document, out)
     if plot is not None:
         from memphi.bench.plot import draw
 
         draw([document], plot)
+
+
+def _write(document: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_plot(path: Path) -> None:

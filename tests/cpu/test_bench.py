@@ -138,10 +138,14 @@ def test_what_fails_leaves_the_rest_to_be_measured(monkeypatch):
         models.append(weakref.ref(engine.model))
         return engine
 
-    document = Suite(wanted, LOADING, load_demo, lambda _: None).run()
+    kept = list[dict]()
+    document = Suite(wanted, LOADING, load_demo, lambda _: None, kept.append).run()
     assert [record["workload"] for record in document["workloads"]] == ["decode-1"]
     assert "tokens" in document["not_run"]["prefill"]
     assert models[0]() is None, "peers would run beside memphi's weights"
+    assert [len(each["workloads"]) for each in kept] == [0, 1], "what was measured is kept at once"
+    assert kept[0]["not_run"].keys() == {"prefill"}
+    assert kept[1] | {"date": document["date"]} == document
 
 
 @pytest.mark.parametrize(
