@@ -8,8 +8,9 @@ from memphi.checkpoint.layout import read_config
 from memphi.checkpoint.loader import load_model
 from memphi.checkpoint.quantisation import CALIBRATED, quantise_folder
 from memphi.checkpoint.random import random_model
+from memphi.config import AdapterConfig
 from memphi.memory import costs
-from memphi.model.adapters import remove_adapters
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, remove_adapters
 from memphi.model.attention import select_attention
 from memphi.model.kernels import skinny
 from memphi.model.kernels.coded import Columns, plain_add, sum_up
@@ -17,6 +18,8 @@ from memphi.model.kernels.skinny import Narrow
 from memphi.model.language import DecoderLayer
 from memphi.model.quant import swap
 from memphi.model.quant.examples import Examples, adapted_linears
+from memphi.model.quant.linears import QuantisedAdaptedLinear, QuantisedAdapter
+from memphi.model.quant.packed import PackedQuantisedLinear
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, has_fp8_products
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_checkpoint, tiny_config
@@ -192,6 +195,49 @@ def test_what_adapters_in_int8_make_of_x(rows, n_in):
         narrow(x.to(dtype), parts)
         results.append(t)
     assert relative(*results) < 4e-3
+
+
+def adapted_linear(scheme, n_out, n_in):
+    """Two adapters of official ranks beside a matrix in codes, all of random numbers."""
+    with DEVICE:
+        linear = AdaptedLinear(n_in, n_out, {"vision": AdapterConfig(256, 512), "speech": AdapterConfig(320, 640)})
+        for name in list(linear.adapters):
+            adapter = QuantisedAdapter(linear.adapter(name).bfloat16())
+            for weight in (adapter.a, adapter.b):
+                weight.store(0, torch.randn(weight.out_features, weight.in_features) / weight.in_features**0.5)
+            linear.adapters[name] = adapter
+        return QuantisedAdaptedLinear(linear, made(scheme, n_out, n_in))
+
+
+@SCHEMES
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192)])
+@torch.inference_mode()
+def test_no_product_sees_the_rows_of_those_before(scheme, rows, shape):
+    """One after another over the same memory, each started while the one before it still runs, as a step has them."""
+    plain = adapted_linear(scheme, *shape)
+    packed = PackedQuantisedLinear(plain)
+    first = torch.arange(rows, device=DEVICE) % 2 == 0
+    used = AdapterTokens({"vision": first, "speech": ~first})
+    x = torch.randn(8, rows, shape[1], device=DEVICE, dtype=torch.bfloat16)
+    y, operand = x.new_empty(8, rows, shape[0]), packed.operand(rows)
+    expected = [plain(each, used) for each in x]
+    packed.weight.kernels = packed.kernels = True
+
+    def run():
+        for each, out in zip(x, y, strict=True):
+            packed.x_of(operand).copy_(each)
+            packed.apply_to(operand, used, out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(5):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert max(relative(*pair) for pair in zip(y, expected, strict=True)) < 3e-2
 
 
 @SCHEMES
