@@ -444,10 +444,10 @@ def narrow_case(rows: int, n_in: int, is_coded: bool, sizes: Sizes, device: torc
     ways = {"plain": launches(skinny.plain_narrow), "as chosen": launches(skinny.narrow)}
     if rows > skinny.VECTOR_ROWS:
         all_rows = partial(with_constant, skinny, "narrow_vector_rows")
-        ways["number by number"] = launches(partial(all_rows, lambda _: rows, skinny.narrow))
+        ways["number by number"] = launches(partial(all_rows, lambda *_: rows, skinny.narrow))
         for tile in NARROW_TILES:
             on_tiles = partial(with_constant, skinny, "choose_narrow_tile", lambda *_, tile=tile: tile, skinny.narrow)
-            run = partial(all_rows, lambda _: 0, on_tiles)
+            run = partial(all_rows, lambda *_: 0, on_tiles)
             ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
     size = f"{rows} rows, {n_in}" + ", int8" * is_coded
     return Case("narrow", size, n_bytes, error_of(found[1], found[0]), ways)

@@ -53,8 +53,8 @@ class Suite:
     peers: list[dict[str, Any]] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     """What was asked for and not measured, and why."""
-    _card: Card | None = None
-    _plan: dict[str, Any] | None = None
+    _card: Card | None = field(default=None, init=False)
+    _plan: dict[str, Any] | None = field(default=None, init=False)
 
     def run(self) -> dict[str, Any]:
         """Measure and return the document; raises what loading raises."""
@@ -136,4 +136,5 @@ class Suite:
         except Exception as error:
             self.not_run[name] = sentence(error)
             self.tell(f"{name}: not run: {self.not_run[name]}")
-        self.keep(self._document())
+        if self._card is not None:  # What is measured before says nothing without it.
+            self.keep(self._document())

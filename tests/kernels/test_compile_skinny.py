@@ -51,7 +51,7 @@ def test_every_product_fits(capability):
         if capability >= TENSOR_CAPABILITY:
             launch_products(dtype, rows=skinny.FEW_ROWS, places=slice(1, 3))
             launch_products(dtype, rows=skinny.MOST_ROWS, places=slice(1, 3))
-            for rows in (skinny.NARROW_VECTOR_ROWS + 1, skinny.MANY_NARROW_ROWS):
+            for rows in (skinny.FEW_NARROW_ROWS + 1, skinny.MANY_NARROW_ROWS):
                 launch_narrow(dtype, rows)
                 launch_narrow(dtype, rows, is_coded=True)
                 launch_narrow(torch.float32, rows)

@@ -292,6 +292,15 @@ def test_a_lone_prompt_has_the_whole_step():
     assert [row.tokens for row in some.step().rows] == [41]
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(64, [64]), (65, [64, 1]), (67, [64, 3]), (130, [64, 64, 2])])
+def test_a_step_takes_all_that_fits_and_leaves_the_rest(tokens, steps):
+    """However little that is: a small step goes through a graph, and two of some size do not."""
+    some = world(config=make_config(400, 500), pages=200)
+    some.arrive(text(tokens, max_tokens=1))
+    assert [sum(row.tokens for row in some.step().rows) for _ in steps] == steps
+    some.drain()
+
+
 def test_a_step_is_theirs_who_wait_while_they_are_more_than_those_who_answer():
     some = world(config=make_config(400, 500), pages=200)
     some.arrive(text(10, max_tokens=40, ignore_eos=True))

@@ -25,7 +25,7 @@ from memphi.model.kernels.coded import (
     vector_rows,
     widen_columns,
 )
-from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, block_of_rows, share_of
+from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, share_of
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
@@ -81,25 +81,31 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
 def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> Tensor:
     """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not."""
     words = codes.view(torch.int32)
-    rows, (n_out, groups, part) = len(x), words.shape
-    added, places, ranks = column_arguments(x, columns)
-    tensors = (x, words, affine.view(torch.int32), *added, out)
-    strides = (x.stride(0), *places, out.stride(0))
-    sizes = {"n_in": x.shape[1], "n_words": groups * part, "part": part, "ranks": ranks}
-    if rows <= vector_rows(x.device):
-        block_out, block_words, warps = choose_block(rows, n_out, groups * part, ranks)
-        _multiply_vectors[(-(-n_out // block_out),)](
-            *(*tensors, *strides, n_out),
-            **sizes,
-            rows=rows,
-            block_out=block_out,
-            block_words=block_words,
-            block_ranks=power_of_two(max(ranks, 1)),
-            num_warps=warps,
-            **launch_options(x.device),
-        )
+    if len(x) <= vector_rows(x.device):
+        _launch_vectors(x, words, affine, out, columns)
         return out[None]
     return _launch_tiles(x, words, affine, out, columns)
+
+
+def _launch_vectors(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+    """Number by number."""
+    rows, (n_out, groups, part) = len(x), words.shape
+    added, places, ranks = column_arguments(x, columns)
+    block_out, block_words, warps = choose_block(rows, n_out, groups * part, ranks)
+    _multiply_vectors[(-(-n_out // block_out),)](
+        *(x, words, affine.view(torch.int32), *added, out),
+        *(x.stride(0), *places, out.stride(0), n_out),
+        n_in=x.shape[1],
+        n_words=groups * part,
+        part=part,
+        ranks=ranks,
+        rows=rows,
+        block_out=block_out,
+        block_words=block_words,
+        block_ranks=power_of_two(max(ranks, 1)),
+        num_warps=warps,
+        **launch_options(x.device),
+    )
 
 
 def _launch_tiles(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> Tensor:
@@ -152,7 +158,7 @@ def choose_tile(rows: int, itemsize: int, on: tuple[int, int]) -> tuple[int, int
         return (128, 64, 2, 8) if rows <= 32 else (128, 32, 3, 8)
     if itemsize == 2:
         return 64, 16, 3, 4
-    few = block_of_rows(rows) <= 16
+    few = rows <= 16
     if on in ROOMY_CAPABILITY:
         return 64, 32 if few else 16, 3, 4
     return 64, 16, 3 if few else 2, 4

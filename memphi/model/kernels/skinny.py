@@ -32,8 +32,8 @@ MOST_ROWS, MOST_NARROW_ROWS = 16, 512
 """Beyond, torch's own products are as fast: of weights; of an adapter's A."""
 VECTOR_ROWS, FEW_ROWS = 4, 2
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more."""
-NARROW_VECTOR_ROWS = 16
-"""Up to so many rows products with an adapter's A in 16 bits are, which then is read once for every VECTOR_ROWS."""
+NARROW_VECTOR_ROWS, FEW_NARROW_ROWS = 32, 16
+"""The same of an adapter's A in 16 bits, which then is read once for every VECTOR_ROWS."""
 NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
 NARROW_TILE, NARROW_TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
@@ -162,6 +162,7 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     are read without waiting for what was launched before, which must not have written them.
     """
     first, last = parts[0], parts[-1]
+    is_coded = first.a_scale is not None
     border, n_out = len(first.a), sum(len(part.a) for part in parts)
     gap = last.t.storage_offset() - first.t.storage_offset() - border if last is not first else 0
     assert last is first or last.a.data_ptr() == first.a.data_ptr() + first.a.nbytes, "As must follow each other"
@@ -174,11 +175,11 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
         "n_in": x.shape[1],
         "first_masked": first.uses is not None,
         "last_masked": last.uses is not None,
-        "is_coded": first.a_scale is not None,
+        "is_coded": is_coded,
         **launch_options(x.device),
     }
-    if len(x) > narrow_vector_rows(first.a_scale is not None) and capability(x.device) >= TENSOR_CAPABILITY:
-        tile = choose_narrow_tile(len(x), x.itemsize, first.a.itemsize == 1, capability(x.device))
+    if len(x) > narrow_vector_rows(is_coded, x.device):
+        tile = choose_narrow_tile(len(x), x.itemsize, is_coded, capability(x.device))
         block_rows, block_out, block_in, stages, warps = tile
         _narrow_tiles[(-(-n_out // block_out), -(-len(x) // block_rows))](
             *arguments,
@@ -203,9 +204,11 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
     )
 
 
-def narrow_vector_rows(is_coded: bool) -> int:
+def narrow_vector_rows(is_coded: bool, device: torch.device) -> int:
     """The most rows whose products with an adapter's A are summed number by number."""
-    return VECTOR_ROWS if is_coded else NARROW_VECTOR_ROWS
+    if capability(device) < TENSOR_CAPABILITY:
+        return NARROW_VECTOR_ROWS
+    return VECTOR_ROWS if is_coded else FEW_NARROW_ROWS
 
 
 def choose_narrow_tile(rows: int, itemsize: int, is_coded: bool, on: tuple[int, int]) -> tuple[int, int, int, int, int]:
