@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.choice import choose, pieces_of
-from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
+from memphi.model.kernels.division import Division, choose_tiling, divide, make_division, units_of
 from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend_new
 from memphi.model.kernels.rotary import tabulate
@@ -129,9 +129,9 @@ class Buffers:
 
         self.rows = rows
         self.inputs = Inputs(rows, most_pages, page_tokens, device)
-        self.division = make_division(
-            config, rows, 1, choose_tiling(rows, 1, dtype, device, fresh=True), device, fresh=True
-        )
+        tilings = [choose_tiling(count, 1, dtype, device, fresh=True) for count in range(1, rows + 1)]
+        units = max(units_of(tiling, count, config.kv_heads, device) for count, tiling in enumerate(tilings, 1))
+        self.division = make_division(config, rows, 1, tilings[-1], device, units)
         self.frequencies = rotary_frequencies(config, device)
         self.cos, self.sin = room(1, config.rotary_dim), room(1, config.rotary_dim)
         self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
@@ -147,7 +147,8 @@ class Buffers:
     def division_of(self, rows: int) -> Division:
         """The division of a step of so many rows."""
         whole, weight = self.division, self.x
-        units = len(whole.units) - self.rows + rows
+        tiling = choose_tiling(rows, 1, weight.dtype, weight.device, fresh=True)
+        units = units_of(tiling, rows, whole.sums.shape[1], weight.device)
         return replace(
             whole,
             lengths=self.inputs.lengths[:rows],
@@ -155,7 +156,7 @@ class Buffers:
             sums=whole.sums[:units],
             weights=whole.weights[:units],
             arrived=whole.arrived[:rows],
-            tiling=choose_tiling(rows, 1, weight.dtype, weight.device, fresh=True),
+            tiling=tiling,
         )
 
 

@@ -135,7 +135,7 @@ def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, 
     for lines in packing.paging.lines:
         rows, dtype, device = len(lines.lengths), model.norm.weight.dtype, lines.lengths.device
         tiling = choose_tiling(rows, lines.new_tokens, dtype, device, fresh=False)
-        made = make_division(model.config, rows, lines.new_tokens, tiling, device, fresh=False)
+        made = make_division(model.config, rows, lines.new_tokens, tiling, device)
         divided.append((lines, replace(made, lengths=lines.lengths)))
         divide(divided[-1][1])
     return tuple(divided)

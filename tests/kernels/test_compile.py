@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from memphi.memory.costs import PREFILL_LINE_TOKENS
 from memphi.model.kernels import choice, division, gate, norm, paged, rotary, rounding
+from memphi.model.kernels.division import SOME_ROWS
 from memphi.model.kernels.launch import E4M3_CAPABILITY
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import LINE_TOKENS
@@ -40,7 +41,7 @@ def launch_simple(dtype, rows=4):
 
 def launch_attention(dtype, rows, new_tokens=1, fresh=True, code=None):
     tiling = division.choose_tiling(rows, new_tokens, dtype, CPU, fresh=fresh)
-    divided = division.make_division(CONFIG, rows, new_tokens, tiling, CPU, fresh=fresh)
+    divided = division.make_division(CONFIG, rows, new_tokens, tiling, CPU)
     division.divide(divided)
     tokens = rows * new_tokens
     table, out = torch.empty(rows, PAGES, dtype=torch.int32), query_of(tokens, dtype)
@@ -78,8 +79,8 @@ def test_every_kernel_fits(capability):
     dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
     with compiled_for(capability) as compiled:
         launch_simple(dtype)
-        launch_attention(dtype, rows=1)
-        launch_attention(dtype, rows=64)
+        for rows in (1, SOME_ROWS, SOME_ROWS + 1):
+            launch_attention(dtype, rows)
         for new_tokens in (1, LINE_TOKENS, PREFILL_LINE_TOKENS):
             launch_attention(dtype, rows=64, new_tokens=new_tokens, fresh=False)
     assert {made.name for made in compiled} == {
@@ -106,7 +107,7 @@ def test_what_leaves_rows_in_bytes_fits(capability, room):
 def test_drafts_and_other_numbers_fit():
     """Speculation's eight new tokens a row, and the formats that no card prefers: what they need is known."""
     with compiled_for((9, 0)) as compiled:
-        launch_attention(torch.bfloat16, rows=64, new_tokens=8)
+        launch_attention(torch.bfloat16, rows=64, new_tokens=8, fresh=False)
         launch_attention(torch.float16, rows=1)
     for made in compiled:
         assert_fits(made, (9, 0), 0)
@@ -126,8 +127,8 @@ def test_keys_and_values_in_8_bits_fit(capability, code):
     numbers = torch.empty(4, dtype=torch.int64)
     cos, sin = (torch.empty(4, 1, CONFIG.rotary_dim, dtype=dtype) for _ in range(2))
     with compiled_for(capability) as compiled:
-        launch_attention(dtype, rows=1, code=code)
-        launch_attention(dtype, rows=64, code=code)
+        for rows in (1, SOME_ROWS, SOME_ROWS + 1):
+            launch_attention(dtype, rows, code=code)
         rotary.rotate_and_keep(*(qkv_of(4, dtype), cos, sin, *layer(code), numbers, numbers, scales_of(code)))
     for made in compiled:
         assert_fits(made, capability, SLOW_STACK_BYTES if capability == (7, 5) else 0)

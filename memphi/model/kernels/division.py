@@ -27,9 +27,9 @@ from memphi.model.kernels.launch import (
 UNIT_FIELDS = 8
 """Numbers of a unit: its row, or -1 where there is none; the first of its keys and their end; the row's first unit and
 how many it has; the row's length; two that fill up."""
-FEW_ROWS = 16
-"""Up to so many rows programs of one warp are the fastest: they wait for none of their own kind. At one row it pays
-more to read the first keys before the query is there, since nothing else hides the wait."""
+FEW_ROWS, SOME_ROWS = 16, 64
+"""Up to FEW_ROWS units are small, since a step waits for what a program does one thing after another. Beyond them
+units are as few as all run at once. Up to SOME_ROWS programs read their first keys before the queries are there."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Tiling:
     """Of a thread at most."""
     early: bool
     """Whether a program reads its first keys before what computes the queries has ended."""
+    parts: int = 32
+    """What units found for each query, so much of it is put together at once."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,6 @@ class Division:
     arrived: Tensor  # [rows, kv_heads] int32: units that have ended; zeros between launches
     new_tokens: int
     """Of every row."""
-    unread: int
-    """How many of them are not read from pages: all of them or none."""
     tiling: Tiling
 
 
@@ -74,18 +74,23 @@ def choose_tiling(rows: int, new_tokens: int, dtype: torch.dtype, device: torch.
     if dtype == torch.float32 or capability(device) < TENSOR_CAPABILITY:
         return Tiling(programs=4, unit_tokens=64, tokens=16, stages=3, warps=8, registers=None, early=False)
     if fresh and rows == 1:
-        return Tiling(programs=4, unit_tokens=64, tokens=64, stages=3, warps=4, registers=None, early=True)
+        return Tiling(programs=3, unit_tokens=32, tokens=32, stages=3, warps=4, registers=None, early=True, parts=128)
     if fresh and rows <= FEW_ROWS:
-        return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=1, registers=None, early=False)
+        return Tiling(programs=4, unit_tokens=32, tokens=32, stages=3, warps=2, registers=None, early=True, parts=64)
+    if fresh and rows <= SOME_ROWS:
+        return Tiling(programs=2, unit_tokens=64, tokens=32, stages=3, warps=2, registers=None, early=True, parts=64)
     registers = 128 if new_tokens == 1 else None
     return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=4, registers=registers, early=False)
 
 
 def make_division(
-    config: LanguageConfig, rows: int, new_tokens: int, tiling: Tiling, device: torch.device, *, fresh: bool
+    config: LanguageConfig, rows: int, new_tokens: int, tiling: Tiling, device: torch.device, units: int | None = None
 ) -> Division:
-    """A division for `attend_new` (fresh) or for `attend`, all rows empty."""
-    units = max(1, tiling.programs * multiprocessors(device) // config.kv_heads) + rows
+    """A division for `attend`, and with one new token a row for `attend_new`; all rows empty.
+
+    units: where it is not `units_of` them.
+    """
+    units = units or units_of(tiling, rows, config.kv_heads, device)
     parts = (units, config.kv_heads, new_tokens * config.heads // config.kv_heads)
     return Division(
         lengths=torch.zeros(rows, dtype=torch.int32, device=device),
@@ -94,9 +99,13 @@ def make_division(
         weights=torch.empty((*parts, 2), dtype=torch.float32, device=device),
         arrived=torch.zeros((rows, config.kv_heads), dtype=torch.int32, device=device),
         new_tokens=new_tokens,
-        unread=new_tokens if fresh else 0,
         tiling=tiling,
     )
+
+
+def units_of(tiling: Tiling, rows: int, kv_heads: int, device: torch.device) -> int:
+    """Units of a division: as many as keep the device busy, and one for what is left of each row."""
+    return max(1, tiling.programs * multiprocessors(device) // kv_heads) + rows
 
 
 def plain_divide(division: Division) -> None:
@@ -105,7 +114,7 @@ def plain_divide(division: Division) -> None:
     Every row has a unit, if only an empty one.
     """
     rows, units, least = len(division.lengths), len(division.units), division.tiling.unit_tokens
-    keys = (division.lengths.long() - division.unread).clamp(min=0)
+    keys = division.lengths.long()
     most = _round_up(_ceil(keys.sum(), units - rows).clamp(min=1), least)
     shares = _round_up(_ceil(keys, _ceil(keys, most).clamp(min=1)).clamp(min=1), least)
     counts = _ceil(keys, shares).clamp(min=1)
@@ -125,7 +134,7 @@ def divide(division: Division) -> None:
     """
     rows, units = len(division.lengths), len(division.units)
     _divide[(rows,)](
-        *(division.lengths, division.units, units, division.unread),
+        *(division.lengths, division.units, units),
         row_block=max(512, power_of_two(rows)),  # Hardly ever more than one form to compile.
         unit_block=32,
         fields=UNIT_FIELDS,
@@ -147,15 +156,13 @@ def _divide(
     lengths: Tile,
     units: Tile,
     n_units: Tile,
-    unread: Tile,
     row_block: constexpr,
     unit_block: constexpr,
     fields: constexpr,
     least: constexpr,
 ) -> None:
     row, rows, numbers = tl.program_id(0), tl.num_programs(0), tl.arange(0, row_block)
-    tokens = tl.load(lengths + numbers, numbers < rows, other=0).to(tl.int32)
-    keys = tl.maximum(tokens - unread, 0)
+    keys = tl.load(lengths + numbers, numbers < rows, other=0).to(tl.int32)
     most = tl.cdiv(tl.maximum(tl.cdiv(tl.sum(keys, 0), n_units - rows), 1), least) * least
     shares = tl.cdiv(tl.maximum(tl.cdiv(keys, tl.maximum(tl.cdiv(keys, most), 1)), 1), least) * least
     counts = tl.where(numbers < rows, tl.maximum(tl.cdiv(keys, shares), 1), 0)
@@ -163,7 +170,6 @@ def _divide(
     count = tl.sum(tl.where(numbers == row, counts, 0), 0)
     share = tl.sum(tl.where(numbers == row, shares, 0), 0)
     end = tl.sum(tl.where(numbers == row, keys, 0), 0)
-    length = tl.sum(tl.where(numbers == row, tokens, 0), 0)
     for start in range(0, count, unit_block):
         places = start + tl.arange(0, unit_block)
         inside = places < count
@@ -173,7 +179,7 @@ def _divide(
         tl.store(at + 2, tl.minimum((places + 1) * share, end), inside)
         tl.store(at + 3, tl.zeros_like(places) + first, inside)
         tl.store(at + 4, tl.zeros_like(places) + count, inside)
-        tl.store(at + 5, tl.zeros_like(places) + length, inside)
+        tl.store(at + 5, tl.zeros_like(places) + end, inside)
     if row == rows - 1:
         for start in range(first + count, n_units, unit_block):
             places = start + tl.arange(0, unit_block)

@@ -79,15 +79,13 @@ def plain_attend_new(
 ) -> None:
     """`plain_rotate_and_keep`, then `plain_attend`: a layer's attention from one product to the next; the definition.
 
-    qkv [rows * new tokens, (heads + 2 * kv_heads) * head_dim]; cos and sin as `tabulate` makes them for these tokens.
+    qkv [rows, (heads + 2 * kv_heads) * head_dim], one new token of each row; cos and sin as `tabulate` makes them.
     """
-    new, page_tokens = division.new_tokens, keys.shape[1]
-    positions = division.lengths.long()[:, None] - new + torch.arange(new, device=qkv.device)  # [rows, new tokens]
+    positions, page_tokens = division.lengths.long() - 1, keys.shape[1]
     places = positions.clamp(min=0)
-    pages = torch.where(positions < 0, -1, table.long().gather(1, places // page_tokens))
+    pages = torch.where(positions < 0, -1, table.long().gather(1, (places // page_tokens)[:, None])[:, 0])
     turned = qkv.clone()
-    token_places = (pages.flatten(), (places % page_tokens).flatten())
-    plain_rotate_and_keep(turned, cos, sin, keys, values, *token_places, scales)
+    plain_rotate_and_keep(turned, cos, sin, keys, values, pages, places % page_tokens, scales)
     query = turned[:, : out[0].numel()].view_as(out)
     plain_attend(query, keys, values, table, division, out, scales)
 
@@ -120,7 +118,7 @@ def _launch(
     assert keys.stride() == values.stride()
     assert keys.shape[1] == power_of_two(keys.shape[1])
     assert (scales is None) == (code_limit(keys) == 0)
-    assert division.unread == (division.new_tokens if rotary else 0)
+    assert rotary is None or division.new_tokens == 1
     units, kv_heads, queries, head_dim = division.sums.shape
     tiling = division.tiling
     cos, sin = rotary or (query, query)
@@ -140,10 +138,9 @@ def _launch(
         limit=code_limit(keys),
         query_block=max(LEAST_BLOCK, power_of_two(queries)),
         token_block=tiling.tokens,
-        new_block=max(LEAST_BLOCK, power_of_two(division.new_tokens)),
         dim_block=max(LEAST_BLOCK, power_of_two(head_dim)),
         few_block=power_of_two(queries),
-        part_block=max(2, 32 // power_of_two(queries)),
+        part_block=max(2, tiling.parts // power_of_two(queries)),
         fields=UNIT_FIELDS,
         fresh=rotary is not None,
         early=tiling.early and rotary is not None,  # Other new keys may not be there yet.
@@ -217,6 +214,16 @@ def _load_turned(
 
 
 @jit
+def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile) -> Tile:
+    """Softmax as it begins: the largest scores, the totals and sums of values relative to them, of one token [1, dims]
+    that every query sees, if it exists. On tensor cores so little would take longer.
+    """
+    scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+    sums = tl.zeros(q.shape, tl.float32) + v.to(tl.float32)
+    return tl.where(exists, scores, float("-inf")), tl.where(exists, 1.0, tl.zeros([q.shape[0]], tl.float32)), sums
+
+
+@jit
 def _absorb(q: Tile, k: Tile, v: Tile, seen: Tile, scale: Tile, peaks: Tile, totals: Tile, sums: Tile) -> Tile:
     """Softmax as it goes: the largest scores, the totals and sums of values relative to them, with k and v taken in."""
     scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
@@ -236,48 +243,24 @@ def _divided(sums: Tile, totals: Tile) -> Tile:
 
 @jit
 def _keep(
-    pages: Tile,
-    new: Tile,
-    row_pages: Tile,
-    length: Tile,
-    dims: Tile,
-    page_stride: Tile,
-    place_stride: Tile,
-    new_tokens: constexpr,
-    head_dim: constexpr,
-    page_tokens: constexpr,
+    page: Tile, new: Tile, place: Tile, dims: Tile, stride: Tile, head_dim: constexpr, page_tokens: constexpr
 ) -> None:
-    """Write a row's new tokens [new, dims] to their pages, and zeros after them in a page that they begin."""
-    tokens, last = length - new_tokens + tl.arange(0, new.shape[0]), length - 1
-    places = _place(row_pages, tokens, tokens < length, page_stride, place_stride, page_tokens)
+    """Write a new token [1, dims] to its place of a page, and zeros after it in a page that it begins."""
     columns = (dims < head_dim)[None, :]
-    tl.store(pages + places[:, None] + dims[None, :], new, (tokens < length)[:, None] & columns)
-    if last // page_tokens * page_tokens >= length - new_tokens:
-        page, rest = tl.load(row_pages + last // page_tokens).to(tl.int64), tl.arange(0, page_tokens)
-        after = pages + page * page_stride + rest[:, None] * place_stride + dims[None, :]
+    tl.store(page + place * stride + dims[None, :], new, columns)
+    if place == 0:
+        rest = tl.arange(0, page_tokens)[:, None]
         zeros = tl.zeros([page_tokens, dims.shape[0]], new.dtype)
-        tl.store(after, zeros, (rest > last % page_tokens)[:, None] & columns)
+        tl.store(page + rest * stride + dims[None, :], zeros, (rest > 0) & columns)
 
 
 @jit
-def _keep_words(
-    pages: Tile,
-    new: Tile,
-    row_pages: Tile,
-    length: Tile,
-    page_stride: Tile,
-    place_stride: Tile,
-    new_tokens: constexpr,
-    page_tokens: constexpr,
-) -> None:
-    """The same for the words [new] of codes."""
-    tokens, last = length - new_tokens + tl.arange(0, new.shape[0]), length - 1
-    places = _place(row_pages, tokens, tokens < length, page_stride, place_stride, page_tokens)
-    tl.store(pages + places, new, tokens < length)
-    if last // page_tokens * page_tokens >= length - new_tokens:
-        page, rest = tl.load(row_pages + last // page_tokens).to(tl.int64), tl.arange(0, page_tokens)
-        after = pages + page * page_stride + rest * place_stride
-        tl.store(after, tl.zeros([page_tokens], new.dtype), rest > last % page_tokens)
+def _keep_word(page: Tile, new: Tile, place: Tile, stride: Tile, page_tokens: constexpr) -> None:
+    """The same for the word [1] of codes."""
+    tl.store(page + place * stride + tl.arange(0, 1), new)
+    if place == 0:
+        rest = tl.arange(0, page_tokens)
+        tl.store(page + rest * stride, tl.zeros([page_tokens], new.dtype), rest > 0)
 
 
 @jit
@@ -408,7 +391,6 @@ def _attend(
     limit: constexpr,
     query_block: constexpr,
     token_block: constexpr,
-    new_block: constexpr,
     dim_block: constexpr,
     few_block: constexpr,
     part_block: constexpr,
@@ -433,7 +415,8 @@ def _attend(
     words += head
     # fmt: off
     if early:
-        early_k, early_v = _load_both(keys, values, words, row_pages, first + steps, first + steps < end, dims, query,
+        inside = first + steps < tl.minimum(end, length - 1)  # The newest is not there yet.
+        early_k, early_v = _load_both(keys, values, words, row_pages, first + steps, inside, dims, query,
                                       page_stride, place_stride, word_page_stride, word_place_stride,
                                       head_dim, page_tokens, limit)
     # fmt: on
@@ -449,34 +432,32 @@ def _attend(
     else:
         source = query + tokens * query_stride + heads * head_dim
         q = tl.load(source[:, None] + dims[None, :], exists, other=0)
-    last = tl.minimum(length - new_tokens + new, end - 1)  # The last key that each query sees in this unit.
-
-    peaks = tl.full([query_block], float("-inf"), tl.float32)
-    totals, sums = tl.zeros([query_block], tl.float32), tl.zeros([query_block, dim_block], tl.float32)
-    if fresh:  # noqa: SIM102 (one is decided when the kernel is compiled)
-        if (unit == first_unit + count - 1) & (length > 0):
-            numbers = tl.arange(0, new_block)
-            lines, at = row * new_tokens + numbers, numbers * 0 + kv_heads * group + head
-            there = (numbers < new_tokens)[:, None] & (dims < head_dim)[None, :]
-            new_k = _load_turned(query, cos, sin, lines, at, there, dims, query_stride, head_dim, half)
-            new_v = _load(
-                query, lines * query_stride + (at + kv_heads) * head_dim, numbers < new_tokens, dims, head_dim
-            )
-            kept_k, kept_v = new_k, new_v
-            if limit:  # A new token too is seen as it is kept.
-                kept_k, key_scales = encode(new_k, limit)
-                kept_v, value_scales = encode(new_v, limit)
-                new_k = decode(kept_k, key_scales.to(tl.float32), query, limit)
-                new_v = decode(kept_v, value_scales.to(tl.float32), query, limit)
-            causal = (numbers < new_tokens)[None, :] & (numbers[None, :] <= new[:, None])
-            peaks, totals, sums = _absorb(q, new_k, new_v, causal, scale, peaks, totals, sums)
-            # fmt: off
-            _keep(keys, kept_k, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
-            _keep(values, kept_v, row_pages, length, dims, page_stride, place_stride, new_tokens, head_dim, page_tokens)
+    if fresh:
+        has_new, one = (end == length) & (length > 0), tl.zeros([1], tl.int64)
+        lines, heads = row + one, kv_heads * group + head + one
+        there = has_new & (dims < head_dim)[None, :]
+        new_k = _load_turned(query, cos, sin, lines, heads, there, dims, query_stride, head_dim, half)
+        source = query + lines[:, None] * query_stride + ((kv_heads + heads) * head_dim)[:, None]
+        new_v = tl.load(source + dims[None, :], there, other=0)
+        kept_k, kept_v = new_k, new_v
+        if limit:  # A new token too is seen as it is kept.
+            kept_k, key_scales = encode(new_k, limit)
+            kept_v, value_scales = encode(new_v, limit)
+            new_k = decode(kept_k, key_scales.to(tl.float32), query, limit)
+            new_v = decode(kept_v, value_scales.to(tl.float32), query, limit)
+        peaks, totals, sums = _begin(q, new_k, new_v, has_new, scale)
+        if has_new:
+            end = length - 1
+            page, place = tl.load(row_pages + end // page_tokens).to(tl.int64), end % page_tokens
+            _keep(keys + page * page_stride, kept_k, place, dims, place_stride, head_dim, page_tokens)
+            _keep(values + page * page_stride, kept_v, place, dims, place_stride, head_dim, page_tokens)
             if limit:
-                _keep_words(words, join(key_scales, value_scales), row_pages, length,
-                            word_page_stride, word_place_stride, new_tokens, page_tokens)
-            # fmt: on
+                word = join(key_scales, value_scales)
+                _keep_word(words + page * word_page_stride, word, place, word_place_stride, page_tokens)
+    else:
+        peaks = tl.full([query_block], float("-inf"), tl.float32)
+        totals, sums = tl.zeros([query_block], tl.float32), tl.zeros([query_block, dim_block], tl.float32)
+    last = tl.minimum(length - new_tokens + new, end - 1)  # The last key in pages that each query sees in this unit.
     if early:
         seen = (first + steps)[None, :] <= last[:, None]
         peaks, totals, sums = _absorb(q, early_k, early_v, seen, scale, peaks, totals, sums)
