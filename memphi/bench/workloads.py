@@ -126,6 +126,7 @@ WORKLOADS = {
         Workload("decode-256", "tokens", 256, 512, 128),
         Workload("mixed-256", "tokens", 256, 512, 128, adapters=IN_TURN),
         Workload("prefill", "first token", 8, 1713, adapters=(InputMode.VISION,)),
+        Workload("prefill-text", "first token", 8, 1713),
         Workload("describe-8", "first token", images=8),
         Workload("describe-1", "whole", answer_tokens=ANSWER_TOKENS, images=1),
         Workload("describe-64", "images", 64, answer_tokens=ANSWER_TOKENS, images=1),
