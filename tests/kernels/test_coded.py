@@ -88,19 +88,20 @@ def test_rows_of_a_card_with_tensor_cores(device, scheme, rows, ranks, dtype):
 @pytest.mark.usefixtures("_number_by_number")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("ranks", [0, 12])
-def test_a_product_through_a_gate(device, rows, ranks, dtype):
+def test_a_product_through_a_gate(device, scheme, rows, ranks, dtype):
     """As the product and then its gate, which are rounded as they arise."""
-    weight = stored("int8", 74, 304, device)
+    weight = stored(scheme, 74, 304, device)
     operand = numbers(rows, 340, device=device, dtype=dtype, seed=1)
     columns = made_columns(74, ranks, 5, apart(operand[:, 304:], ranks, 5), device) if ranks else None
     both = torch.full((rows, 74), torch.nan, device=device, dtype=dtype)
     out, expected = (torch.full((rows, 37), torch.nan, device=device, dtype=dtype) for _ in range(2))
-    multiply, _ = products("int8")
+    multiply, _ = products(scheme)
     multiply(operand[:, :304], *weight.buffers(), both, columns)
     plain_gate(both, expected)
     multiply(operand[:, :304], *weight.buffers(), out, columns, gated=True)
-    assert_near(out, expected, "int8")
+    assert_near(out, expected, scheme)
 
 
 @SCHEMES

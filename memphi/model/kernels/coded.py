@@ -32,7 +32,11 @@ SUMMED_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Columns:
-    """What one adapter or two add to a product: t B^T, where b = code * scale."""
+    """What one adapter or two add to a product: t B^T, where b = code * scale.
+
+    What makes t is launched right before the product, which runs beside it until it needs t: so x, and what it is in
+    bytes where somebody makes those, must have been made before that.
+    """
 
     codes: Tensor  # [out, ranks] int8, those of two adapters side by side
     scale: Tensor  # [adapters, out]
@@ -186,10 +190,12 @@ def sum_columns(columns: Tile, t: Tile, border: Tile, gap: Tile, ranks: constexp
 
 
 @jit
-def load_rows(x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile) -> Tile:
+def load_rows(
+    x: Tile, x_stride: Tile, numbers: Tile, exists: Tile, columns: Tile, inside: Tile, cache: constexpr
+) -> Tile:
     """Some columns of rows: [numbers, columns]."""
     places = x + numbers.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    return tl.load(places, exists[:, None] & inside[None, :], other=0)
+    return tl.load(places, exists[:, None] & inside[None, :], other=0, cache_modifier=cache)
 
 
 @jit
@@ -229,7 +235,7 @@ def add_columns(
     for start in range(own * block, ranks, parts * block):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
-        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks)
+        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks, "")
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums)
     return sums

@@ -117,6 +117,14 @@ def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
+def bytes_of(x: Tensor, codes: Tensor) -> Bytes | None:
+    """x in bytes, where that is what it is multiplied in."""
+    made = room_for_bytes(len(x), codes, x)
+    if made is not None:
+        make_bytes(x, made)
+    return made
+
+
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
@@ -167,8 +175,8 @@ def _launch_tiles(
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
-    if made is None and (made := room_for_bytes(rows, codes, x)) is not None:
-        make_bytes(x, made)
+    is_there = made is not None or room_for_bytes(rows, codes, x) is None
+    made = made or bytes_of(x, codes)
     in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
     values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
@@ -183,6 +191,8 @@ def _launch_tiles(
         ranks=ranks,
         is_e4m3=is_e4m3,
         in_bytes=in_bytes,
+        # Copies of whole blocks alone are wide enough to go past a multiprocessor's cache.
+        beside=is_there and ranks > 0 and n_in % block_in == 0,
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,
@@ -272,17 +282,21 @@ def _multiply_vectors(
     lines = outs.to(tl.int64)[:, None]
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     dtype = out.dtype.element_ty
+    at_once: constexpr = dependent and ranks == 0
+    cache: constexpr = ".cg" if ranks > 0 else ""
     if in_words:
         codes += lines * (n_in // 4)
         totals = _sum_words(
             *(x0, x1, x2, x3, codes, inside, n_in // 4, rows),
-            *(dtype, block_out, block_in // 4, dependent),
+            *(dtype, block_out, block_in // 4, at_once, cache),
         )
     else:
         totals = _sum_bytes(
             *(x0, x1, x2, x3, codes + lines * n_in, inside, n_in, rows),
-            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, dependent),
+            *(is_e4m3, knows_e4m3, block_out, block_in, block_row, at_once, cache),
         )
+    if dependent and ranks > 0:
+        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if ranks > 0 and not in_words:
         wide_columns = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
     for row in tl.static_range(rows):
@@ -318,12 +332,13 @@ def _sum_words(
     dtype: constexpr,
     block_out: constexpr,
     block_words: constexpr,
-    dependent: constexpr,
+    waits: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """The products of up to four rows of words, each four numbers of some dtype, with a block of outputs."""
     places = tl.arange(0, block_words)
     w = load_block(words, inside, places, n_words)
-    if dependent:
+    if waits:
         tl.extra.cuda.gdc_wait()
     sums0, added0 = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
     sums1, sums2, sums3, added1, added2, added3 = sums0, sums0, sums0, added0, added0, added0
@@ -331,13 +346,13 @@ def _sum_words(
         if start > 0:
             w = load_block(words, inside, start + places, n_words)
         exist = start + places < n_words
-        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype)
+        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype, cache)
         if rows > 1:
-            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype)
+            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype, cache)
         if rows > 2:
-            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype)
+            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype, cache)
         if rows > 3:
-            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype)
+            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype, cache)
     return (
         tl.sum(_of_codes(sums0, added0), 1),
         tl.sum(_of_codes(sums1, added1), 1),
@@ -362,12 +377,12 @@ def _sum_columns_of_words(
     """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
     places = tl.arange(0, block_words)
     sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
-    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype)
+    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype, "")
     return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
 
 @jit
-def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr) -> Tile:
+def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr, cache: constexpr) -> Tile:
     """sums, and products of numbers with the codes of words and 128 [outs, words]; and added, and those numbers
     [1, words].
 
@@ -375,7 +390,7 @@ def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype:
     exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
     """
     digits = words.to(tl.uint32, bitcast=True) ^ 0x80808080
-    four = tl.load(x, exist, other=0)[None, :]
+    four = tl.load(x, exist, other=0, cache_modifier=cache)[None, :]
     for number in tl.static_range(4):
         value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         code = ((digits >> (8 * number)) & 255).to(tl.float32, bitcast=True)
@@ -405,35 +420,36 @@ def _sum_bytes(
     block_out: constexpr,
     block_in: constexpr,
     block_row: constexpr,
-    dependent: constexpr,
+    waits: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """The products of up to four rows of numbers with a block of outputs."""
     places = tl.arange(0, block_in)
     c = load_block(codes, inside, places, n_in)
-    if dependent:
+    if waits:
         tl.extra.cuda.gdc_wait()
     step0, step1, step2, step3 = 1.0, 1.0, 1.0, 1.0
     if is_e4m3:
-        step0 = row_step(x0, n_in, block_row)
+        step0 = row_step(x0, n_in, block_row, cache)
         if rows > 1:
-            step1 = row_step(x1, n_in, block_row)
+            step1 = row_step(x1, n_in, block_row, cache)
         if rows > 2:
-            step2 = row_step(x2, n_in, block_row)
+            step2 = row_step(x2, n_in, block_row, cache)
         if rows > 3:
-            step3 = row_step(x3, n_in, block_row)
+            step3 = row_step(x3, n_in, block_row, cache)
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
             c = load_block(codes, inside, start + places, n_in)
         wide = wide_codes(c, is_e4m3, knows_e4m3)
-        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3)
+        sums0 += wide * _load_x(x0, start + places, n_in, 1.0 / step0, is_e4m3, cache)
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3)
+            sums1 += wide * _load_x(x1, start + places, n_in, 1.0 / step1, is_e4m3, cache)
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3)
+            sums2 += wide * _load_x(x2, start + places, n_in, 1.0 / step2, is_e4m3, cache)
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3)
+            sums3 += wide * _load_x(x3, start + places, n_in, 1.0 / step3, is_e4m3, cache)
     rest = 256.0 if is_e4m3 and not knows_e4m3 else 1.0
     return (
         tl.sum(sums0, 1) * (step0 * rest),
@@ -444,8 +460,8 @@ def _sum_bytes(
 
 
 @jit
-def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr) -> Tile:
-    values = tl.load(x + places, places < n_in, other=0).to(tl.float32)
+def _load_x(x: Tile, places: Tile, n_in: constexpr, of_step: Tile, is_e4m3: constexpr, cache: constexpr) -> Tile:
+    values = tl.load(x + places, places < n_in, other=0, cache_modifier=cache).to(tl.float32)
     if is_e4m3:
         values = nearest(values * of_step)
     return values[None, :]
@@ -476,6 +492,7 @@ def _multiply_tiles(
     ranks: constexpr,
     is_e4m3: constexpr,
     in_bytes: constexpr,
+    beside: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
@@ -491,19 +508,26 @@ def _multiply_tiles(
     codes += outs.to(tl.int64)[:, None] * n_in
     c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
-    if dependent:
+    cache: constexpr = ".cg" if beside else ""
+    if dependent and not beside:
         tl.extra.cuda.gdc_wait()
     upper = tl.zeros([block_out, block_rows], tl.int32 if in_bytes and not is_e4m3 else tl.float32)
     lower, half = upper, rows * x_stride
-    upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes)
+    upper, lower = _add_codes(
+        upper, lower, c, x, half, x_stride, numbers, exists, places, n_in, is_e4m3, in_bytes, cache
+    )
     for start in range(block_in, tl.minimum(share, n_in - part * share), block_in):
         at = start + places
         c = load_block(codes, inside, at, n_in)
-        upper, lower = _add_codes(upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes)
+        upper, lower = _add_codes(
+            upper, lower, c, x, half, x_stride, numbers, exists, at, n_in, is_e4m3, in_bytes, cache
+        )
     sums = upper
     if in_bytes and not is_e4m3:
         sums = upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
     sums *= scales[:, None]
+    if dependent and beside:
+        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if in_bytes or is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * (1.0 if in_bytes else 65536.0)
         sums *= of_rows[None, :]
@@ -532,15 +556,16 @@ def _add_codes(
     n_in: constexpr,
     is_e4m3: constexpr,
     in_bytes: constexpr,
+    cache: constexpr,
 ) -> Tile:
     """Sums, and the products of a block of codes with rows: as numbers of 16 or 32 bits, or byte by byte."""
-    values = load_rows(x, x_stride, numbers, exists, places, places < n_in)
+    values = load_rows(x, x_stride, numbers, exists, places, places < n_in, cache)
     if is_e4m3 and in_bytes:
         c, values = c.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
         upper = tl.dot(c, tl.trans(values), upper, max_num_imprecise_acc=128)
     elif in_bytes:
         upper = tl.dot(c, tl.trans(values), upper, out_dtype=tl.int32)
-        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in)
+        values = load_rows(x + half, x_stride, numbers, exists, places, places < n_in, cache)
         lower = tl.dot(c, tl.trans(values), lower, out_dtype=tl.int32)
     elif is_e4m3:
         upper = add_product(widened(values, True), widened(c, True), upper)

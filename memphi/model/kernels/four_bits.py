@@ -26,6 +26,7 @@ from memphi.model.kernels.coded import (
     widen_columns,
 )
 from memphi.model.kernels.eight_bits import COLUMNS_BLOCK, WIDE_OUT, share_of
+from memphi.model.kernels.gate import outs_of, store_outs
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     Tile,
@@ -78,20 +79,29 @@ def plain_multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, column
     out.copy_(plain_add(y, columns))
 
 
-def multiply(x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None) -> Tensor:
-    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not."""
+def multiply(
+    x: Tensor, codes: Tensor, affine: Tensor, out: Tensor, columns: Columns | None = None, gated: bool = False
+) -> Tensor:
+    """As `plain_multiply`, in parts [parts, rows, out] that `sum_up` or somebody else sums: out alone, or not.
+
+    gated, for `vector_rows` at most: what comes of it goes through `gate`, and out is half as wide.
+    """
     words = codes.view(torch.int32)
     if len(x) <= vector_rows(x.device):
-        _launch_vectors(x, words, affine, out, columns)
+        _launch_vectors(x, words, affine, out, columns, gated)
         return out[None]
+    assert not gated, "more rows go through their gate by themselves"
     return _launch_tiles(x, words, affine, out, columns)
 
 
-def _launch_vectors(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None) -> None:
+def _launch_vectors(
+    x: Tensor, words: Tensor, affine: Tensor, out: Tensor, columns: Columns | None, gated: bool
+) -> None:
     """Number by number."""
     rows, (n_out, groups, part) = len(x), words.shape
     added, places, ranks = column_arguments(x, columns)
     block_out, block_words, warps = choose_block(rows, n_out, groups * part, ranks)
+    block_out = max(block_out, 2) if gated else block_out  # A gate stands beside what it lets through.
     _multiply_vectors[(-(-n_out // block_out),)](
         *(x, words, affine.view(torch.int32), *added, out),
         *(x.stride(0), *places, out.stride(0), n_out),
@@ -100,6 +110,7 @@ def _launch_vectors(x: Tensor, words: Tensor, affine: Tensor, out: Tensor, colum
         part=part,
         ranks=ranks,
         rows=rows,
+        gated=gated,
         block_out=block_out,
         block_words=block_words,
         block_ranks=power_of_two(max(ranks, 1)),
@@ -191,6 +202,7 @@ def _multiply_vectors(
     part: constexpr,
     ranks: constexpr,
     rows: constexpr,
+    gated: constexpr,
     block_out: constexpr,
     block_words: constexpr,
     block_ranks: constexpr,
@@ -199,8 +211,8 @@ def _multiply_vectors(
     """Scale and shift wait until the codes of a group are summed: a code costs a mask and a sum."""
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
-    outs, numbers = tl.program_id(0) * block_out + tl.arange(0, block_out), tl.arange(0, block_words)
-    inside = outs < n_out
+    places, numbers = tl.program_id(0) * block_out + tl.arange(0, block_out), tl.arange(0, block_words)
+    outs, inside = outs_of(places, n_out, gated), places < n_out
     words += outs.to(tl.int64)[:, None] * n_words
     affine += outs.to(tl.int64)[:, None] * (n_words // part)
     w = load_block(words, inside, numbers, n_words)
@@ -208,8 +220,9 @@ def _multiply_vectors(
     if ranks > 0:
         columns = load_columns(b, b_stride, outs, inside, 0, ranks, block_ranks)
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-    if dependent:
+    if dependent and ranks == 0:
         tl.extra.cuda.gdc_wait()
+    cache: constexpr = ".cg" if ranks > 0 else ""
     x0, x1, x2, x3 = x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride
     sums0 = tl.zeros([block_out, block_words // part], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
@@ -219,31 +232,36 @@ def _multiply_vectors(
                 w = load_block(words, inside, start + numbers, n_words)
                 lines = _load_lines(affine, inside, start, n_words, part, block_words)
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
     else:
         # Unrolled, this is so long that a compiler needs a quarter of a minute for it.
         for start in range(0, n_words, block_words):
             first = _first_inputs(start + numbers, part)
-            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part)
-            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part)
+            sums0 += _sum_groups(w, lines, x0 + first, first, n_in, part, cache)
+            sums1 += _sum_groups(w, lines, x1 + first, first, n_in, part, cache)
             if rows > 2:
-                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part)
+                sums2 += _sum_groups(w, lines, x2 + first, first, n_in, part, cache)
             if rows > 3:
-                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part)
+                sums3 += _sum_groups(w, lines, x3 + first, first, n_in, part, cache)
             w = load_block(words, inside, start + block_words + numbers, n_words)
             lines = _load_lines(affine, inside, start + block_words, n_words, part, block_words)
     totals = (tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1))
     if ranks > 0:
         wide = widen_columns(columns, first_scales, last_scales, 0, border, block_ranks)
+        if dependent:
+            tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     for row in tl.static_range(rows):
         total = totals[row]
         if ranks > 0:
             total += sum_columns(wide, t + row * t_stride, border, gap, ranks, block_ranks)
-        tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
+        made = total.to(out.dtype.element_ty)
+        store_outs(out + row * out_stride, made, tl.program_id(0), n_out, gated, block_out)
 
 
 @jit
-def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr) -> Tile:
+def _sum_groups(
+    words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr, part: constexpr, cache: constexpr
+) -> Tile:
     """What each group of a block of words adds to a row: [outs, groups].
 
     Codes are not made numbers: as they stand in their word, they are the digits of a fp32 so small that it has no
@@ -252,7 +270,7 @@ def _sum_groups(words: Tile, lines: Tile, x: Tile, first: Tile, n_in: constexpr,
     found = tl.zeros(words.shape, tl.float32)
     added = tl.zeros([words.shape[1]], tl.float32)
     for number in tl.static_range(8):
-        value = tl.load(x + number * part, first + number * part < n_in, other=0).to(tl.float32)
+        value = tl.load(x + number * part, first + number * part < n_in, other=0, cache_modifier=cache).to(tl.float32)
         larger = value * (18446744073709551616.0 / (1 << (4 * (number % 4))))
         found += _digits(words, number).to(tl.float32, bitcast=True) * larger[None, :]
         added += value
@@ -396,7 +414,7 @@ def _add_words(
     for number in tl.static_range(8):
         places = first + number * part
         inside = tl.full(places.shape, True, tl.int1) if is_whole else places < n_in
-        values = load_rows(x, x_stride, numbers, exists, places, inside)
+        values = load_rows(x, x_stride, numbers, exists, places, inside, "")
         if assembler != "":
             weights = tl.fma(codes[number] - (counting + 8.0), scale, shift)
         else:

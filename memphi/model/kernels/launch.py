@@ -91,6 +91,10 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     `tl.extra.cuda.gdc_launch_dependents()`, which lets the next one start as soon as there is room. Before it reads
     anything that the step computed, and before its first write, it has `tl.extra.cuda.gdc_wait()`, which returns when
     everything launched earlier has ended. At least one program of every launch has to wait.
+
+    A kernel that lets the next one start after it has waited itself is one that the next may run beside: what was
+    there before both, that one may read without waiting, past the cache of its multiprocessor (".cg"), which may
+    hold what was there earlier still.
     """
     if capability(device) < DEPENDENT_CAPABILITY:
         return {"dependent": False}

@@ -163,10 +163,10 @@ def store_bytes(
 
 
 @jit
-def row_step(x: Tile, size: constexpr, block: constexpr) -> Tile:
+def row_step(x: Tile, size: constexpr, block: constexpr, cache: constexpr) -> Tile:
     """The scale of a row."""
     columns = tl.arange(0, block)
-    values = tl.load(x + columns, columns < size, other=0).to(tl.float32)
+    values = tl.load(x + columns, columns < size, other=0, cache_modifier=cache).to(tl.float32)
     return tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-30)
 
 

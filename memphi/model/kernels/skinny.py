@@ -267,11 +267,15 @@ def _sum_vectors(
     block_in: constexpr,
     dependent: constexpr,
 ) -> Tile:
-    """The products of up to four rows with a block of outputs; the first weights are read before x is there."""
+    """The products of up to four rows with a block of outputs; the first weights are read before x is there.
+
+    From then on at the latest the next kernel may start.
+    """
     columns = tl.arange(0, block_in)
     w = _load_weights(weights, inside, columns, n_in)
     if dependent:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
@@ -369,8 +373,7 @@ def _narrow(
     block_in: constexpr,
     dependent: constexpr,
 ) -> None:
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
+    """The next kernel, which may need x, starts when x is there."""
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside, is_first = outs < n_out, outs < border
     # Rows beyond the last repeat it, and are not stored.
@@ -428,9 +431,10 @@ def _narrow_tiles(
     splits: constexpr,
     dependent: constexpr,
 ) -> None:
-    """Each warp multiplies inputs of its own: there are few programs, and a matrix is long."""
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Each warp multiplies inputs of its own: there are few programs, and a matrix is long.
+
+    The next kernel, which may need x, starts when x is there.
+    """
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     inside, exists, is_first = outs < n_out, rows < n_rows, outs < border
@@ -440,6 +444,7 @@ def _narrow_tiles(
     uses = tl.where(is_first[None, :], first[:, None], last[:, None]) > 0  # [block_rows, block_out]
     if dependent:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sums = tl.zeros([splits, block_rows, block_out], tl.float32)
     if tl.max(tl.max(uses.to(tl.int32), 1), 0) > 0:
         columns = tl.arange(0, splits)[:, None, None] * block_in + tl.arange(0, block_in)[None, None, :]

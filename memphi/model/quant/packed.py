@@ -94,8 +94,11 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
     ) -> Tensor:
         products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
+        is_for_few = weight.is_for_few(x) and len(products) == 1
+        if is_for_few and in_bytes is None:
+            in_bytes = weight.bytes_of(x)  # Before what makes t, which such a product does not wait for.
         self._narrow(operand, adapter_tokens, [product for product in products if product.names])
-        if weight.is_for_few(x) and len(products) == 1:
+        if is_for_few:
             return weight.multiply_few(x, out, self._columns_of(products[0].names, operand), in_bytes)
         if weight.makes_blocks(x):
             self._multiply_by_blocks(operand, products, out)

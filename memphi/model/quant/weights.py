@@ -37,6 +37,8 @@ class QuantisedWeight(nn.Module):
 
     kernels = False
     """Whether products go through memphi's own kernels, where the device has them."""
+    gated = False
+    """Whether those of few rows open their gates at once; on an H200 ones by e4m3 took longer so."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -90,6 +92,10 @@ class QuantisedWeight(nn.Module):
         """Room for so many x of like's dtype in bytes, where products take them so; None where they do not."""
         return None
 
+    def bytes_of(self, x: Tensor) -> Bytes | None:
+        """x [rows, in] in bytes, where `multiply_few` would make them first."""
+        return None
+
     def is_for_few(self, x: Tensor) -> bool:
         """Whether rows like these are for `multiply_few`."""
         return self.kernels and len(x) <= self.most_rows(x)
@@ -106,8 +112,8 @@ class QuantisedWeight(nn.Module):
         raise NotImplementedError
 
     def gates(self, x: Tensor) -> bool:
-        """Whether rows like these are for `multiply_gated`; on an H200 products by e4m3 and int4 took longer so."""
-        return False
+        """Whether rows like these are for `multiply_gated`."""
+        return self.gated and self.is_for_few(x) and len(x) <= coded.vector_rows(x.device)
 
     def multiply_gated(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         """As `multiply_few`, what comes of it through `gate` at once: into out [rows, out / 2]."""
@@ -136,6 +142,7 @@ class QuantisedWeight(nn.Module):
 class Int8Weight(QuantisedWeight):
     """Symmetric, a scale for each output."""
 
+    gated = True
     codes: Tensor
     scale: Tensor
 
@@ -167,11 +174,11 @@ class Int8Weight(QuantisedWeight):
         is_for_few = self.kernels and rows <= self.most_rows(like)
         return eight_bits.room_for_bytes(rows, self.codes, like) if is_for_few else None
 
+    def bytes_of(self, x: Tensor) -> Bytes | None:
+        return eight_bits.bytes_of(x, self.codes)
+
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
-
-    def gates(self, x: Tensor) -> bool:
-        return self.is_for_few(x) and len(x) <= coded.vector_rows(x.device)
 
     def multiply_gated(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
         eight_bits.multiply(x, self.codes, self.scale, out, columns, gated=True)
@@ -194,6 +201,7 @@ class Int4Weight(QuantisedWeight):
     Four bytes are a word, in which eight inputs an eighth of a group apart stand, the first in the lowest bits.
     """
 
+    gated = True
     codes: Tensor
     affine: Tensor
 
@@ -253,6 +261,9 @@ class Int4Weight(QuantisedWeight):
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         return four_bits.multiply(x, self.codes, self.affine, out, columns)
 
+    def multiply_gated(self, x: Tensor, out: Tensor, columns: Columns | None) -> None:
+        four_bits.multiply(x, self.codes, self.affine, out, columns, gated=True)
+
     def unpacked(self, first: int, last: int) -> Tensor:
         """The codes of outputs from one to before another, 0 to 15: [last - first, groups * group] uint8."""
         words = self.codes[first:last].view(torch.int32)
@@ -297,6 +308,9 @@ class Fp8Weight(QuantisedWeight):
     def dequantise_into(self, first: int, out: Tensor) -> None:
         last = first + len(out)
         out.copy_(self.codes[first:last].float().mul_(self.scale[first:last, None]))
+
+    def bytes_of(self, x: Tensor) -> Bytes | None:
+        return eight_bits.bytes_of(x, self.codes)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
