@@ -246,7 +246,7 @@ def _multiply_vectors(
     sums = _sum_vectors(
         *(x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride),
         *(weight + outs.to(tl.int64) * weight_stride, inside),
-        *(n_in, rows, block_out, block_in, dependent),
+        *(n_in, rows, block_out, block_in, dependent, False),
     )
     for row in tl.static_range(rows):
         made = sums[row].to(out.dtype.element_ty)
@@ -266,23 +266,26 @@ def _sum_vectors(
     block_out: constexpr,
     block_in: constexpr,
     dependent: constexpr,
+    lets_start: constexpr,
 ) -> Tile:
     """The products of up to four rows with a block of outputs; the first weights are read before x is there.
 
-    From then on at the latest the next kernel may start.
+    Then, where this lets it, the next kernel starts.
     """
     columns = tl.arange(0, block_in)
     w = _load_weights(weights, inside, columns, n_in)
     if dependent:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    values = _load_x(x0, columns, n_in)
+    if dependent and lets_start:
+        tl.extra.cuda.gdc_launch_dependents()  # Not before x is asked for: what stands there waits for the weights.
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for start in tl.static_range(0, n_in, block_in):
         if start > 0:
-            w = _load_weights(weights, inside, start + columns, n_in)
+            w, values = _load_weights(weights, inside, start + columns, n_in), _load_x(x0, start + columns, n_in)
         wide = w.to(tl.float32)
-        sums0 += wide * _load_x(x0, start + columns, n_in)
+        sums0 += wide * values
         if rows > 1:
             sums1 += wide * _load_x(x1, start + columns, n_in)
         if rows > 2:
@@ -373,7 +376,9 @@ def _narrow(
     block_in: constexpr,
     dependent: constexpr,
 ) -> None:
-    """The next kernel, which may need x, starts when x is there."""
+    """A product with codes, which comes next, reads x without waiting for this, and starts when x is there."""
+    if dependent and not is_coded:
+        tl.extra.cuda.gdc_launch_dependents()
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside, is_first = outs < n_out, outs < border
     # Rows beyond the last repeat it, and are not stored.
@@ -391,7 +396,7 @@ def _narrow(
         sums = _sum_vectors(
             *(x + row0 * x_stride, x + row1 * x_stride, x + row2 * x_stride, x + row3 * x_stride),
             *(a + outs * a_stride, inside),
-            *(n_in, rows, block_out, block_in, dependent),
+            *(n_in, rows, block_out, block_in, dependent, is_coded),
         )
     elif dependent:
         tl.extra.cuda.gdc_wait()
@@ -433,8 +438,10 @@ def _narrow_tiles(
 ) -> None:
     """Each warp multiplies inputs of its own: there are few programs, and a matrix is long.
 
-    The next kernel, which may need x, starts when x is there.
+    What comes next starts as in `_narrow`.
     """
+    if dependent and not is_coded:
+        tl.extra.cuda.gdc_launch_dependents()
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
     rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     inside, exists, is_first = outs < n_out, rows < n_rows, outs < border
@@ -444,7 +451,8 @@ def _narrow_tiles(
     uses = tl.where(is_first[None, :], first[:, None], last[:, None]) > 0  # [block_rows, block_out]
     if dependent:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if is_coded:
+            tl.extra.cuda.gdc_launch_dependents()
     sums = tl.zeros([splits, block_rows, block_out], tl.float32)
     if tl.max(tl.max(uses.to(tl.int32), 1), 0) > 0:
         columns = tl.arange(0, splits)[:, None, None] * block_in + tl.arange(0, block_in)[None, None, :]
