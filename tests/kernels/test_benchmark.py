@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels, products, quantised_products
+from benchmarks import between, kernels, products, quantised_products
 from memphi.model.kernels import eight_bits, four_bits
 
 
@@ -66,3 +66,16 @@ def test_products_in_few_bits_are_measured_under_every_tiling(tmp_path, monkeypa
     assert set(figures[-1]["microseconds"]) == always | {
         f"tile 64x32, 3 stages, 4 warps, {parts} parts" for parts in (1, 2)
     }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
+def test_attention_is_measured_between_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(between, "PROGRAMS", (2,))
+    monkeypatch.setattr(between, "BLOCKS", [(32, 32, 3, 4, 64, True)])
+    out = tmp_path / "between.json"
+    assert between.main(["--out", str(out), "--commit", "none", "--rows", "1,2", "--tokens", "20"]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert [(figure["rows"], figure["tokens"]) for figure in figures] == [(1, 20), (2, 20)]
+    named = "2 programs, units of 32, 32x3, 4 warps, 64 parts, early"
+    assert all(set(figure["microseconds"]) == {"products alone", "chosen", named} for figure in figures)
+    assert all(all(figure["microseconds"].values()) for figure in figures)
