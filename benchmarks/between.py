@@ -6,21 +6,27 @@ the card's cache; and the products alone. Usage: python -m benchmarks.between --
 Without a GPU, TRITON_INTERPRET=1 tries it at small sizes.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import product
-from pathlib import Path
+from itertools import cycle, product
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.document import write_document
-from benchmarks.kernels import Scene, Sizes, choose, make_scene, measure, official_sizes, qkv_width, small_sizes
+from benchmarks.kernels import (
+    Scene,
+    Sizes,
+    choose,
+    counts,
+    find_device,
+    make_parser,
+    make_scene,
+    measure,
+    qkv_width,
+)
 from benchmarks.quantised_products import multiply_few, random_weight
-from memphi.model.kernels import four_bits, launch
+from memphi.model.kernels import four_bits
 from memphi.model.kernels.division import Tiling
 from memphi.model.quant.weights import QuantisedWeight
 
@@ -34,30 +40,20 @@ BLOCKS = [
 ]
 """Keys of a unit and at once, stages, warps, parts put together at once, and whether the first keys are read early."""
 
-
-@dataclass(frozen=True)
-class Layer:
-    """The products around one layer's attention."""
-
-    before: QuantisedWeight
-    after: QuantisedWeight
-    attend: int
-    """Which layer of the pool it reads."""
+Layer = tuple[QuantisedWeight, QuantisedWeight]
+"""The weights of the products before and after one layer's attention."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
-    parser.add_argument("--commit", help="the commit measured, where git cannot say")
-    parser.add_argument("--rows", default="1,4,16,64", help="row counts, separated by commas")
-    parser.add_argument("--tokens", default="580", help="tokens of every row, separated by commas")
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=counts, default="1,4,16,64", help="row counts, separated by commas")
+    parser.add_argument("--tokens", type=counts, default="580", help="tokens of every row, as --rows")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if obstacle := launch.why_not_available(device):
-        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
-    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    if not all((*options.rows, *options.tokens)):
+        parser.error("rows and tokens must be 1 or more")
+    device, sizes = find_device(parser)
     figures = []
-    for rows, tokens in product(*(map(int, numbers.split(",")) for numbers in (options.rows, options.tokens))):
+    for rows, tokens in product(options.rows, options.tokens):
         figures.append(measure_scene(make_scene((tokens,) * rows, 1, sizes, device), sizes))
         write_document(options.out, device, options.commit, {"figures": figures})
     return 0
@@ -67,15 +63,15 @@ def measure_scene(scene: Scene, sizes: Sizes) -> dict[str, Any]:
     """Microseconds of a layer without attention, and with it under every tiling, the best first."""
     layers = make_layers(scene, sizes)
     run: Callable[[Tiling | None], float] = partial(measure_layers, scene, layers, sizes)
-    alone, seconds = run(None), dict[str, float]()
-    for name, tiling in {"chosen": choose(scene, sizes, fresh=True), **tilings()}.items():
+    alone, seconds = run(None), {"chosen": run(choose(scene, sizes, fresh=True))}
+    rows, tokens = len(scene.lengths), scene.lengths[0]
+    for name, tiling in tilings().items():
         try:
             seconds[name] = run(tiling)
         except Exception as reason:  # A tiling that a card has no room for is no result.
-            print(f"{len(scene.lengths)} rows, {name}: {type(reason).__name__}", flush=True)
+            print(f"{rows} x {tokens}, {name}: {type(reason).__name__}", flush=True)
     best = dict(sorted(seconds.items(), key=lambda item: item[1]))
     told = ", ".join(f"{name} {(taken - alone) * 1e6:.2f}" for name, taken in list(best.items())[:6])
-    rows, tokens = len(scene.lengths), scene.lengths[0]
     print(f"{rows} x {tokens}: products {alone * 1e6:.2f} us; with attention more by {told}; "
           f"chosen {(seconds['chosen'] - alone) * 1e6:.2f}", flush=True)  # fmt: skip
     times = {"products alone": alone, **best}
@@ -90,32 +86,24 @@ def make_layers(scene: Scene, sizes: Sizes) -> list[Layer]:
     config, device = sizes.config, scene.pool.device
     made = partial(random_weight, "int4", device=device)
     return [
-        Layer(
-            made(qkv_width(config), config.hidden_size),
-            made(config.hidden_size, config.hidden_size),
-            number % len(scene.layers),
-        )
-        for number in range(LAYERS if device.type == "cuda" else 1)
+        (made(qkv_width(config), config.hidden_size), made(config.hidden_size, config.hidden_size))
+        for _ in range(LAYERS if device.type == "cuda" else 1)
     ]
 
 
 def measure_layers(scene: Scene, layers: Sequence[Layer], sizes: Sizes, tiling: Tiling | None) -> float:
     """Seconds of one layer; without a tiling, of its products alone."""
-    config, device = sizes.config, scene.pool.device
-    x, y = torch.randn(2, len(scene.lengths), config.hidden_size, device=device, dtype=sizes.dtype)
-    attend = scene.launches(scene.divide(sizes, tiling)) if tiling else None
+    x, y = torch.randn(2, len(scene.lengths), sizes.config.hidden_size, device=scene.pool.device, dtype=sizes.dtype)
+    attentions = scene.launches(scene.divide(sizes, tiling)) if tiling else [lambda: None]
 
-    def run(layer: Layer) -> None:
-        multiply(x, layer.before, scene.qkv)
-        if attend is not None:
-            attend[layer.attend]()
-        multiply(scene.out.flatten(1), layer.after, y)
+    def run(layer: Layer, attend: Callable[[], None]) -> None:
+        before, after = layer
+        multiply_few(four_bits, x, before, scene.qkv, None)
+        attend()
+        multiply_few(four_bits, scene.out.flatten(1), after, y, None)
 
-    return measure([partial(run, layer) for layer in layers], device)
-
-
-def multiply(x: Tensor, weight: QuantisedWeight, out: Tensor) -> None:
-    multiply_few(four_bits, x, weight, out, None)
+    launches = [partial(run, *each) for each in zip(layers, cycle(attentions), strict=False)]
+    return measure(launches, scene.pool.device)
 
 
 def tilings() -> Mapping[str, Tiling]:

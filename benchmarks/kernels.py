@@ -110,15 +110,10 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
-    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    parser = make_parser(__doc__)
     parser.add_argument("--only", help="kernels to measure, by name, separated by commas")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if obstacle := launch.why_not_available(device):
-        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
-    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    device, sizes = find_device(parser)
     bandwidth = measure_bandwidth(device, sizes)
     print(f"copying: {bandwidth / 1e12:.2f} TB/s", flush=True)
     figures = [
@@ -129,6 +124,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     write_document(options.out, device, options.commit, {"bytes_per_second": round(bandwidth), "figures": figures})
     return 0 if all(figure["relative_error"] < LARGEST_ERROR for figure in figures) else 1
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """With what every benchmark of kernels is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
+    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    return parser
+
+
+def find_device(parser: argparse.ArgumentParser) -> tuple[torch.device, Sizes]:
+    """What is there to measure on, and the sizes for it; ends the program where kernels cannot run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if obstacle := launch.why_not_available(device):
+        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
+    return device, official_sizes() if device.type == "cuda" else small_sizes()
+
+
+def counts(text: str) -> list[int]:
+    """For arguments: counts separated by commas."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not counts separated by commas, as 1,8,64 is")
+    return [int(part) for part in parts]
 
 
 def official_sizes() -> Sizes:

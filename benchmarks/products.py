@@ -5,13 +5,11 @@ without an adapter's columns; under a CUDA graph, launched dependently, over cop
 Usage: python -m benchmarks.products --out FILE [--rows 1,8]. Without a GPU, TRITON_INTERPRET=1 tries it at small sizes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -24,13 +22,14 @@ from benchmarks.kernels import (
     Launch,
     Sizes,
     copies_of,
+    counts,
     error_of,
+    find_device,
+    make_parser,
     measure,
     measure_bandwidth,
-    official_sizes,
-    small_sizes,
 )
-from memphi.model.kernels import launch, skinny
+from memphi.model.kernels import skinny
 
 VECTOR_BLOCKS = [
     *product((1, 2, 4), (2048, 4096), (4, 8)),
@@ -53,27 +52,20 @@ class Matrix:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
-    parser.add_argument("--commit", help="the commit measured, where git cannot say")
-    parser.add_argument("--rows", default="1,2,4,8,16,32,64", help="row counts, separated by commas")
-    parser.add_argument("--columns", default="0,256", help="columns of adapters beside each weight, as --rows")
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=counts, default="1,2,4,8,16,32,64", help="row counts, separated by commas")
+    parser.add_argument(
+        "--columns", type=counts, default="0,256", help="columns of adapters beside each weight, as --rows"
+    )
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if obstacle := launch.why_not_available(device):
-        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
-    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    device, sizes = find_device(parser)
     bandwidth = measure_bandwidth(device, sizes)
     figures = []
-    for rows, columns in product(_numbers(options.rows), _numbers(options.columns)):
+    for rows, columns in product(options.rows, options.columns):
         for matrix in matrices(sizes, columns):
             figures.append(measure_matrix(matrix, rows, sizes, device, bandwidth))
             write_document(options.out, device, options.commit, {"bytes_per_second": bandwidth, "figures": figures})
     return 0 if all(figure["largest_relative_error"] < LARGEST_ERROR for figure in figures) else 1
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def matrices(sizes: Sizes, columns: int) -> Iterator[Matrix]:

@@ -7,7 +7,6 @@ Usage: python -m benchmarks.quantised_products --out FILE [--schemes int4] [--ro
 Without a GPU, TRITON_INTERPRET=1 tries it at small sizes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -28,15 +26,16 @@ from benchmarks.kernels import (
     LARGEST_ERROR,
     Sizes,
     copies_of,
+    counts,
     error_of,
+    find_device,
+    make_parser,
     measure,
     measure_bandwidth,
-    official_sizes,
-    small_sizes,
 )
 from benchmarks.products import Matrix, matrices
 from memphi.memory.costs import dequantised_numbers
-from memphi.model.kernels import eight_bits, four_bits, launch, skinny
+from memphi.model.kernels import eight_bits, four_bits, skinny
 from memphi.model.kernels.coded import VECTOR_ROWS, Columns, sum_up
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight, multiply_by_blocks
 
@@ -71,22 +70,17 @@ Run = Callable[[Tensor, QuantisedWeight, Tensor, Columns | None], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
-    parser.add_argument("--commit", help="the commit measured, where git cannot say")
+    parser = make_parser(__doc__)
     parser.add_argument("--schemes", default="int8,int4,fp8", help="separated by commas")
-    parser.add_argument("--rows", default="1,8,64,256", help="row counts, separated by commas")
+    parser.add_argument("--rows", type=counts, default="1,8,64,256", help="row counts, separated by commas")
     parser.add_argument("--columns", type=int, default=0, help="adapters' columns beside each weight but the head")
     parser.add_argument("--only", help="matrices to measure, by name, separated by commas")
     parser.add_argument("--sweep", action="store_true", help="try every tiling")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if obstacle := launch.why_not_available(device):
-        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
-    sizes = official_sizes() if device.type == "cuda" else small_sizes()
+    device, sizes = find_device(parser)
     cases = [
         (scheme, matrix, rows)
-        for scheme, rows in product(options.schemes.split(","), map(int, options.rows.split(",")))
+        for scheme, rows in product(options.schemes.split(","), options.rows)
         for matrix in matrices(sizes, 0)
         if scheme == "int8" or matrix.name != "head"
         if not options.only or matrix.name in options.only.split(",")

@@ -79,3 +79,12 @@ def test_attention_is_measured_between_products(tmp_path, monkeypatch):
     named = "2 programs, units of 32, 32x3, 4 warps, 64 parts, early"
     assert all(set(figure["microseconds"]) == {"products alone", "chosen", named} for figure in figures)
     assert all(all(figure["microseconds"].values()) for figure in figures)
+
+
+@pytest.mark.parametrize("rows", ["one", "1,", "-1", "0"])
+def test_rows_that_are_no_counts_are_told_in_a_sentence(tmp_path, capsys, rows):
+    out = tmp_path / "between.json"
+    with pytest.raises(SystemExit):
+        between.main(["--out", str(out), f"--rows={rows}"])
+    assert "counts separated by commas" in (told := capsys.readouterr().err) or "1 or more" in told
+    assert not out.exists()

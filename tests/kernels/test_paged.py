@@ -28,7 +28,7 @@ from tests.kernels.samples import (
 
 NOWHERE = 10**9
 """A page so far away that reading it fails."""
-TILINGS = (None, Tiling(8, 16, 16, 3, 4, None, early=True), Tiling(2, 32, 32, 5, 4, 128, early=False))
+TILINGS = (None, Tiling(8, 16, 16, 3, 4, None, early=True, parts=64), Tiling(2, 32, 32, 5, 4, 128, early=False))
 
 
 @dataclass
@@ -82,9 +82,9 @@ def make_scene(lengths, new_tokens, dtype, device, seed, fresh, kv_heads=2, grou
 
 
 @st.composite
-def lengths_and_new(draw, most_rows=9, most_tokens=300, most_new=8):
+def lengths_and_new(draw, new=(1, 1, 1, 2, 5, 8), most_rows=9, most_tokens=300):
     """Rows of all kinds and how many new tokens each has; some rows fill up the batch."""
-    new_tokens = draw(st.sampled_from([1, 1, 1, 2, 5, most_new])) if most_new > 1 else 1
+    new_tokens = draw(st.sampled_from(new))
     length = st.one_of(st.just(0), st.integers(new_tokens, new_tokens + 40), st.integers(new_tokens, most_tokens))
     return draw(st.lists(length, min_size=1, max_size=most_rows).filter(any)), new_tokens
 
@@ -117,7 +117,7 @@ def test_attend_equals_its_definition(device, rows, dtype, seed, tiling, kv_head
 
 @FEW
 @given(
-    rows=lengths_and_new(most_new=1),
+    rows=lengths_and_new(new=(1,)),
     dtype=DTYPES,
     seed=SEEDS,
     tiling=st.sampled_from(TILINGS),

@@ -117,14 +117,6 @@ def room_for_bytes(rows: int, codes: Tensor, like: Tensor) -> Bytes | None:
     return room_in_two_bytes(rows, codes.shape[1], like) if is_exact else None
 
 
-def bytes_of(x: Tensor, codes: Tensor) -> Bytes | None:
-    """x in bytes, where that is what it is multiplied in."""
-    made = room_for_bytes(len(x), codes, x)
-    if made is not None:
-        make_bytes(x, made)
-    return made
-
-
 def _launch_vectors(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, gated: bool) -> None:
     rows, (n_out, n_in) = len(x), codes.shape
     in_words = codes.dtype is torch.int8 and _has_words(x, columns)
@@ -169,14 +161,15 @@ def _in_words(columns: Columns | None) -> Columns | None:
 
 
 def _launch_tiles(
-    x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, made: Bytes | None
+    x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns: Columns | None, given: Bytes | None
 ) -> Tensor:
     rows, (n_out, n_in) = len(x), codes.shape
     is_e4m3 = codes.dtype is torch.float8_e4m3fn
     added, places, ranks = column_arguments(x, columns)
     block_out, block_in, stages, warps = choose_tile(rows, n_out, x.itemsize, capability(x.device), is_e4m3)
-    is_there = made is not None or room_for_bytes(rows, codes, x) is None
-    made = made or bytes_of(x, codes)
+    made = given or room_for_bytes(rows, codes, x)
+    if made is not None and made is not given:
+        make_bytes(x, made)
     in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
     values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
@@ -191,8 +184,8 @@ def _launch_tiles(
         ranks=ranks,
         is_e4m3=is_e4m3,
         in_bytes=in_bytes,
-        # Copies of whole blocks alone are wide enough to go past a multiprocessor's cache.
-        beside=is_there and ranks > 0 and n_in % block_in == 0,
+        # What was made just now is waited for; and copies of whole blocks alone are wide enough to pass over a cache.
+        beside=made is given and ranks > 0 and n_in % block_in == 0,
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,

@@ -216,7 +216,7 @@ def _load_turned(
 @jit
 def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile) -> Tile:
     """Softmax as it begins: the largest scores, the totals and sums of values relative to them, of one token [1, dims]
-    that every query sees, if it exists. On tensor cores so little would take longer.
+    that every query sees, if it exists. As a block of its own, on tensor cores, it took longer.
     """
     scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
     sums = tl.zeros(q.shape, tl.float32) + v.to(tl.float32)
@@ -429,10 +429,6 @@ def _attend(
     exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
     if fresh:
         q = _load_turned(query, cos, sin, tokens, heads, exists, dims, query_stride, head_dim, half)
-    else:
-        source = query + tokens * query_stride + heads * head_dim
-        q = tl.load(source[:, None] + dims[None, :], exists, other=0)
-    if fresh:
         has_new, one = (end == length) & (length > 0), tl.zeros([1], tl.int64)
         lines, heads = row + one, kv_heads * group + head + one
         there = has_new & (dims < head_dim)[None, :]
@@ -455,6 +451,8 @@ def _attend(
                 word = join(key_scales, value_scales)
                 _keep_word(words + page * word_page_stride, word, place, word_place_stride, page_tokens)
     else:
+        source = query + tokens * query_stride + heads * head_dim
+        q = tl.load(source[:, None] + dims[None, :], exists, other=0)
         peaks = tl.full([query_block], float("-inf"), tl.float32)
         totals, sums = tl.zeros([query_block], tl.float32), tl.zeros([query_block, dim_block], tl.float32)
     last = tl.minimum(length - new_tokens + new, end - 1)  # The last key in pages that each query sees in this unit.

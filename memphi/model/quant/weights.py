@@ -93,8 +93,11 @@ class QuantisedWeight(nn.Module):
         return None
 
     def bytes_of(self, x: Tensor) -> Bytes | None:
-        """x [rows, in] in bytes, where `multiply_few` would make them first."""
-        return None
+        """x [rows, in] in bytes, where products take it so."""
+        made = self.room_for_bytes(len(x), x)
+        if made is not None:
+            make_bytes(x, made)
+        return made
 
     def is_for_few(self, x: Tensor) -> bool:
         """Whether rows like these are for `multiply_few`."""
@@ -173,9 +176,6 @@ class Int8Weight(QuantisedWeight):
     def room_for_bytes(self, rows: int, like: Tensor) -> Bytes | None:
         is_for_few = self.kernels and rows <= self.most_rows(like)
         return eight_bits.room_for_bytes(rows, self.codes, like) if is_for_few else None
-
-    def bytes_of(self, x: Tensor) -> Bytes | None:
-        return eight_bits.bytes_of(x, self.codes)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
@@ -308,9 +308,6 @@ class Fp8Weight(QuantisedWeight):
     def dequantise_into(self, first: int, out: Tensor) -> None:
         last = first + len(out)
         out.copy_(self.codes[first:last].float().mul_(self.scale[first:last, None]))
-
-    def bytes_of(self, x: Tensor) -> Bytes | None:
-        return eight_bits.bytes_of(x, self.codes)
 
     def multiply_few(self, x: Tensor, out: Tensor, columns: Columns | None, in_bytes: Bytes | None = None) -> Tensor:
         return eight_bits.multiply(x, self.codes, self.scale, out, columns, in_bytes)
