@@ -19,6 +19,8 @@ from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 CONFIG = ModelConfig.from_folder(official.folder()).language
 CPU = torch.device("cpu")
 PAGES, PAGE_TOKENS = 4, 16
+ADDRESS_BYTES = 8
+"""Triton 3.7.1 leaves one address of attention's on the stack, with registers to spare."""
 SLOW_STACK_BYTES = 512
 """Where a thread's numbers may lie outside its registers at all: see `test_every_kernel_fits`."""
 
@@ -137,4 +139,5 @@ def test_keys_and_values_in_8_bits_fit(capability, code):
 def assert_fits(made, capability, stack_bytes):
     assert made.shared_bytes <= SHARED_BYTES[capability], made
     assert made.registers * made.threads <= REGISTERS, made
-    assert made.stack_bytes <= (64 if made.name == "_tabulate" else stack_bytes), made
+    known = {"_tabulate": 64, "_attend": ADDRESS_BYTES}
+    assert made.stack_bytes <= max(stack_bytes, known.get(made.name, 0)), made

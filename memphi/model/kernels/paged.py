@@ -140,7 +140,8 @@ def _launch(
         token_block=tiling.tokens,
         dim_block=max(LEAST_BLOCK, power_of_two(head_dim)),
         few_block=power_of_two(queries),
-        part_block=max(2, tiling.parts // power_of_two(queries)),
+        part_block=max(1, tiling.parts // power_of_two(queries)),
+        least_block=LEAST_BLOCK,
         fields=UNIT_FIELDS,
         fresh=rotary is not None,
         early=tiling.early and rotary is not None,  # Other new keys may not be there yet.
@@ -214,11 +215,13 @@ def _load_turned(
 
 
 @jit
-def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile) -> Tile:
+def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile, least: constexpr) -> Tile:
     """Softmax as it begins: the largest scores, the totals and sums of values relative to them, of one token [1, dims]
-    that every query sees, if it exists. As a block of its own, on tensor cores, it took longer.
+    that every query sees, if it exists.
     """
-    scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+    # On tensor cores, the least of which takes more keys: number by number it took longer.
+    alone = tl.where(tl.arange(0, least)[:, None] == 0, k, tl.zeros([least, k.shape[1]], k.dtype))
+    scores = tl.sum(tl.dot(q, tl.trans(alone), input_precision="ieee"), 1) * scale
     sums = tl.zeros(q.shape, tl.float32) + v.to(tl.float32)
     return tl.where(exists, scores, float("-inf")), tl.where(exists, 1.0, tl.zeros([q.shape[0]], tl.float32)), sums
 
@@ -282,19 +285,20 @@ def _combine(
     sums = tl.zeros([asked.shape[0], dims.shape[0]], tl.float32)
     for start in range(0, count, block):
         parts = start + tl.arange(0, block)
-        there = (parts < count)[:, None] & (asked < queries)[None, :]
-        lines = first_line + parts[:, None] * (kv_heads * queries) + asked[None, :]
+        # Queries first: then each warp has some of them, and all parts of what it sums.
+        there = (asked < queries)[:, None] & (parts < count)[None, :]
+        lines = first_line + asked[:, None] + parts[None, :] * (kv_heads * queries)
         cells = lines[:, :, None] * head_dim + dims[None, None, :]
         within = there[:, :, None] & (dims < head_dim)[None, None, :]
         # Others wrote these just now: a multiprocessor's own cache is passed over.
         found = tl.load(part_sums + cells, within, other=0, cache_modifier=".cg")
         found_peaks = tl.load(part_weights + lines * 2, there, other=float("-inf"), cache_modifier=".cg")
         found_totals = tl.load(part_weights + lines * 2 + 1, there, other=0, cache_modifier=".cg")
-        higher = tl.maximum(peaks, tl.max(found_peaks, 0))
+        higher = tl.maximum(peaks, tl.max(found_peaks, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights, fade = tl.exp2(found_peaks - base[None, :]), tl.exp2(peaks - base)
-        sums = sums * fade[:, None] + tl.sum(found * weights[:, :, None], 0)
-        totals = totals * fade + tl.sum(found_totals * weights, 0)
+        weights, fade = tl.exp2(found_peaks - base[:, None]), tl.exp2(peaks - base)
+        sums = sums * fade[:, None] + tl.sum(found * weights[:, :, None], 1)
+        totals = totals * fade + tl.sum(found_totals * weights, 1)
         peaks = higher
     return _divided(sums, totals)
 
@@ -394,6 +398,7 @@ def _attend(
     dim_block: constexpr,
     few_block: constexpr,
     part_block: constexpr,
+    least_block: constexpr,
     fields: constexpr,
     fresh: constexpr,
     early: constexpr,
@@ -413,12 +418,18 @@ def _attend(
     keys += head * head_dim
     values += head * head_dim
     words += head
+    if fresh:
+        has_new, place = (end == length) & (length > 0), (length - 1) % page_tokens
+        page = tl.load(row_pages + (length - 1) // page_tokens, has_new, other=0).to(tl.int64)
+        end = tl.minimum(end, length - 1)  # The newest is not in its page yet.
     # fmt: off
     if early:
-        inside = first + steps < tl.minimum(end, length - 1)  # The newest is not there yet.
+        inside = first + steps < end
         early_k, early_v = _load_both(keys, values, words, row_pages, first + steps, inside, dims, query,
                                       page_stride, place_stride, word_page_stride, word_place_stride,
                                       head_dim, page_tokens, limit)
+        # Or the compiler would put the keys where tensor cores read them before it asks for the values.
+        early_k, early_v = tl.where(inside[:, None], early_k, 0), tl.where(inside[:, None], early_v, 0)
     # fmt: on
     if dependent:
         tl.extra.cuda.gdc_wait()
@@ -429,7 +440,7 @@ def _attend(
     exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
     if fresh:
         q = _load_turned(query, cos, sin, tokens, heads, exists, dims, query_stride, head_dim, half)
-        has_new, one = (end == length) & (length > 0), tl.zeros([1], tl.int64)
+        one = tl.zeros([1], tl.int64)
         lines, heads = row + one, kv_heads * group + head + one
         there = has_new & (dims < head_dim)[None, :]
         new_k = _load_turned(query, cos, sin, lines, heads, there, dims, query_stride, head_dim, half)
@@ -441,15 +452,7 @@ def _attend(
             kept_v, value_scales = encode(new_v, limit)
             new_k = decode(kept_k, key_scales.to(tl.float32), query, limit)
             new_v = decode(kept_v, value_scales.to(tl.float32), query, limit)
-        peaks, totals, sums = _begin(q, new_k, new_v, has_new, scale)
-        if has_new:
-            end = length - 1
-            page, place = tl.load(row_pages + end // page_tokens).to(tl.int64), end % page_tokens
-            _keep(keys + page * page_stride, kept_k, place, dims, place_stride, head_dim, page_tokens)
-            _keep(values + page * page_stride, kept_v, place, dims, place_stride, head_dim, page_tokens)
-            if limit:
-                word = join(key_scales, value_scales)
-                _keep_word(words + page * word_page_stride, word, place, word_place_stride, page_tokens)
+        peaks, totals, sums = _begin(q, new_k, new_v, has_new, scale, least_block)
     else:
         source = query + tokens * query_stride + heads * head_dim
         q = tl.load(source[:, None] + dims[None, :], exists, other=0)
@@ -460,6 +463,13 @@ def _attend(
         seen = (first + steps)[None, :] <= last[:, None]
         peaks, totals, sums = _absorb(q, early_k, early_v, seen, scale, peaks, totals, sums)
         first += token_block
+    if fresh:  # noqa: SIM102 (one is decided when the kernel is compiled)
+        if has_new:  # Nobody in this launch reads it there, and what was asked for early comes first.
+            _keep(keys + page * page_stride, kept_k, place, dims, place_stride, head_dim, page_tokens)
+            _keep(values + page * page_stride, kept_v, place, dims, place_stride, head_dim, page_tokens)
+            if limit:
+                word = join(key_scales, value_scales)
+                _keep_word(words + page * word_page_stride, word, place, word_place_stride, page_tokens)
     for start in range(first, end, token_block):
         inside = start + steps < end
         # fmt: off
