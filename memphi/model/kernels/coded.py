@@ -206,6 +206,32 @@ def load_block(codes: Tile, inside: Tile, places: Tile, width: constexpr) -> Til
 
 
 @jit
+def load_blocks(codes: Tile, inside: Tile, places: Tile, width: constexpr, block: constexpr, count: constexpr) -> Tile:
+    """So many blocks of lines, the first ones, all under way at once."""
+    blocks = ()
+    for number in tl.static_range(count):
+        blocks = blocks + (load_block(codes, inside, number * block + places, width),)  # type: ignore[assignment]  # noqa: RUF005
+    return blocks
+
+
+@jit
+def load_pieces(
+    row: Tile, places: Tile, width: constexpr, block: constexpr, count: constexpr, cache: constexpr
+) -> Tile:
+    """So many pieces of a row, the first ones, all under way at once."""
+    pieces = ()
+    for number in tl.static_range(count):
+        pieces = pieces + (load_piece(row, number * block + places, width, cache),)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
+
+
+@jit
+def load_piece(row: Tile, places: Tile, width: constexpr, cache: constexpr) -> Tile:
+    """Some numbers of a row."""
+    return tl.load(row + places, places < width, other=0, cache_modifier=cache)
+
+
+@jit
 def add_product(values: Tile, weights: Tile, sums: Tile) -> Tile:
     """sums [outs, rows] + weights values^T, of [outs, in] and [rows, in]: for few rows tensor cores want it so."""
     return tl.dot(weights, tl.trans(values), sums, input_precision="ieee")

@@ -18,6 +18,8 @@ from memphi.model.kernels.coded import (
     column_arguments,
     load_block,
     load_columns,
+    load_piece,
+    load_pieces,
     load_rows,
     load_scales,
     plain_add,
@@ -333,19 +335,22 @@ def _sum_words(
     w = load_block(words, inside, places, n_words)
     if waits:
         tl.extra.cuda.gdc_wait()
+    blocks: constexpr = (n_words + block_words - 1) // block_words
+    ahead: constexpr = blocks if rows == 1 else 0
+    pieces = load_pieces(x0, places, n_words, block_words, ahead, cache)
     sums0, added0 = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
     sums1, sums2, sums3, added1, added2, added3 = sums0, sums0, sums0, added0, added0, added0
-    for start in tl.static_range(0, n_words, block_words):
-        if start > 0:
-            w = load_block(words, inside, start + places, n_words)
-        exist = start + places < n_words
-        sums0, added0 = _add_word(sums0, added0, w, x0 + start + places, exist, dtype, cache)
+    for number in tl.static_range(blocks):
+        at = number * block_words + places
+        w = load_block(words, inside, at, n_words) if number > 0 else w
+        piece = pieces[number] if number < ahead else load_piece(x0, at, n_words, cache)
+        sums0, added0 = _add_word(sums0, added0, w, piece, dtype)
         if rows > 1:
-            sums1, added1 = _add_word(sums1, added1, w, x1 + start + places, exist, dtype, cache)
+            sums1, added1 = _add_word(sums1, added1, w, load_piece(x1, at, n_words, cache), dtype)
         if rows > 2:
-            sums2, added2 = _add_word(sums2, added2, w, x2 + start + places, exist, dtype, cache)
+            sums2, added2 = _add_word(sums2, added2, w, load_piece(x2, at, n_words, cache), dtype)
         if rows > 3:
-            sums3, added3 = _add_word(sums3, added3, w, x3 + start + places, exist, dtype, cache)
+            sums3, added3 = _add_word(sums3, added3, w, load_piece(x3, at, n_words, cache), dtype)
     return (
         tl.sum(_of_codes(sums0, added0), 1),
         tl.sum(_of_codes(sums1, added1), 1),
@@ -370,22 +375,22 @@ def _sum_columns_of_words(
     """As `sum_columns`, of words, by the first adapter's scales or the last's: [outs]."""
     places = tl.arange(0, block_words)
     sums, added = tl.zeros([block_out, block_words], tl.float32), tl.zeros([1, block_words], tl.float32)
-    sums, added = _add_word(sums, added, words, t + t_places(places, border, gap), places < n_words, dtype, "")
+    piece = tl.load(t + t_places(places, border, gap), places < n_words, other=0)
+    sums, added = _add_word(sums, added, words, piece, dtype)
     return tl.sum(_of_codes(sums, added) * tl.where((places < border)[None, :], first[:, None], last[:, None]), 1)
 
 
 @jit
-def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, exist: Tile, dtype: constexpr, cache: constexpr) -> Tile:
-    """sums, and products of numbers with the codes of words and 128 [outs, words]; and added, and those numbers
-    [1, words].
+def _add_word(sums: Tile, added: Tile, words: Tile, x: Tile, dtype: constexpr) -> Tile:
+    """sums, and products of numbers x [words] with the codes of words and 128 [outs, words]; and added, and those
+    numbers [1, words].
 
     A code, which is not negative so, is not made a number: it is the last digits of a fp32 so small that it has no
     exponent, 2**-149 for each 1; x is made as much larger as it bears, and what is found the rest.
     """
     digits = words.to(tl.uint32, bitcast=True) ^ 0x80808080
-    four = tl.load(x, exist, other=0, cache_modifier=cache)[None, :]
     for number in tl.static_range(4):
-        value = (four >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        value = (x[None, :] >> (16 * number)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         code = ((digits >> (8 * number)) & 255).to(tl.float32, bitcast=True)
         sums += code * (value * 18446744073709551616.0)
         added += value

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memphi.model.kernels.coded import load_block, load_blocks, load_piece, load_pieces
 from memphi.model.kernels.eight_bits import plain_dequantise
 from memphi.model.kernels.gate import open_gate, outs_of, store_outs
 from memphi.model.kernels.launch import (
@@ -34,6 +35,8 @@ VECTOR_ROWS, FEW_ROWS = 4, 2
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more."""
 NARROW_VECTOR_ROWS, FEW_NARROW_ROWS = 32, 16
 """The same of an adapter's A in 16 bits, which then is read once for every VECTOR_ROWS."""
+AHEAD, NARROW_AHEAD = 3, 8
+"""Blocks of a matrix, and of an adapter's A, that a program asks for before one row is there."""
 NARROW_BLOCK = (2, 1024, 4)
 """Outputs, inputs and warps of a program that multiplies by an adapter's A: few outputs, so that there are many."""
 NARROW_TILE, NARROW_TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
@@ -111,6 +114,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> Non
             gated=gated,
             block_out=block_out,
             block_in=block_in,
+            ahead=min(-(-n_in // block_in), AHEAD) if rows == 1 else 1,
             num_warps=warps,
             **launch_options(x.device),
         )
@@ -194,11 +198,13 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
         return
     rows = min(len(x), VECTOR_ROWS)
     block_out, block_in, warps = NARROW_BLOCK
+    block_in = min(block_in, power_of_two(x.shape[1]))
     _narrow[(-(-n_out // block_out), -(-len(x) // rows))](
         *arguments,
         rows=rows,
         block_out=block_out,
-        block_in=min(block_in, power_of_two(x.shape[1])),
+        block_in=block_in,
+        ahead=min(-(-x.shape[1] // block_in), NARROW_AHEAD) if rows == 1 else 1,
         num_warps=warps,
         **options,
     )
@@ -237,6 +243,7 @@ def _multiply_vectors(
     gated: constexpr,
     block_out: constexpr,
     block_in: constexpr,
+    ahead: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
@@ -246,7 +253,7 @@ def _multiply_vectors(
     sums = _sum_vectors(
         *(x, x + x_stride, x + 2 * x_stride, x + 3 * x_stride),
         *(weight + outs.to(tl.int64) * weight_stride, inside),
-        *(n_in, rows, block_out, block_in, dependent, False),
+        *(n_in, rows, block_out, block_in, ahead, dependent, False),
     )
     for row in tl.static_range(rows):
         made = sums[row].to(out.dtype.element_ty)
@@ -265,6 +272,7 @@ def _sum_vectors(
     rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
+    ahead: constexpr,
     dependent: constexpr,
     lets_start: constexpr,
 ) -> Tile:
@@ -273,38 +281,29 @@ def _sum_vectors(
     Then, where this lets it, the next kernel starts.
     """
     columns = tl.arange(0, block_in)
-    w = _load_weights(weights, inside, columns, n_in)
+    first = load_blocks(weights[:, None], inside, columns, n_in, block_in, ahead)
     if dependent:
         tl.extra.cuda.gdc_wait()
-    values = _load_x(x0, columns, n_in)
+    blocks: constexpr = (n_in + block_in - 1) // block_in
+    whole: constexpr = blocks if rows == 1 else 1
+    pieces = load_pieces(x0, columns, n_in, block_in, whole, "")
     if dependent and lets_start:
         tl.extra.cuda.gdc_launch_dependents()  # Not before x is asked for: what stands there waits for the weights.
     sums0 = tl.zeros([block_out, block_in], tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
-    for start in tl.static_range(0, n_in, block_in):
-        if start > 0:
-            w, values = _load_weights(weights, inside, start + columns, n_in), _load_x(x0, start + columns, n_in)
+    for number in tl.static_range(blocks):
+        at = number * block_in + columns
+        w = first[number] if number < ahead else load_block(weights[:, None], inside, at, n_in)
         wide = w.to(tl.float32)
-        sums0 += wide * values
+        piece = pieces[number] if number < whole else load_piece(x0, at, n_in, "")
+        sums0 += wide * piece.to(tl.float32)[None, :]
         if rows > 1:
-            sums1 += wide * _load_x(x1, start + columns, n_in)
+            sums1 += wide * load_piece(x1, at, n_in, "").to(tl.float32)[None, :]
         if rows > 2:
-            sums2 += wide * _load_x(x2, start + columns, n_in)
+            sums2 += wide * load_piece(x2, at, n_in, "").to(tl.float32)[None, :]
         if rows > 3:
-            sums3 += wide * _load_x(x3, start + columns, n_in)
+            sums3 += wide * load_piece(x3, at, n_in, "").to(tl.float32)[None, :]
     return tl.sum(sums0, 1), tl.sum(sums1, 1), tl.sum(sums2, 1), tl.sum(sums3, 1)
-
-
-@jit
-def _load_weights(weights: Tile, inside: Tile, columns: Tile, n_in: constexpr) -> Tile:
-    """Read once in a step, so the cache need not keep them."""
-    exists = inside[:, None] & (columns < n_in)[None, :]
-    return tl.load(weights[:, None] + columns[None, :], exists, other=0, eviction_policy="evict_first")
-
-
-@jit
-def _load_x(x: Tile, columns: Tile, n_in: constexpr) -> Tile:
-    return tl.load(x + columns, columns < n_in, other=0).to(tl.float32)[None, :]
 
 
 @jit
@@ -331,14 +330,14 @@ def _multiply_tiles(
     numbers, columns = tl.arange(0, block_rows), tl.arange(0, block_in)
     exists = numbers < rows
     weights, x = weight + outs.to(tl.int64) * weight_stride, x + numbers[:, None] * x_stride
-    w = _load_weights(weights, inside, columns, n_in)
+    w = load_block(weights[:, None], inside, columns, n_in)
     if dependent:
         tl.extra.cuda.gdc_wait()
     values = tl.load(x + columns[None, :], exists[:, None] & (columns < n_in)[None, :], other=0)
     sums = tl.dot(values, tl.trans(w), input_precision="ieee")  # [block_rows, block_out]
     for start in range(block_in, n_in, block_in):
         within = start + columns
-        w = _load_weights(weights, inside, within, n_in)
+        w = load_block(weights[:, None], inside, within, n_in)
         values = tl.load(x + within[None, :], exists[:, None] & (within < n_in)[None, :], other=0)
         sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
     made, to = sums.to(out.dtype.element_ty), out + numbers[:, None] * out_stride
@@ -374,6 +373,7 @@ def _narrow(
     is_coded: constexpr,
     block_out: constexpr,
     block_in: constexpr,
+    ahead: constexpr,
     dependent: constexpr,
 ) -> None:
     """A product with codes, which comes next, reads x without waiting for this, and starts when x is there."""
@@ -396,7 +396,7 @@ def _narrow(
         sums = _sum_vectors(
             *(x + row0 * x_stride, x + row1 * x_stride, x + row2 * x_stride, x + row3 * x_stride),
             *(a + outs * a_stride, inside),
-            *(n_in, rows, block_out, block_in, dependent, is_coded),
+            *(n_in, rows, block_out, block_in, ahead, dependent, is_coded),
         )
     elif dependent:
         tl.extra.cuda.gdc_wait()
