@@ -80,7 +80,7 @@ class AdaptedLinear(nn.Module):
         """The place of x in an operand: a view [tokens, in]."""
         return operand
 
-    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
+    def room_for_bytes(self, count: int, like: Tensor, adapter_tokens: AdapterTokens) -> Bytes | None:
         """Room for so many x of like's dtype in bytes, where whoever makes x saves a pass by filling it."""
         return None
 
@@ -127,7 +127,7 @@ class AdaptedLinear(nn.Module):
     ) -> Tensor:
         """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any.
 
-        in_bytes: what of `room_for_bytes` it fills with the same.
+        in_bytes: what of `room_for_bytes` it fills with the same; without a tensor that is all it has to do then.
         """
         return cast(Tensor, self(compute(None), adapter_tokens))
 

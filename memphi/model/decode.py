@@ -228,7 +228,7 @@ class DecodeStep:
         """x += the delta before, if any; returns what the layer's attention adds, in parts."""
         operand, qkv = self._buffers.operand[: self._rows], self._buffers.qkv[: self._rows]
         attention, norm = layer.attention, layer.attention_norm
-        in_bytes = attention.qkv.room_for_bytes(self._rows, x)
+        in_bytes = attention.qkv.room_for_bytes(self._rows, x, self._uses)
         add_norm(x, delta, norm.weight, norm.eps, attention.qkv.x_of(operand), in_bytes)
         attention.qkv.apply_to(operand, self._uses, qkv, in_bytes)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
@@ -240,7 +240,9 @@ class DecodeStep:
         """x += delta; returns what the layer's MLP adds, in parts."""
         operand, inner = self._buffers.operand[: self._rows], self._buffers.inner[: self._rows]
         gate_up, norm = self._buffers.gate_up[: self._rows], layer.mlp_norm
-        in_bytes, opened = (linear.room_for_bytes(self._rows, x) for linear in (layer.mlp.gate_up, layer.mlp.down))
+        in_bytes, opened = (
+            each.room_for_bytes(self._rows, x, self._uses) for each in (layer.mlp.gate_up, layer.mlp.down)
+        )
         add_norm(x, delta, norm.weight, norm.eps, layer.mlp.gate_up.x_of(operand), in_bytes)
         layer.mlp.gate_up.apply_gated(operand, self._uses, gate_up, layer.mlp.down.x_of(inner), in_bytes, opened)
         return layer.mlp.down.apply_in_parts(inner, self._uses, self._buffers.delta[: self._rows], opened)

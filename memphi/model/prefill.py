@@ -48,16 +48,19 @@ class Residual:
         self._x = x
         self.delta: Tensor | None = None
 
-    def room_for_bytes(self, linear: AdaptedLinear) -> Bytes | None:
-        """Room for a linear's x, a norm of the sum, in bytes, where that is how it is multiplied."""
-        return linear.room_for_bytes(len(self._x), self._x)
+    def room_for_bytes(self, linear: AdaptedLinear, adapter_tokens: AdapterTokens) -> Bytes | None:
+        """Room for a linear's x, as many as of the sum, in bytes, where that is how it is multiplied."""
+        return linear.room_for_bytes(len(self._x), self._x, adapter_tokens)
 
     def normed(self, norm: RMSNorm, made: Bytes | None = None, out: Tensor | None = None) -> Tensor:
-        """Add what is to be added, and give the norm of the sum; in out, where one is given, and in bytes as well."""
-        out = torch.empty_like(self._x) if out is None else out
-        add_norm(self._x, self.delta, norm.weight, norm.eps, out, made)
+        """Add what is to be added, and give the norm of the sum; in out, where one is given, and in bytes as well.
+
+        With bytes and without out it is there in bytes alone: nothing is written to what is returned.
+        """
+        room = torch.empty_like(self._x) if out is None else out
+        add_norm(self._x, self.delta, norm.weight, norm.eps, room if made is None else out, made)
         self.delta = None  # Its memory goes before the next product's output comes.
-        return out
+        return room
 
 
 def compute(
@@ -88,7 +91,7 @@ def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: S
     packing, paging = step.packing, step.packing.paging
     assert paging is not None
     count, pages, scales = len(packing.positions), step.pool.layer(attention.layer), step.pool.scales(attention.layer)
-    made = residual.room_for_bytes(attention.qkv)
+    made = residual.room_for_bytes(attention.qkv, packing.adapter_tokens)
     qkv = attention.qkv.follow(partial(residual.normed, norm, made), count, packing.adapter_tokens, made)
     del made
     rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
@@ -116,14 +119,14 @@ def _transform(mlp: MLP, norm: RMSNorm, residual: Residual, step: Step) -> Tenso
     """The same of a layer's MLP."""
     packing = step.packing
     count = len(packing.positions)
-    made = residual.room_for_bytes(mlp.gate_up)
+    made = residual.room_for_bytes(mlp.gate_up, packing.adapter_tokens)
     gate_up = mlp.gate_up.follow(partial(residual.normed, norm, made), count, packing.adapter_tokens, made)
-    made = residual.room_for_bytes(mlp.down)
+    made = residual.room_for_bytes(mlp.down, packing.adapter_tokens)
 
     def open_gate(out: Tensor | None) -> Tensor:
-        out = gate_up.new_empty(count, gate_up.shape[1] // 2) if out is None else out
-        gate(gate_up, out, made)
-        return out
+        room = gate_up.new_empty(count, gate_up.shape[1] // 2) if out is None else out
+        gate(gate_up, room if made is None else out, made)  # As `normed`.
+        return room
 
     return mlp.down.follow(open_gate, count, packing.adapter_tokens, made)
 

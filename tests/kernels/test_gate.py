@@ -45,6 +45,19 @@ def test_what_gates_let_through_is_there_in_bytes_too(device, room, rows):
     assert_near_bytes(made, plain)
 
 
+@pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
+def test_what_gates_let_through_may_be_there_in_bytes_alone(device, room):
+    gate_up = strided(normal(5, 2 * 700, dtype=torch.bfloat16, device=device, seed=0))
+    before, out = gate_up.clone(), torch.empty(5, 700, dtype=torch.bfloat16, device=device)
+    alone, both, plain = (room(5, 700, out) for _ in range(3))
+    gate(gate_up, None, alone)
+    gate(gate_up, out, both)
+    plain_gate(gate_up, None, plain)
+    assert_same_bytes(alone, both)
+    assert_near_bytes(alone, plain)
+    assert torch.equal(gate_up, before)
+
+
 def test_extreme_gates_shut_or_open(device):
     gate_up = torch.tensor([[-1e4, 1e4, float("nan"), 3.0, 3.0, 3.0]], dtype=torch.float32, device=device)
     out = torch.empty(1, 3, device=device)

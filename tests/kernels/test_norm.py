@@ -61,6 +61,20 @@ def test_what_is_normed_is_there_in_bytes_too(device, room, rows):
     assert_near_bytes(made, plain)
 
 
+@pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
+def test_what_is_normed_may_be_there_in_bytes_alone(device, room):
+    x, delta = (normal(5, 700, dtype=torch.bfloat16, device=device, seed=i) for i in (0, 1))
+    weight = normal(700, dtype=torch.bfloat16, device=device, seed=2)
+    x_alone, x_plain, out = x.clone(), x.clone(), torch.empty_like(x)
+    alone, both, plain = (room(5, 700, x) for _ in range(3))
+    add_norm(x_alone, delta, weight, 1e-5, None, alone)
+    add_norm(x, delta, weight, 1e-5, out, both)
+    plain_add_norm(x_plain, delta, weight, 1e-5, None, plain)
+    assert_same_bytes(alone, both)
+    assert_near_bytes(alone, plain)
+    assert torch.equal(x_alone, x)
+
+
 def test_the_definition_is_the_models(device):
     norm = RMSNorm(72, 1e-5).to(device, torch.bfloat16)
     norm.weight.data = normal(72, dtype=torch.bfloat16, device=device, seed=0)

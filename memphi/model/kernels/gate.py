@@ -12,29 +12,34 @@ BLOCK, WARPS = 1024, 4
 ROW_WARPS = 16
 
 
-def plain_gate(gate_up: Tensor, out: Tensor, made: Bytes | None = None) -> None:
-    """out = up * silu(gate), both rounded as they arise, and made is filled with it, if there is some; the definition.
+def plain_gate(gate_up: Tensor, out: Tensor | None, made: Bytes | None = None) -> None:
+    """out = up * silu(gate), both rounded as they arise, and made is filled with it; either may be missing; the
+    definition.
 
     gate_up [rows, 2 * size], the gate first; out [rows, size]; each row contiguous.
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    out.copy_(up * F.silu(gate))
+    opened = up * F.silu(gate)
+    if out is not None:
+        out.copy_(opened)
     if made is not None:
-        plain_make_bytes(out, made)
+        plain_make_bytes(opened, made)
 
 
-def gate(gate_up: Tensor, out: Tensor, made: Bytes | None = None) -> None:
+def gate(gate_up: Tensor, out: Tensor | None, made: Bytes | None = None) -> None:
     """As `plain_gate`, one program for each block of a row; for all of it where there is room for bytes."""
-    rows, size = out.shape
+    rows, size = len(gate_up), gate_up.shape[1] // 2
     block, warps = (BLOCK, WARPS) if made is None else (power_of_two(size), ROW_WARPS)
-    room, strides, n_bytes = byte_arguments(out, made)
+    room, strides, n_bytes = byte_arguments(gate_up, made)
+    target = gate_up if out is None else out
     _gate[(rows, -(-size // block))](
-        *(gate_up, out, *room, gate_up.stride(0), out.stride(0), *strides),
+        *(gate_up, target, *room, gate_up.stride(0), target.stride(0), *strides),
         size=size,
+        has_out=out is not None,
         n_bytes=n_bytes,
         block=block,
         num_warps=warps,
-        **launch_options(out.device),
+        **launch_options(gate_up.device),
     )
 
 
@@ -49,6 +54,7 @@ def _gate(
     codes_stride: Tile,
     half: Tile,
     size: constexpr,
+    has_out: constexpr,
     n_bytes: constexpr,
     block: constexpr,
     dependent: constexpr,
@@ -62,7 +68,8 @@ def _gate(
     gates = tl.load(gate_up + row * gate_up_stride + columns, inside, other=0)
     ups = tl.load(gate_up + row * gate_up_stride + size + columns, inside, other=0)
     opened = open_gate(gates, ups)
-    tl.store(out + row * out_stride + columns, opened, inside)
+    if has_out:
+        tl.store(out + row * out_stride + columns, opened, inside)
     if n_bytes > 0:
         store_bytes(opened.to(tl.float32), codes + row * codes_stride, scale + row, half, columns, inside, n_bytes)
 

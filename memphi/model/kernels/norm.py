@@ -11,9 +11,9 @@ WARPS = 8
 
 
 def plain_add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, made: Bytes | None = None
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | None, made: Bytes | None = None
 ) -> None:
-    """x += delta, then out = RMSNorm(x), and made is filled with it, if there is some; the definition.
+    """x += delta, then out = RMSNorm(x), and made is filled with it; either may be missing; the definition.
 
     x, delta and out [rows, size], each row contiguous; delta may be in parts [parts, rows, size], which are summed and
     rounded first; weight [size]. The root mean square is taken in fp32, and x over
@@ -22,23 +22,27 @@ def plain_add_norm(
     if delta is not None:
         x += delta.sum(0).to(x.dtype) if delta.ndim > 2 else delta
     wide = x.float()
-    out.copy_((wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight)
+    normed = (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+    if out is not None:
+        out.copy_(normed)
     if made is not None:
-        plain_make_bytes(out, made)
+        plain_make_bytes(normed, made)
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, made: Bytes | None = None
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | None, made: Bytes | None = None
 ) -> None:
     """As `plain_add_norm`, one program a row."""
     rows, size = x.shape
     room, strides, n_bytes = byte_arguments(x, made)
     added = x[None] if delta is None else delta if delta.ndim > 2 else delta[None]
+    target = x if out is None else out
     _add_norm[(rows,)](
-        *(x, added, weight, out, *room),
-        *(x.stride(0), added.stride(0), added.stride(1), out.stride(0), *strides),
+        *(x, added, weight, target, *room),
+        *(x.stride(0), added.stride(0), added.stride(1), target.stride(0), *strides),
         eps,
         size=size,
+        has_out=out is not None,
         n_bytes=n_bytes,
         block=power_of_two(size),
         parts=0 if delta is None else len(added),
@@ -63,6 +67,7 @@ def _add_norm(
     half: Tile,
     eps: Tile,
     size: constexpr,
+    has_out: constexpr,
     n_bytes: constexpr,
     block: constexpr,
     parts: constexpr,
@@ -90,6 +95,7 @@ def _add_norm(
         wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     normed = ((wide * scale).to(dtype).to(tl.float32) * weights).to(dtype)
-    tl.store(out + row * out_stride + columns, normed, inside)
+    if has_out:
+        tl.store(out + row * out_stride + columns, normed, inside)
     if n_bytes > 0:
         store_bytes(normed.to(tl.float32), codes + row * codes_stride, code_scale + row, half, columns, inside, n_bytes)

@@ -60,7 +60,7 @@ class LinearOfCodes(AdaptedLinear):
     def base(self, x: Tensor) -> Tensor:
         return multiply_base(self.base_weight, x)
 
-    def room_for_bytes(self, count: int, like: Tensor) -> Bytes | None:
+    def room_for_bytes(self, count: int, like: Tensor, adapter_tokens: AdapterTokens) -> Bytes | None:
         return self.base_weight.room_for_bytes(count, like)
 
 
@@ -72,6 +72,9 @@ class QuantisedAdaptedLinear(LinearOfCodes):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = weight  # type: ignore[assignment]  # a module in the parameter's place
         self.adapters = linear.adapters
+
+    def room_for_bytes(self, count: int, like: Tensor, adapter_tokens: AdapterTokens) -> Bytes | None:
+        return None if adapter_tokens else super().room_for_bytes(count, like, adapter_tokens)  # They see x itself.
 
     def apply_to(
         self, operand: Tensor, adapter_tokens: AdapterTokens, out: Tensor, in_bytes: Bytes | None = None
