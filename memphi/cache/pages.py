@@ -87,6 +87,10 @@ class Pages:
         self._users.update(dict.fromkeys(pages, 1))
         return pages
 
+    def upcoming(self, count: int) -> list[int]:
+        """The free pages that would be allocated next, so many if there are as many; changes nothing."""
+        return heapq.nsmallest(count, self._free)
+
     def register(self, page: int, key: bytes) -> None:
         """Offer a page in use, whose content is complete, under its key; a key that exists keeps its first page."""
         assert page in self._users, f"page {page} is not in use"

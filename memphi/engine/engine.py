@@ -139,7 +139,7 @@ def make_loop(
     learned = device_facts(model.device).learned
     gauge = Gauge(model.device, pool, plan.budget_bytes - plan.context_bytes, learned)
     gauge.cap()
-    runner = Runner(model, pool, forbidden, gauge, graphs)
+    runner = Runner(model, pool, forbidden, gauge, graphs, scheduler.upcoming_pages)
     watches_others = model.device.type == "cuda" and config.memory_bytes is None
     free_memory = (lambda: torch.cuda.mem_get_info(model.device)) if watches_others else None
     workspace_bytes = plan.workspace_bytes + plan.graphs_bytes if watches_others else 0

@@ -57,11 +57,14 @@ class Gauge:
 
     def make_room(self, n_bytes: int) -> None:
         """Before so much is mapped for pages: the allocator gives back what it does not use, if the dial needs it."""
-        if self._device.type != "cuda" or self._pool is None:
-            return
-        wanted_bytes = self._pool_bytes + n_bytes
-        if _held(self._device, "reserved_bytes")[0] + wanted_bytes > self._allowed_bytes:
+        if self._device.type == "cuda" and self._pool is not None and not self.has_room(n_bytes):
             torch.cuda.empty_cache()
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so much more can be mapped on a GPU while the allocator keeps what it holds."""
+        if self._device.type != "cuda":
+            return False
+        return _held(self._device, "reserved_bytes")[0] + self._pool_bytes + n_bytes <= self._allowed_bytes
 
     def cap(self) -> None:
         """Leave to the allocator what the pool does not hold."""

@@ -3,7 +3,7 @@
 What a step does the scheduler has decided; doing the same step again changes nothing, so a failed one may be repeated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate, takewhile
@@ -18,6 +18,7 @@ from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
 from memphi.engine.prices import price_choice, price_graphs, price_rows, price_slices
+from memphi.engine.recovery import is_out_of_memory
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
 from memphi.model.decode import Chosen
@@ -59,14 +60,25 @@ class Runner:
     """The model and the pool that its rows' pages lie in; without a pool every row is whole."""
 
     def __init__(
-        self, model: Phi4MM, pool: PagePool | None, forbidden: Tensor, gauge: Gauge, graphs: Graphs | None = None
+        self,
+        model: Phi4MM,
+        pool: PagePool | None,
+        forbidden: Tensor,
+        gauge: Gauge,
+        graphs: Graphs | None = None,
+        upcoming: Callable[[StepPlan], Sequence[int]] = lambda plan: (),
     ) -> None:
-        """Without graphs every step is launched operation by operation."""
+        """Without graphs every step is launched operation by operation.
+
+        upcoming tells the pages that the step after one may begin: while the device computes the one, memory is put
+        behind them.
+        """
         self.model = model
         self.pool = pool
         self.forbidden = forbidden  # [vocab_size] bool: ids without a token
         self.gauge = gauge
         self.graphs = graphs
+        self._upcoming = upcoming
         self._encoders = Encoders(model)
 
     @torch.inference_mode()
@@ -187,8 +199,21 @@ class Runner:
         if self.pool.mapped_bytes != held_bytes:
             self.gauge.cap()
 
+    def _map_ahead(self, pages: Sequence[int]) -> None:
+        """Put memory behind pages that may be begun soon, where there is room: who needs them says if there is none."""
+        missing_bytes = self.pool.missing_bytes(pages) if self.pool else 0
+        if self.pool is None or not missing_bytes or not self.gauge.has_room(missing_bytes):
+            return
+        try:
+            self.pool.ensure(pages)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self.gauge.cap()
+
     def _compute(self, plan: StepPlan, divided: "Divided | None") -> StepResult:
         logits = self._logits(plan) if divided is None else self._logits_of_graphs(divided)
+        self._map_ahead(self._upcoming(plan))
         sampling = [row for row in plan.rows if row.samples]
         if not sampling:
             return StepResult({})

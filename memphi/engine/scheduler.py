@@ -20,7 +20,7 @@ from memphi.engine.stats import Stats
 from memphi.engine.step import EncodeSlice, PlannedRow, StepPlan, StepResult
 from memphi.request import FinishReason, Media, MediaKind, Prompt
 
-BURST = 4
+BURST, FEW_ANSWERS = 4, 8
 """Prompts that make a burst, and how many answers for each of them still count as few beside it."""
 
 
@@ -176,6 +176,13 @@ class Scheduler:
         if not all(self._grow(s, len(s.ids) + 1) for s in going):
             return None
         return StepPlan(tuple(self._row(s, s.computed + 1, 1) for s in going))
+
+    def upcoming_pages(self, plan: StepPlan) -> list[int]:
+        """The pages that the prompts in the step behind one that is still computed are likely to begin."""
+        running = self._in(State.RUNNING)
+        left = sum(s.pending for s in running) - sum(row.tokens - len(row.drafts) for row in plan.rows)
+        tokens = min(left, self.limits.step_tokens) if self.paged else 0
+        return self.reservations.pages.upcoming(self.reservations.pages_for(max(tokens, 0)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Running]:
         """Book what a step did; returns the sequences that got a token. Those that end are still to be finished."""
@@ -407,7 +414,7 @@ def _is_burst(prompts: int, answers: int) -> bool:
 
     Prompts take a device as long in few steps as in many: so a burst of them ends sooner, and for the answers too.
     """
-    return answers < prompts * (BURST if prompts >= BURST else 1)
+    return answers < prompts * (FEW_ANSWERS if prompts >= BURST else 1)
 
 
 def _never_drafted(prompt: Prompt, config: ModelConfig) -> frozenset[int]:

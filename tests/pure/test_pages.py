@@ -55,6 +55,7 @@ class PagesMachine(RuleBasedStateMachine):
 
     def grow(self, index, count):
         used = {page for held in self.held for page in held}
+        foretold = self.pages.upcoming(count)
         available, users = self.pages.available_pages, Counter(page for held in self.held for page in held)
         if count > available:
             with pytest.raises(OutOfPagesError):
@@ -64,6 +65,7 @@ class PagesMachine(RuleBasedStateMachine):
         free = self.pages.free_pages
         got = self.pages.allocate(count)
         assert len(set(got)) == count
+        assert got == foretold or count > free
         assert not used & set(got)
         assert self.pages.free_pages == max(free - count, 0)
         for page in got:

@@ -284,6 +284,25 @@ def test_half_a_step_is_the_oldest_prompt_s_and_the_rest_goes_to_the_shortest_fi
     some.drain()
 
 
+def test_the_pages_that_prompts_begin_next_are_foretold(monkeypatch):
+    some = world(config=make_config(400, 500), pages=200)
+    run, foretold, begun = some.device.run, [], []
+
+    def run_and_foretell(plan):
+        page_tokens = some.scheduler.reservations.pages.page_tokens
+        begun.append({page for row in plan.rows for page in row.begun_pages(page_tokens)})
+        foretold.append(set(some.scheduler.upcoming_pages(plan)))
+        return run(plan)
+
+    monkeypatch.setattr(some.device, "run", run_and_foretell)
+    for number, tokens in enumerate((150, 40)):
+        some.arrive(text(tokens, number, max_tokens=1))
+    some.drain()
+    assert len(begun) > 2
+    assert all(later <= told for told, later in zip(foretold, begun[1:], strict=False))
+    assert foretold[-1] == set()
+
+
 def test_a_lone_prompt_has_the_whole_step():
     some = world(config=make_config(400, 500), pages=200)
     some.arrive(text(100, max_tokens=1))
