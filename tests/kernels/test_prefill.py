@@ -113,6 +113,13 @@ def test_weights_in_few_bits(device, scheme):
     assert_equal_steps(make_model(device, scheme=scheme), make_rows(SHAPES["few"], SETS["both and none"]))
 
 
+@pytest.mark.parametrize("adapter", [None, "speech"])
+@pytest.mark.usefixtures("few_programs")
+def test_weights_in_few_bits_beside_adapters_that_are_not_packed(device, adapter):
+    """These see x itself, and not what of it is there in bytes."""
+    assert_equal_steps(make_model(device, "plain", scheme="fp8"), make_rows(SHAPES["few"], (adapter,)))
+
+
 def test_beside_eager_attention(device):
     assert_equal_steps(make_model(device, attention=EagerAttention()), make_rows(SHAPES["all at once"]))
 

@@ -519,7 +519,7 @@ class World:
         assert decoding == {row.sequence.id for row in plan.rows if row.sequence.pending == 1}
         prefilled = sum(row.tokens for row in plan.rows if row.sequence.id not in decoding)
         prompts = len(running) - len(decoding)
-        shares = len(decoding) >= prompts * (4 if prompts >= 4 else 1)
+        shares = len(decoding) >= prompts * (8 if prompts >= 4 else 1)
         room = limits.shared_step_tokens if shares else limits.step_tokens
         # One at least, however many decode: the oldest waits for nobody.
         assert prefilled <= max(min(room, limits.step_tokens - len(decoding)), 1)

@@ -330,18 +330,20 @@ def test_a_step_is_theirs_who_wait_while_they_are_more_than_those_who_answer():
     assert (first, sum(others)) == (1, LIMITS.step_tokens - 1)
 
 
-@pytest.mark.parametrize(("prompts", "whole"), [(3, False), (4, True)])
-def test_a_burst_has_whole_steps_beside_more_answers_than_it_has_prompts(prompts, whole):
-    limits = replace(LIMITS, rows=20)
-    some = world(config=make_config(400, 500), pages=200, limits=limits)
-    for number in range(12):
-        some.arrive(text(4, number % 2, max_tokens=40, ignore_eos=True))
+@pytest.mark.parametrize(
+    ("answers", "prompts", "whole"), [(12, 3, False), (12, 4, True), (31, 4, True), (32, 4, False), (32, 5, True)]
+)
+def test_a_burst_has_whole_steps_beside_more_answers_than_it_has_prompts(answers, prompts, whole):
+    limits = replace(LIMITS, rows=40)
+    some = world(config=make_config(400, 500), pages=1000, limits=limits)
+    for number in range(answers):
+        some.arrive(text(2, number % 2, max_tokens=40, ignore_eos=True))
     some.step()
     for number in range(prompts):
         some.arrive(text(40, number % 3, max_tokens=40, ignore_eos=True))
     tokens = [row.tokens for row in some.step().rows]
-    assert tokens[:12] == [1] * 12
-    assert sum(tokens[12:]) == (limits.step_tokens - 12 if whole else limits.shared_step_tokens)
+    assert tokens[:answers] == [1] * answers
+    assert sum(tokens[answers:]) == (limits.step_tokens - answers if whole else limits.shared_step_tokens)
     some.drain()
 
 
