@@ -223,9 +223,9 @@ def multiply_many(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Colu
     b.codes, b.scale, b.kernels = columns.codes, columns.scale[0], True
     if weight.makes_blocks(x):
         operand = x.as_strided((len(x), ranks + x.shape[1]), x.stride(), x.storage_offset() - ranks)
-        weights = [(b, slice(0, ranks)), (weight, slice(ranks, operand.shape[1]))]
+        writers = [(b.write_block, slice(0, ranks)), (weight.write_block, slice(ranks, operand.shape[1]))]
         multiply_by_blocks(
-            weights, [(operand, slice(0, operand.shape[1]), slice(0, len(x)))], out, dequantised_numbers(len(x))
+            writers, [(operand, slice(0, operand.shape[1]), slice(0, len(x)))], out, dequantised_numbers(len(x))
         )
         return
     weight.multiply_many(x, out)

@@ -28,6 +28,18 @@ class AdapterTokens(dict[str, Uses]):
         super().__init__(uses or {})
         self.products: dict[tuple[int, ...], Any] = {}
         """What linears of one shape decided on: they are many, and the host is to think once."""
+        self._masks: dict[str, Tensor | None] = {}
+
+    def make_masks(self, count: int, device: torch.device) -> None:
+        """Have `mask` give a mask of `count` tokens for each adapter, or None for all.
+
+        Kernels read masks without waiting for what was launched before, so they are made ahead of a step's layers.
+        """
+        self._masks = {name: as_mask(tokens, count, device) for name, tokens in self.items()}
+
+    def mask(self, name: str) -> Uses:
+        """An adapter's tokens, as a mask where masks were made."""
+        return self._masks.get(name, self[name])
 
 
 class Adapter(nn.Module):
@@ -159,6 +171,17 @@ def _add(y: Tensor, adapter: Adapter, x: Tensor, tokens: Uses) -> Tensor:
     if tokens.dtype is torch.bool:
         return torch.where(tokens[:, None], y + adapter(x), y)
     return y.index_add(0, tokens, adapter(x.index_select(0, tokens)))  # On CUDA the gradient of x[tokens] would sort.
+
+
+def as_mask(tokens: Uses, count: int, device: torch.device) -> Tensor | None:
+    """Tokens as a mask of `count`; None: all."""
+    if isinstance(tokens, slice):
+        mask = torch.zeros(count, dtype=torch.bool, device=device)
+        mask[tokens] = True
+        return mask
+    if tokens is None or tokens.dtype is torch.bool:
+        return tokens
+    return tokens.new_zeros(count, dtype=torch.bool).index_fill_(0, tokens, True)
 
 
 def remove_adapters(model: nn.Module) -> None:

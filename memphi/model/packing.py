@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, multiply, multiply_gated
+from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, as_mask, multiply, multiply_gated
 from memphi.model.kernels import skinny
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.kernels.skinny import Narrow
@@ -161,17 +161,21 @@ class PackedLinear(AdaptedLinear):
         Zeros for a product's tokens that do not use the adapter.
         """
         names = [name for name in self.adapters if name in adapter_tokens]
-        few = self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)
-        masks = [tokens for name in names if _is_mask(tokens := adapter_tokens[name])] if few else []
-        # What all of many tokens use, torch's own product makes at less expense of the host.
-        pays = len(operand) <= skinny.NARROW_VECTOR_ROWS or any(mask is not None for mask in masks)
-        if names and pays and len(masks) == len(names):
+        masks = [tokens for name in names if is_mask(tokens := adapter_tokens.mask(name))]
+        if names and len(masks) == len(names) and self._narrows_at_once(operand, masks):
             parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
             skinny.narrow(self.x_of(operand), parts)
             return
         for product in products:
             for name in product.names:
                 self._narrow_plainly(operand, name, adapter_tokens[name], product.span)
+
+    def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
+        """Whether a kernel makes every t of tokens in masks."""
+        if not (self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)):
+            return False
+        # What all of many tokens use, torch's own product makes at less expense of the host.
+        return len(operand) <= skinny.NARROW_VECTOR_ROWS or any(mask is not None for mask in masks)
 
     def _narrow_plainly(self, operand: Tensor, name: str, tokens: Uses, span: slice) -> None:
         if tokens == span or tokens is None:
@@ -182,7 +186,7 @@ class PackedLinear(AdaptedLinear):
             operand[span.start : tokens.start, self._t[name]] = 0
             operand[tokens.stop : span.stop, self._t[name]] = 0
         else:
-            mask = _as_mask(tokens, len(operand))
+            mask = as_mask(tokens, len(operand), operand.device)
             skinny.plain_narrow(self.x_of(operand), [self._wide_part(operand, name, mask)])
 
     def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
@@ -228,16 +232,9 @@ def _length(span: slice) -> int:
     return int(span.stop) - int(span.start)
 
 
-def _is_mask(tokens: Uses) -> TypeGuard[Tensor | None]:
+def is_mask(tokens: Uses) -> TypeGuard[Tensor | None]:
     """Whether these are the tokens of a mask, or all."""
     return tokens is None or (isinstance(tokens, Tensor) and tokens.dtype is torch.bool)
-
-
-def _as_mask(tokens: Tensor | None, count: int) -> Tensor | None:
-    """An index of tokens as a mask of `count`; a mask as it is."""
-    if tokens is None or tokens.dtype is torch.bool:
-        return tokens
-    return tokens.new_zeros(count, dtype=torch.bool).index_fill_(0, tokens, True)
 
 
 def _spans(adapter_tokens: AdapterTokens, count: int) -> list[Span]:

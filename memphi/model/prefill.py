@@ -77,7 +77,8 @@ def compute(
     """
     if frequencies is None:
         frequencies = rotary_frequencies(model.config, embeddings.device)
-    lines = _divide_lines(model, packing)  # Before `_tabulate`, which is not launched dependently.
+    lines = _divide_lines(model, packing)  # This, and masks, before `_tabulate`, which is not launched dependently.
+    packing.adapter_tokens.make_masks(len(packing.positions), embeddings.device)
     step = Step(packing, _tabulate(model, packing, frequencies), lines, pool)
     residual = Residual(embeddings)
     for layer in cast(Iterable[DecoderLayer], model.layers):

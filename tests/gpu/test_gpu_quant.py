@@ -210,7 +210,7 @@ def adapted_linear(scheme, n_out, n_in):
 
 
 @SCHEMES
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40, 300, 1000])
 @pytest.mark.parametrize("shape", [(5120, 3072), (3072, 8192)])
 @torch.inference_mode()
 def test_no_product_sees_the_rows_of_those_before(scheme, rows, shape):

@@ -146,6 +146,47 @@ def test_adapters_beside_it(device, scheme, rows, ranks, border, gap, dtype):
     assert_near(out, expected, scheme)
 
 
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("used", ["all", "none", "spans", "one"])
+@pytest.mark.parametrize(("ranks", "border", "gap"), [(6, 6, 0), (100, 37, 0), (128, 64, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_added_to_many_rows(device, rows, used, ranks, border, gap, dtype):
+    """What stands in t is zeros for rows that do not use it, and not read where nobody does."""
+    n_out, last = 70, rows // 3
+    operand = numbers(rows, ranks + gap + 20, device=device, dtype=dtype)
+    columns = made_columns(n_out, ranks, border, apart(operand, ranks, border, gap), device)
+    masks = [torch.full((rows,), used == "spans", device=device) for _ in columns.t]
+    masks[0][last:], masks[-1][:last] = False, False
+    masks = [None if used == "all" or (used == "one" and mask is masks[0]) else mask for mask in masks]
+    nan = [torch.nan if mask is not None and not mask.any() else 0 for mask in masks]
+    y = numbers(rows, n_out + 3, device=device, dtype=dtype, seed=1)
+    expected = y.clone()
+    for t, mask in zip(columns.t, masks, strict=True):
+        t.mul_(1 if mask is None else mask[:, None])
+    coded.plain_add_to(expected[:, :n_out], columns)
+    for t, value in zip(columns.t, nan, strict=True):
+        t.add_(value)
+    coded.add_to(y[:, :n_out], columns, masks)
+    assert_near(y, expected, "int8")
+    assert torch.equal(y[:, n_out:], expected[:, n_out:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "border", "gap"), [(6, 6, 0), (100, 37, 0), (128, 64, 8)])
+def test_columns_made_wide_again(device, ranks, border, gap, dtype):
+    """Those of two adapters on both sides of what stands between them."""
+    operand = numbers(1, ranks + gap + 20, device=device, dtype=dtype)
+    columns = made_columns(40, ranks, border, apart(operand, ranks, border, gap), device)
+    out, expected = (torch.full((9, ranks + gap + 2), torch.nan, device=device, dtype=dtype) for _ in range(2))
+    eight_bits.write_columns(columns, 5, out)
+    eight_bits.plain_write_columns(columns, 5, expected)
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-6, equal_nan=True)
+    assert out.isnan().sum(1).tolist() == [gap + 2] * 9
+    for (codes, scale, _), start in zip(columns.parts, (0, border + gap), strict=False):
+        wide = codes[5:14].float() * scale[5:14].float()[:, None]
+        torch.testing.assert_close(expected[:, start : start + codes.shape[1]].float(), wide, rtol=2**-7, atol=1e-6)
+
+
 @SCHEMES
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

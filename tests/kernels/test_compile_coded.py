@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import eight_bits, four_bits, rounding
+from memphi.model.kernels import coded, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns, sum_up
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.quant.weights import WEIGHTS
@@ -79,6 +79,23 @@ def test_what_goes_beside_products_fits(capability):
         capability >= (9, 0) and name != "_look_up"
         for name in ("_dequantise", "_dequantise", "_look_up", "_round_rows", "_split_rows")
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capability", [each for each in SHARED_BYTES if each >= TENSOR_CAPABILITY], ids=str)
+def test_what_adds_adapters_fits(capability, dtype):
+    y, operand = torch.empty(600, 3072, dtype=dtype), torch.empty(600, sum(RANKS) + 3072, dtype=dtype)
+    b, scale = torch.empty(3072, sum(RANKS), dtype=torch.int8), torch.empty(2, 3072, dtype=torch.bfloat16)
+    uses = torch.empty(600, dtype=torch.bool)
+    both = Columns(b, scale, (operand[:, : RANKS[0]], operand[:, -RANKS[1] :]))
+    with compiled_for(capability) as compiled:
+        coded.add_to(y, both, [uses, uses])
+        coded.add_to(y, Columns(b[:, : RANKS[0]], scale[:1], both.t[:1]), [None])
+        eight_bits.write_columns(both, 0, torch.empty(3072, 3072 + sum(RANKS), dtype=dtype))
+    for made in compiled:
+        assert_fits(made, capability)
+        assert made.is_dependent == (capability >= (9, 0))
+    assert [made.name for made in compiled] == ["_add_to", "_add_to", "_dequantise"]
 
 
 @pytest.mark.parametrize("scheme", MODULES)

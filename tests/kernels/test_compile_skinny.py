@@ -55,6 +55,8 @@ def test_every_product_fits(capability):
                 launch_narrow(dtype, rows)
                 launch_narrow(dtype, rows, is_coded=True)
                 launch_narrow(torch.float32, rows)
+            launch_narrow(dtype, skinny.MOST_NARROW_ROWS + 1, is_coded=True)
+            launch_narrow(torch.float32, skinny.MOST_NARROW_ROWS + 1, is_coded=True)
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))

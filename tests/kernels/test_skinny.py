@@ -94,7 +94,7 @@ def make_parts(operand, matrix, ranks, scales, masks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 19, 35, 130])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 19, 35, 130, skinny.MOST_NARROW_ROWS + 70])
 @pytest.mark.parametrize("first", ["all", "some", "none", None])
 @pytest.mark.parametrize("second", ["all", "some", "none", None])
 def test_what_adapters_make_of_x(device, rows, first, second, dtype):
@@ -121,7 +121,7 @@ def test_what_adapters_make_of_x(device, rows, first, second, dtype):
 
 
 def make_mask(name, rows, device):
-    return torch.tensor((MASKS[name] * 26)[:rows], device=device)
+    return torch.tensor((MASKS[name] * rows)[:rows], device=device)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
@@ -183,6 +183,38 @@ def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
     x = numbers(rows, 72, device=device, dtype=torch.float32)
     for used in map(AdapterTokens, adapter_sets(rows, device)):
         assert_close(linear(x, used), plain(x, used))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows"), [("bf16", 70), ("int8", 300), *product(["int4", "fp8"], [70, skinny.MOST_NARROW_ROWS + 70])]
+)
+@torch.inference_mode()
+def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
+    """What a step of prompts has: adapters whose tokens stand side by side, and masks made of that."""
+    plain, packed = tiny_model(), tiny_model()
+    plain.quantise(scheme)
+    packed.quantise(scheme)
+    plain = plain.to(device).language.layers[0].mlp.gate_up
+    packed.keep_adapters(packed=True, merge=None)
+    packed.use_kernels(True)
+    linear = packed.to(device).language.layers[0].mlp.gate_up
+    x, half = numbers(rows, linear.in_features, device=device, dtype=torch.float32), rows // 2
+    for spans in ({"vision": slice(3, half), "speech": slice(half, rows - 1)}, {"speech": slice(0, 9)}):
+        used = AdapterTokens(spans)
+        used.make_masks(rows, device)
+        assert_close(linear(x, used), plain(x, AdapterTokens(spans)))
+
+
+def test_a_mask_of_every_kind_of_tokens(device):
+    index = torch.tensor([0, 3], device=device)
+    mask = torch.tensor([True, False, False, True], device=device)
+    used = AdapterTokens({"all": None, "span": slice(1, 3), "index": index, "mask": mask})
+    assert [used.mask(name) for name in used] == [None, slice(1, 3), index, mask]
+    used.make_masks(4, device)
+    assert used.mask("all") is None
+    assert used.mask("span").tolist() == [False, True, True, False]
+    assert used.mask("index").tolist() == mask.tolist()
+    assert used.mask("mask") is mask
 
 
 def adapter_sets(rows, device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,9 @@ MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch; or as they are, where a card has units for them."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
+ADDED_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 32, 2, 4)
+"""Rows, outputs, columns, stages and warps of a program that adds adapters to a product of many rows; and the same of
+numbers of 32 bits."""
 SUMMED_BLOCK = 1024
 """Outputs whose parts a program sums."""
 
@@ -99,6 +103,40 @@ def choose_parts(blocks: int, device: torch.device) -> int:
     some have two, which was the best on an H200 (80 and 48 blocks in 3 and 4 parts)."""
     programs = multiprocessors(device)
     return 1 if 4 * blocks >= 3 * programs else -(-7 * programs // (5 * blocks))
+
+
+def adds_at_once(device: torch.device) -> bool:
+    """Whether there is a kernel for `add_to`."""
+    return is_available(device) and capability(device) >= TENSOR_CAPABILITY
+
+
+def plain_add_to(y: Tensor, columns: Columns) -> None:
+    """y [rows, out] += t B^T, rounded once; the definition."""
+    y.copy_(plain_add(y.float(), columns))
+
+
+def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
+    """As `plain_add_to`, of many rows.
+
+    uses: for each adapter the rows that use it, [rows] bool, or None for all; other rows have zeros for their t.
+    """
+    rows, n_out = y.shape
+    added, places, ranks = column_arguments(y, columns)
+    first, last = uses[0], uses[-1]
+    block_rows, block_out, block_ranks, stages, warps = ADDED_TILE if y.itemsize <= 2 else WIDE_ADDED_TILE
+    _add_to[(-(-n_out // block_out), -(-rows // block_rows))](
+        *(y, *added, y if first is None else first, y if last is None else last),
+        *(y.stride(0), *places, n_out, rows),
+        ranks=ranks,
+        first_masked=first is not None,
+        last_masked=last is not None,
+        block_rows=block_rows,
+        block_out=block_out,
+        block_ranks=block_ranks,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(y.device),
+    )
 
 
 def room_for_parts(out: Tensor, parts: int) -> Tensor:
@@ -252,19 +290,77 @@ def add_columns(
     inside: Tile,
     numbers: Tile,
     exists: Tile,
-    own: Tile,
-    parts: Tile,
+    begin: Tile,
+    end: Tile,
+    step: Tile,
     ranks: constexpr,
     block: constexpr,
 ) -> Tile:
-    """sums [outs, rows] + a part's own share of B t^T, a block of columns after another, each rounded to t's dtype."""
-    for start in range(own * block, ranks, parts * block):
+    """sums [outs, rows] + B t^T of some blocks of columns, one after another, each rounded to t's dtype."""
+    for start in range(begin, end, step):
         places = start + tl.arange(0, block)
         codes = load_columns(b, b_stride, outs, inside, start, ranks, block)
-        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < ranks, "")
+        values = load_rows(t, t_stride, numbers, exists, t_places(places, border, gap), places < end, "")
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums)
     return sums
+
+
+@jit
+def _add_to(
+    y: Tile,
+    b: Tile,
+    b_first: Tile,
+    b_last: Tile,
+    t: Tile,
+    first_uses: Tile,
+    last_uses: Tile,
+    y_stride: Tile,
+    b_stride: Tile,
+    t_stride: Tile,
+    border: Tile,
+    gap: Tile,
+    n_out: Tile,
+    rows: Tile,
+    ranks: constexpr,
+    first_masked: constexpr,
+    last_masked: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_ranks: constexpr,
+    dependent: constexpr,
+) -> None:
+    """An adapter that no row of a program uses is not read; y neither, where none is used."""
+    if dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    numbers = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    inside, exists = outs < n_out, numbers < rows
+    ones = exists.to(tl.int32)
+    first = tl.load(first_uses + numbers, exists, other=0).to(tl.int32) if first_masked else ones
+    last = tl.load(last_uses + numbers, exists, other=0).to(tl.int32) if last_masked else ones
+    begin, end = tl.where(tl.max(first, 0) > 0, 0, border), tl.where(tl.max(last, 0) > 0, ranks, border)
+    if dependent:
+        tl.extra.cuda.gdc_wait()
+    if begin < end:
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+        sums = add_columns(
+            *(
+                tl.zeros([block_out, block_rows], tl.float32),
+                b,
+                first_scales,
+                last_scales,
+                t,
+                b_stride,
+                t_stride,
+                border,
+                gap,
+            ),
+            *(outs, inside, numbers, exists, begin, end, block_ranks, ranks, block_ranks),
+        )
+        # Asked for before, what is there would take the registers of another program.
+        there = load_rows(y, y_stride, numbers, exists, outs, inside, "").to(tl.float32)
+        store_tile(sums + tl.trans(there), y, y_stride, outs, inside, numbers, exists)
 
 
 @jit

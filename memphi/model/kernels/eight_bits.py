@@ -532,9 +532,10 @@ def _multiply_tiles(
     if ranks > 0 and (is_e4m3 or part == 0):  # In int8 all of them took less in one part than divided.
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         own, parts = (part, tl.num_programs(2)) if is_e4m3 else (0, 1)
+        begin, step = own * block_ranks, parts * block_ranks
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, own, parts, ranks, block_ranks),
+            *(outs, inside, numbers, exists, begin, ranks, step, ranks, block_ranks),
         )
     out += part.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)
@@ -572,6 +573,23 @@ def _add_codes(
     return upper, lower
 
 
+def plain_write_columns(columns: Columns, first: int, out: Tensor) -> None:
+    """Adapters' B of outputs from `first` on, rounded once, into out [outs, columns of an operand], as t stands there;
+    the definition.
+    """
+    last, start = first + len(out), 0
+    for codes, scale, _ in columns.parts:
+        plain_dequantise(codes[first:last], scale[first:last], out[:, start : start + codes.shape[1]])
+        start += codes.shape[1] + columns.gap
+
+
+def write_columns(columns: Columns, first: int, out: Tensor) -> None:
+    """As `plain_write_columns`."""
+    last = first + len(out)
+    scales = columns.scale[0, first:last], columns.scale[-1, first:last]
+    _launch_dequantise(columns.codes[first:last], *scales, out, columns.border, columns.gap)
+
+
 def plain_dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """out = codes * scale, rounded once, [outs, in]; the definition.
 
@@ -582,10 +600,15 @@ def plain_dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 
 def dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """As `plain_dequantise`."""
+    _launch_dequantise(codes, scale, scale, out, codes.shape[1], 0)
+
+
+def _launch_dequantise(codes: Tensor, first: Tensor, last: Tensor, out: Tensor, border: int, gap: int) -> None:
+    """Codes of columns before a border by the first scales, the others by the last, and so much further in out."""
     n_out, n_in = codes.shape
     block = min(DEQUANTISED_BLOCK, power_of_two(n_in))
     _dequantise[(n_out, -(-n_in // block))](
-        *(codes, scale, out, codes.stride(0), out.stride(0)),
+        *(codes, first, last, out, codes.stride(0), out.stride(0), border, gap),
         n_in=n_in,
         block=block,
         num_warps=max(1, block // DEQUANTISED_A_WARP),
@@ -596,10 +619,13 @@ def dequantise(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 @jit
 def _dequantise(
     codes: Tile,
-    scale: Tile,
+    first: Tile,
+    last: Tile,
     out: Tile,
     codes_stride: Tile,
     out_stride: Tile,
+    border: Tile,
+    gap: Tile,
     n_in: constexpr,
     block: constexpr,
     dependent: constexpr,
@@ -608,10 +634,12 @@ def _dequantise(
         tl.extra.cuda.gdc_launch_dependents()
     row, places = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     c = tl.load(codes + row * codes_stride + places, places < n_in, other=0, eviction_policy="evict_first")
-    wide = c.to(tl.float32) * tl.load(scale + row).to(tl.float32)
+    is_first = places < border
+    wide = c.to(tl.float32) * tl.where(is_first, tl.load(first + row), tl.load(last + row)).to(tl.float32)
     if dependent:
         tl.extra.cuda.gdc_wait()  # What was here before may be in use until then.
-    tl.store(out + row * out_stride + places, wide.to(out.dtype.element_ty), places < n_in)
+    to = out + row * out_stride + t_places(places, border, gap)
+    tl.store(to, wide.to(out.dtype.element_ty), places < n_in)
 
 
 def look_up(codes: Tensor, scale: Tensor, ids: Tensor, out: Tensor) -> None:

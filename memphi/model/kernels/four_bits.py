@@ -379,10 +379,11 @@ def _multiply_tiles(
             *(sums, w, lines, x, x_stride, numbers, exists, first), *(n_in, part, is_whole, assembler, counting)
         )
     if ranks > 0:
+        step = tl.num_programs(2) * block_ranks
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, own, tl.num_programs(2), ranks, block_ranks),
+            *(outs, inside, numbers, exists, own * block_ranks, ranks, step, ranks, block_ranks),
         )
     out += own.to(tl.int64) * part_stride
     store_tile(sums, out, out_stride, outs, inside, numbers, exists)

@@ -6,13 +6,14 @@ Rows lie side by side in x, each contiguous; a matrix [out, in] may be a range o
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memphi.model.kernels.coded import load_block, load_blocks, load_piece, load_pieces
+from memphi.model.kernels.coded import load_block, load_blocks, load_piece, load_pieces, load_rows
 from memphi.model.kernels.eight_bits import plain_dequantise
 from memphi.model.kernels.gate import open_gate, outs_of, store_outs
 from memphi.model.kernels.launch import (
@@ -30,7 +31,7 @@ from memphi.model.kernels.launch import (
 )
 
 MOST_ROWS, MOST_NARROW_ROWS = 16, 512
-"""Beyond, torch's own products are as fast: of weights; of an adapter's A."""
+"""Beyond, torch's own products are as fast: of weights; of an adapter's A, but for one of codes."""
 VECTOR_ROWS, FEW_ROWS = 4, 2
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more."""
 NARROW_VECTOR_ROWS, FEW_NARROW_ROWS = 32, 16
@@ -44,6 +45,8 @@ NARROW_TILE, NARROW_TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
 of its own: the best that were measured on an H200 at 64 rows."""
 SMALL_NARROW_TILE = (16, 16, 128, 2, 4)
 """The same from MANY_NARROW_ROWS on, at 256 rows, and where a program has less room."""
+LARGE_NARROW_TILE, WIDE_LARGE_NARROW_TILE = (128, 64, 64, 4, 4), (64, 32, 64, 2, 4)
+"""The same beyond MOST_NARROW_ROWS, where all warps have the same inputs; and of numbers of 32 bits."""
 MANY_NARROW_ROWS = 129
 SUMS = 64
 """Sums that a thread keeps at most."""
@@ -88,11 +91,13 @@ def most_rows(device: torch.device) -> int:
 
 
 @functools.cache
-def most_narrow_rows(device: torch.device) -> int:
+def most_narrow_rows(device: torch.device, is_coded: bool = False) -> int:
     """The same of `narrow`."""
     if not is_available(device):
         return 0
-    return MOST_NARROW_ROWS if capability(device) >= TENSOR_CAPABILITY else NARROW_VECTOR_ROWS
+    if capability(device) < TENSOR_CAPABILITY:
+        return NARROW_VECTOR_ROWS
+    return sys.maxsize if is_coded else MOST_NARROW_ROWS
 
 
 def plain_multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -190,7 +195,7 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
             block_rows=block_rows,
             block_out=block_out,
             block_in=block_in,
-            splits=warps,
+            splits=1 if len(x) > MOST_NARROW_ROWS else warps,
             num_stages=stages,
             num_warps=warps,
             **options,
@@ -223,7 +228,9 @@ def choose_narrow_tile(rows: int, itemsize: int, is_coded: bool, on: tuple[int, 
     Of wider numbers, which have no tensor cores, a thread has room for fewer.
     """
     tile = NARROW_TILE_OF_CODES if is_coded else NARROW_TILE
-    if rows >= MANY_NARROW_ROWS or itemsize > 2 or on not in ROOMY_CAPABILITY:
+    if rows > MOST_NARROW_ROWS:
+        tile = LARGE_NARROW_TILE if itemsize <= 2 else WIDE_LARGE_NARROW_TILE
+    elif rows >= MANY_NARROW_ROWS or itemsize > 2 or on not in ROOMY_CAPABILITY:
         tile = SMALL_NARROW_TILE
     block_rows, block_out, block_in, stages, warps = tile
     return block_rows, block_out, block_in // (4 if itemsize > 2 else 1), stages, warps
@@ -436,7 +443,7 @@ def _narrow_tiles(
     splits: constexpr,
     dependent: constexpr,
 ) -> None:
-    """Each warp multiplies inputs of its own: there are few programs, and a matrix is long.
+    """Where rows are few, each warp multiplies inputs of its own: there are few programs, and a matrix is long.
 
     What comes next starts as in `_narrow`.
     """
@@ -453,22 +460,51 @@ def _narrow_tiles(
         tl.extra.cuda.gdc_wait()
         if is_coded:
             tl.extra.cuda.gdc_launch_dependents()
-    sums = tl.zeros([splits, block_rows, block_out], tl.float32)
+    total = tl.zeros([block_rows, block_out], tl.float32)
     if tl.max(tl.max(uses.to(tl.int32), 1), 0) > 0:
-        columns = tl.arange(0, splits)[:, None, None] * block_in + tl.arange(0, block_in)[None, None, :]
-        lines, asked = a + outs[None, :, None] * a_stride, x + rows[None, :, None] * x_stride
-        for start in range(0, n_in, splits * block_in):
-            places = start + columns
-            values = tl.load(asked + places, exists[None, :, None] & (places < n_in), other=0)
-            weights = tl.load(lines + places, inside[None, :, None] & (places < n_in), other=0).to(values.dtype)
-            sums = tl.dot(values, tl.trans(weights, 0, 2, 1), sums, input_precision="ieee")
-    total = tl.sum(sums, 0)
+        total = _sum_tile(x, a, x_stride, a_stride, rows, outs, exists, inside, n_in, splits, block_in)
     scale = tl.where(is_first, first_scale, last_scale)
     if is_coded:
         scale *= tl.load(a_scale + outs, inside, other=0).to(tl.float32)
     to = t + rows[:, None] * t_stride + tl.where(is_first, outs, outs + gap)[None, :]
     made = tl.where(uses, total * scale[None, :], 0).to(t.dtype.element_ty)
     tl.store(to, made, exists[:, None] & inside[None, :])
+
+
+@jit
+def _sum_tile(
+    x: Tile,
+    a: Tile,
+    x_stride: Tile,
+    a_stride: Tile,
+    rows: Tile,
+    outs: Tile,
+    exists: Tile,
+    inside: Tile,
+    n_in: constexpr,
+    splits: constexpr,
+    block_in: constexpr,
+) -> Tile:
+    """The products of rows with outputs [rows, outs], in fp32; so many warps each with inputs of its own, and then
+    summed."""
+    if splits == 1:
+        total = tl.zeros([rows.shape[0], outs.shape[0]], tl.float32)
+        for start in range(0, n_in, block_in):
+            places = start + tl.arange(0, block_in)
+            values = load_rows(x, x_stride, rows, exists, places, places < n_in, "")
+            weights = load_rows(a, a_stride, outs, inside, places, places < n_in, "").to(values.dtype)
+            total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
+    else:
+        parts = tl.zeros([splits, rows.shape[0], outs.shape[0]], tl.float32)
+        columns = tl.arange(0, splits)[:, None, None] * block_in + tl.arange(0, block_in)[None, None, :]
+        lines, asked = a + outs[None, :, None] * a_stride, x + rows[None, :, None] * x_stride
+        for start in range(0, n_in, splits * block_in):
+            places = start + columns
+            values = tl.load(asked + places, exists[None, :, None] & (places < n_in), other=0)
+            weights = tl.load(lines + places, inside[None, :, None] & (places < n_in), other=0).to(values.dtype)
+            parts = tl.dot(values, tl.trans(weights, 0, 2, 1), parts, input_precision="ieee")
+        total = tl.sum(parts, 0)
+    return total
 
 
 @jit

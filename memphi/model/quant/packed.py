@@ -10,17 +10,20 @@ multiplied as it is, a second product adds the adapters, and y is read, written 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels.coded import Columns, sum_up
+from memphi.model.kernels.coded import Columns, add_to, adds_at_once, sum_up
+from memphi.model.kernels.eight_bits import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
+from memphi.model.kernels.launch import is_available
 from memphi.model.kernels.rounding import Bytes
-from memphi.model.kernels.skinny import Narrow
-from memphi.model.packing import PackedLinear, Product
+from memphi.model.kernels.skinny import Narrow, most_narrow_rows
+from memphi.model.packing import PackedLinear, Product, is_mask
 from memphi.model.quant.linears import (
     LinearOfCodes,
     QuantisedAdaptedLinear,
@@ -104,7 +107,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
             self._multiply_by_blocks(operand, products, out)
         else:
             weight.multiply_many(x, out, None, in_bytes)
-            self._add_adapters(operand, products, out)
+            self._add_adapters(operand, adapter_tokens, products, out)
         return out[None]
 
     def apply_gated(
@@ -125,21 +128,37 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
 
     def _multiply_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
         """y = the products, whose adapters' t are in their places, by blocks of the base and of every B in use."""
-        names = {name for product in products for name in product.names}
-        left = self.columns(names).start
+        used = {name for product in products for name in product.names}
+        names = [name for name in self.adapters if name in used]
+        everything, columns = self.columns(names), self._columns_of(names, operand)
 
         def moved(at: slice) -> slice:
-            return slice(at.start - left, at.stop - left)
+            return slice(at.start - everything.start, at.stop - everything.start)
 
-        weights = [
-            (self.base_weight, moved(self._x)),
-            *((self.adapter(name).b, moved(self._t[name])) for name in names),
-        ]
+        writers = [(self.base_weight.write_block, moved(self._x))]
+        if columns is not None:
+            write = write_columns if self.kernels and is_available(y.device) else plain_write_columns
+            at = slice(self._t[names[0]].start, self._t[names[-1]].stop)
+            writers.append((partial(write, columns), moved(at)))
         factors = [(operand[each.span, each.columns], moved(each.columns), each.span) for each in products]
-        multiply_by_blocks(weights, factors, y, most_numbers(self.base_weight, len(operand)))
+        multiply_by_blocks(writers, factors, y, most_numbers(self.base_weight, len(operand)))
 
-    def _add_adapters(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
-        """y += t B^T of each product's adapters, a block of B after another."""
+    def _add_adapters(
+        self, operand: Tensor, adapter_tokens: AdapterTokens, products: Sequence[Product], y: Tensor
+    ) -> None:
+        """y += t B^T of the adapters in use."""
+        names = [name for name in self.adapters if name in adapter_tokens]
+        masks = [tokens for name in names if is_mask(tokens := adapter_tokens.mask(name))]
+        columns = self._columns_of(names, operand)
+        if columns is None:
+            return
+        if len(masks) == len(names) and self.kernels and adds_at_once(y.device):
+            add_to(y, columns, masks)
+        else:
+            self._add_by_blocks(operand, products, y)
+
+    def _add_by_blocks(self, operand: Tensor, products: Sequence[Product], y: Tensor) -> None:
+        """The same, a product after another, and a block of B."""
         for product in products:
             for name in product.names:
                 b, t, rows = self.adapter(name).b, operand[product.span, self._t[name]], y[product.span]
@@ -148,6 +167,9 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
                     b.write_block(first, wide)
                     rows[:, first:last].addmm_(t, wide.t())
                     del wide  # Or the next one would come beside it.
+
+    def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
+        return self.kernels and len(operand) <= most_narrow_rows(operand.device, is_coded=True)
 
     def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
         """Those of one adapter or of both, beside the t that stands in an operand; None for none."""

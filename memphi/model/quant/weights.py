@@ -11,7 +11,7 @@ Where memphi's own kernels are used, few rows are multiplied by the codes as the
 Adapters' A and B are Int8Weights beside any scheme.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -135,7 +135,7 @@ class QuantisedWeight(nn.Module):
     def plain_multiply(self, x: Tensor, out: Tensor, most_numbers: int | None = None) -> None:
         """The definition of `multiply_many`."""
         everything = slice(0, self.in_features)
-        multiply_by_blocks([(self, everything)], [(x, everything, slice(0, len(x)))], out, most_numbers)
+        multiply_by_blocks([(self.write_block, everything)], [(x, everything, slice(0, len(x)))], out, most_numbers)
 
     def write_block(self, first: int, out: Tensor) -> None:
         """As `dequantise_into`, by the fastest there is."""
@@ -358,21 +358,21 @@ WEIGHTS: dict[str, type[QuantisedWeight]] = {"int8": Int8Weight, "int4": Int4Wei
 
 
 def multiply_by_blocks(
-    weights: Sequence[tuple[QuantisedWeight, slice]],
+    writers: Sequence[tuple[Callable[[int, Tensor], None], slice]],
     products: Sequence[tuple[Tensor, slice, slice]],
     out: Tensor,
     most_numbers: int | None,
 ) -> None:
     """Products with matrices side by side, a block of their outputs after another, in out's dtype.
 
-    weights: each matrix, and its columns among those of all; products: each x [rows, columns], the columns that it is
-    multiplied by, and its rows of out [rows, out].
+    writers: what writes some outputs of each, as `write_block`, and its columns among those of all; products: each x
+    [rows, columns], the columns that it is multiplied by, and its rows of out [rows, out].
     """
-    width = max(at.stop for _, at in weights)
+    width = max(at.stop for _, at in writers)
     for first, last in blocks(out.shape[1], width, most_numbers):
         block = out.new_empty(last - first, width)
-        for weight, at in weights:
-            weight.write_block(first, block[:, at])
+        for write, at in writers:
+            write(first, block[:, at])
         for x, at, rows in products:
             torch.mm(x, block[:, at].t(), out=out[rows, first:last])
         del block  # Or the next one would come beside it.
