@@ -29,7 +29,21 @@ from memphi.cache.pool import CODE_DTYPES
 from memphi.config import LanguageConfig, ModelConfig
 from memphi.memory.costs import SCALE_BYTES
 from memphi.model.kept import quantise
-from memphi.model.kernels import choice, codes, division, gate, launch, norm, paged, rotary, skinny
+from memphi.model.kernels import (
+    choice,
+    coded,
+    codes,
+    division,
+    eight_bits,
+    gate,
+    launch,
+    narrow,
+    norm,
+    paged,
+    rotary,
+    skinny,
+)
+from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.division import Division, Tiling
 from memphi.model.rotary import rotary_frequencies
 
@@ -74,6 +88,10 @@ NARROW_TILES = [
     (64, 16, 64, 2, 8),
 ]
 """Rows, outputs and inputs of a warp of a program that multiplies by an adapter's A, its stages and warps."""
+LARGE_NARROW_TILES = [*product((64, 128), (64,), (64, 128), (3, 4), (4,)), (128, 32, 64, 4, 4), (256, 64, 64, 3, 8)]
+"""The same for many rows, with the inputs of all warps."""
+ADDED_TILES = [(128, 64, 64, 2, 4), (128, 64, 64, 3, 4), (128, 64, 128, 3, 4), (128, 128, 64, 3, 4), (64, 64, 64, 3, 4)]
+"""Rows, outputs, columns, stages and warps of a program that adds adapters to a product."""
 
 
 @dataclass(frozen=True)
@@ -431,10 +449,8 @@ def layer_of(pool: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 def narrow_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """What adapters make of x: a third of the rows under none, then as many under the one, then under the other."""
     for rows in sizes.rows:
-        if rows > skinny.MOST_NARROW_ROWS:
-            continue
         for n_in in (sizes.config.hidden_size, sizes.config.intermediate_size):
-            for is_coded in (False, True):
+            for is_coded in (False, True) if rows <= narrow.MOST_ROWS else (True,):
                 yield narrow_case(rows, n_in, is_coded, sizes, device)
 
 
@@ -449,27 +465,67 @@ def narrow_case(rows: int, n_in: int, is_coded: bool, sizes: Sizes, device: torc
             a = (a * n_in**0.5 * 32).to(torch.int8)
             scale = torch.full((n_out,), 1 / (32 * n_in**0.5), device=device, dtype=torch.bfloat16)
         scales = (None, None) if scale is None else scale.split([border, n_out - border])
-        first = skinny.Narrow(a[:border], 2.0, thirds == 1, operand[:, :border], scales[0])
-        second = skinny.Narrow(a[border:], 1.0, thirds == 2, operand[:, border + n_in :], scales[1])
+        first = narrow.Narrow(a[:border], 2.0, thirds == 1, operand[:, :border], scales[0])
+        second = narrow.Narrow(a[border:], 1.0, thirds == 2, operand[:, border + n_in :], scales[1])
         sets.append((operand[:, border : border + n_in], [first, second]))
     found = []
-    for run in (skinny.plain_narrow, skinny.narrow):
+    for run in (narrow.plain_narrow, narrow.narrow):
         run(*sets[0])
         found.append([part.t.clone() for part in sets[0][1]])
 
     def launches(run: Callable[..., None]) -> list[Launch]:
         return [partial(run, x, parts) for x, parts in sets]
 
-    ways = {"plain": launches(skinny.plain_narrow), "as chosen": launches(skinny.narrow)}
+    ways = {"plain": launches(narrow.plain_narrow), "as chosen": launches(narrow.narrow)}
     if rows > skinny.VECTOR_ROWS:
-        all_rows = partial(with_constant, skinny, "narrow_vector_rows")
-        ways["number by number"] = launches(partial(all_rows, lambda *_: rows, skinny.narrow))
-        for tile in NARROW_TILES:
-            on_tiles = partial(with_constant, skinny, "choose_narrow_tile", lambda *_, tile=tile: tile, skinny.narrow)
+        all_rows = partial(with_constant, narrow, "vector_rows")
+        ways["number by number"] = launches(partial(all_rows, lambda *_: rows, narrow.narrow))
+        for tile in NARROW_TILES if rows <= narrow.MOST_ROWS else LARGE_NARROW_TILES:
+            on_tiles = partial(with_constant, narrow, "choose_tile", lambda *_, tile=tile: tile, narrow.narrow)
             run = partial(all_rows, lambda *_: 0, on_tiles)
             ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
     size = f"{rows} rows, {n_in}" + ", int8" * is_coded
     return Case("narrow", size, n_bytes, error_of(found[1], found[0]), ways)
+
+
+def added_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """What adapters add to a product of the most rows, a third of which use the one, and a third the other."""
+    for n_out in (sizes.config.hidden_size, qkv_width(sizes.config), 2 * sizes.config.intermediate_size):
+        yield added_case(max(sizes.rows), n_out, sizes, device)
+
+
+def added_case(rows: int, n_out: int, sizes: Sizes, device: torch.device) -> Case:
+    make, border, ranks = partial(torch.randn, device=device, dtype=sizes.dtype), sizes.ranks[0], sum(sizes.ranks)
+    n_bytes = n_out * ranks + rows * (2 * ranks // 3 + 4 * n_out // 3) * sizes.dtype.itemsize
+    thirds = torch.arange(rows, device=device) * 3 // rows
+    first, last = -(-rows // 3), -(-2 * rows // 3)
+    masks, spans = (thirds == 1, thirds == 2), (slice(first, last), slice(last, rows))
+    sets = []
+    for _ in copies_of(n_bytes, sizes):
+        codes = torch.randint(-127, 128, (n_out, ranks), device=device, dtype=torch.int8)
+        t, scale = make(rows, ranks), torch.full((2, n_out), 1 / (64 * ranks**0.5), device=device, dtype=torch.bfloat16)
+        for mask, part in zip(masks, t.split(sizes.ranks, 1), strict=True):
+            part.mul_(mask[:, None])
+        sets.append((make(rows, n_out), Columns(codes, scale, (t[:, :border], t[:, border:]))))
+    found = [y.clone() for y, _ in (sets[0], sets[0])]
+    coded.plain_add_to(found[0], sets[0][1])
+    coded.add_to(found[1], sets[0][1], masks)
+
+    def by_spans(y: Tensor, columns: Columns) -> None:
+        """With every B made wide first, and torch's products."""
+        for (codes, scale, t), span in zip(columns.parts, spans, strict=True):
+            wide = y.new_empty(codes.shape)
+            eight_bits.dequantise(codes, scale, wide)
+            y[span].addmm_(t[span], wide.t())
+
+    def launches(run: Callable[..., None]) -> list[Launch]:
+        return [partial(run, y, columns) for y, columns in sets]
+
+    ways = {"as chosen": launches(partial(coded.add_to, uses=masks)), "by spans": launches(by_spans)}
+    for tile in ADDED_TILES:
+        run = partial(with_constant, coded, "ADDED_TILE", tile, partial(coded.add_to, uses=masks))
+        ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
+    return Case("add_to", f"{rows} rows, {n_out}", n_bytes, error_of(found[1:], found[:1]), ways)
 
 
 # --- attention over pages --------------------------------------------------------------------------------------------
@@ -634,6 +690,7 @@ CASES: Mapping[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "rotary": rotary_cases,
     "choice": choice_cases,
     "narrow": narrow_cases,
+    "add_to": added_cases,
     "divide": divide_cases,
     "attention": attention_cases,
     "codes": coded_cases,

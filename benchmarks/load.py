@@ -51,6 +51,8 @@ def _measure_all(out: Path, parent: Path | None, scheme: Scheme, commit: str | N
     from memphi import official
     from memphi.config import ModelConfig
 
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = Path(temporary) / "checkpoint"
         figures = {"scheme": scheme, **measure_write(ModelConfig.from_folder(official.folder()), folder, scheme)}

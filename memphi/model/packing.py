@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdaptedLinear, AdapterTokens, Uses, as_mask, multiply, multiply_gated
-from memphi.model.kernels import skinny
+from memphi.model.kernels import narrow
+from memphi.model.kernels.narrow import Narrow
 from memphi.model.kernels.rounding import Bytes
-from memphi.model.kernels.skinny import Narrow
 
 READ_TOKENS = 256
 """To read a weight takes as long as to multiply so many tokens by it (an H100: 794 TFLOP/s, 3.1 TB/s, 2 bytes)."""
@@ -164,7 +164,7 @@ class PackedLinear(AdaptedLinear):
         masks = [tokens for name in names if is_mask(tokens := adapter_tokens.mask(name))]
         if names and len(masks) == len(names) and self._narrows_at_once(operand, masks):
             parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
-            skinny.narrow(self.x_of(operand), parts)
+            narrow.narrow(self.x_of(operand), parts)
             return
         for product in products:
             for name in product.names:
@@ -172,22 +172,22 @@ class PackedLinear(AdaptedLinear):
 
     def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
         """Whether a kernel makes every t of tokens in masks."""
-        if not (self.kernels and len(operand) <= skinny.most_narrow_rows(operand.device)):
+        if not (self.kernels and len(operand) <= narrow.most_rows(operand.device)):
             return False
         # What all of many tokens use, torch's own product makes at less expense of the host.
-        return len(operand) <= skinny.NARROW_VECTOR_ROWS or any(mask is not None for mask in masks)
+        return len(operand) <= narrow.MOST_VECTOR_ROWS or any(mask is not None for mask in masks)
 
     def _narrow_plainly(self, operand: Tensor, name: str, tokens: Uses, span: slice) -> None:
         if tokens == span or tokens is None:
             within = operand[span]
-            skinny.plain_narrow(self.x_of(within), [self._wide_part(within, name, None)])
+            narrow.plain_narrow(self.x_of(within), [self._wide_part(within, name, None)])
         elif isinstance(tokens, slice):
             self._narrow_plainly(operand, name, tokens, tokens)
             operand[span.start : tokens.start, self._t[name]] = 0
             operand[tokens.stop : span.stop, self._t[name]] = 0
         else:
             mask = as_mask(tokens, len(operand), operand.device)
-            skinny.plain_narrow(self.x_of(operand), [self._wide_part(operand, name, mask)])
+            narrow.plain_narrow(self.x_of(operand), [self._wide_part(operand, name, mask)])
 
     def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
         adapter = self.adapter(name)

@@ -12,9 +12,9 @@ from memphi.config import AdapterConfig
 from memphi.memory import costs
 from memphi.model.adapters import AdaptedLinear, AdapterTokens, remove_adapters
 from memphi.model.attention import select_attention
-from memphi.model.kernels import skinny
+from memphi.model.kernels import narrow
 from memphi.model.kernels.coded import Columns, plain_add, sum_up
-from memphi.model.kernels.skinny import Narrow
+from memphi.model.kernels.narrow import Narrow
 from memphi.model.language import DecoderLayer
 from memphi.model.quant import swap
 from memphi.model.quant.examples import Examples, adapted_linears
@@ -177,7 +177,7 @@ def test_products_by_kernels_are_as_exact(scheme, rows, shape):
         assert relative(real, plain_add(exact, columns)) <= 1.5 * relative(plain, exact) + 4e-3
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 1000])
 @pytest.mark.parametrize("n_in", [3072, 8192])
 @torch.inference_mode()
 def test_what_adapters_in_int8_make_of_x(rows, n_in):
@@ -186,13 +186,13 @@ def test_what_adapters_in_int8_make_of_x(rows, n_in):
     scale = torch.rand(576, device=DEVICE).div(1000).bfloat16()
     x, uses = torch.randn(rows, n_in, device=DEVICE, dtype=torch.bfloat16), torch.arange(rows, device=DEVICE) % 3 == 0
     results = []
-    for narrow, dtype in ((skinny.narrow, torch.bfloat16), (skinny.plain_narrow, torch.float32)):
+    for run, dtype in ((narrow.narrow, torch.bfloat16), (narrow.plain_narrow, torch.float32)):
         t = torch.full((rows, 576), float("nan"), device=DEVICE, dtype=dtype)
         parts = [
             Narrow(codes[:256], 2.0, uses, t[:, :256], scale[:256]),
             Narrow(codes[256:], 1.5, ~uses, t[:, 256:], scale[256:]),
         ]
-        narrow(x.to(dtype), parts)
+        run(x.to(dtype), parts)
         results.append(t)
     assert relative(*results) < 4e-3
 

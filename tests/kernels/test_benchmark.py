@@ -22,6 +22,7 @@ def test_the_benchmark_writes_one_document(tmp_path):
             "rotate_and_keep",
             "choose",
             "narrow",
+            "add_to",
             "divide",
             "attend_new",
             "attend_new, 8 bits",

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import skinny
+from memphi.model.kernels import narrow, skinny
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
-from memphi.model.kernels.skinny import Narrow
+from memphi.model.kernels.narrow import Narrow
 from tests.kernels.ahead import REGISTERS, SHARED_BYTES, compiled_for
 
 RANKS = (256, 320)
@@ -36,7 +36,7 @@ def launch_narrow(dtype, rows, is_coded=False):
         x = operand[:, RANKS[0] : RANKS[0] + n_in]
         first = Narrow(a[: RANKS[0]], 2.0, uses, operand[:, : RANKS[0]], scales[0])
         second = Narrow(a[RANKS[0] :], 2.0, uses, operand[:, RANKS[0] + n_in :], scales[1])
-        skinny.narrow(x, [first, second])
+        narrow.narrow(x, [first, second])
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES, ids=str)
@@ -51,12 +51,12 @@ def test_every_product_fits(capability):
         if capability >= TENSOR_CAPABILITY:
             launch_products(dtype, rows=skinny.FEW_ROWS, places=slice(1, 3))
             launch_products(dtype, rows=skinny.MOST_ROWS, places=slice(1, 3))
-            for rows in (skinny.FEW_NARROW_ROWS + 1, skinny.MANY_NARROW_ROWS):
+            for rows in (narrow.FEW_ROWS + 1, narrow.MANY_ROWS):
                 launch_narrow(dtype, rows)
                 launch_narrow(dtype, rows, is_coded=True)
                 launch_narrow(torch.float32, rows)
-            launch_narrow(dtype, skinny.MOST_NARROW_ROWS + 1, is_coded=True)
-            launch_narrow(torch.float32, skinny.MOST_NARROW_ROWS + 1, is_coded=True)
+            launch_narrow(dtype, narrow.MOST_ROWS + 1, is_coded=True)
+            launch_narrow(torch.float32, narrow.MOST_ROWS + 1, is_coded=True)
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))

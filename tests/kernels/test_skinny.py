@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels import coded, skinny
+from memphi.model.kernels import coded, narrow, skinny
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_interpreted
-from memphi.model.kernels.skinny import Narrow
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_model
 
@@ -75,68 +74,6 @@ def test_a_gate_stands_beside_what_it_lets_through(device, monkeypatch):
     test_a_product_through_a_gate(device, 3, 37, 100, torch.float32)
 
 
-MASKS = {"all": None, "some": [True, False, False, True, True], "none": [False] * 5}
-
-
-def make_parts(operand, matrix, ranks, scales, masks):
-    """One part for each adapter that is in use: the first's t stands before x, the second's after it.
-
-    A matrix of codes has scales of its own.
-    """
-    n_in = matrix.shape[1]
-    places = [(0, slice(0, ranks[0])), (ranks[0], slice(ranks[0] + n_in, ranks[0] + n_in + ranks[1]))]
-    steps = torch.linspace(0.002, 0.03, len(matrix), device=matrix.device).bfloat16()
-    coded = matrix.dtype is torch.int8
-    return [
-        Narrow(matrix[at : at + rank], scale, mask, operand[:, columns], steps[at : at + rank] if coded else None)
-        for (at, columns), rank, scale, mask in zip(places, ranks, scales, masks, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 19, 35, 130, skinny.MOST_NARROW_ROWS + 70])
-@pytest.mark.parametrize("first", ["all", "some", "none", None])
-@pytest.mark.parametrize("second", ["all", "some", "none", None])
-def test_what_adapters_make_of_x(device, rows, first, second, dtype):
-    if first is second is None:
-        pytest.skip("no adapter")
-    ranks, n_in = (6, 9), 300
-    matrix = numbers(sum(ranks), n_in, device=device, dtype=torch.float32)
-    matrix = matrix.mul(40).clamp(-127, 127).to(dtype) if dtype is torch.int8 else matrix
-    x = numbers(rows, n_in, device=device, dtype=torch.float32, seed=1)
-    results = []
-    for narrow in (skinny.narrow, skinny.plain_narrow):
-        operand = torch.full((rows, n_in + sum(ranks)), torch.nan, device=device)
-        operand[:, ranks[0] : ranks[0] + n_in] = x
-        masks = [
-            None if name is None or MASKS[name] is None else make_mask(name, rows, device) for name in (first, second)
-        ]
-        parts = make_parts(operand, matrix, ranks, (2.0, 1.5), masks)
-        used = [part for part, name in zip(parts, (first, second), strict=True) if name]
-        narrow(operand[:, ranks[0] : ranks[0] + n_in], used)
-        results.append(operand)
-    got, expected = results
-    assert torch.equal(got.isnan(), expected.isnan()), "what is not in use is not written"
-    assert_close(got.nan_to_num(), expected.nan_to_num())
-
-
-def make_mask(name, rows, device):
-    return torch.tensor((MASKS[name] * rows)[:rows], device=device)
-
-
-@pytest.mark.parametrize("rows", [1, 6, 40])
-def test_an_adapter_that_no_row_uses_is_not_read(device, rows):
-    """It is NaN, and so would be what is made of it."""
-    matrix = numbers(15, 64, device=device, dtype=torch.float32)
-    matrix[:6] = torch.nan
-    operand = torch.ones(rows, 79, device=device)
-    unused = torch.zeros(rows, dtype=torch.bool, device=device)
-    parts = make_parts(operand, matrix, (6, 9), (1.0, 1.0), (unused, None))
-    skinny.narrow(operand[:, 6:70], parts)
-    assert (operand[:, :6] == 0).all()
-    assert operand.isfinite().all()
-
-
 @pytest.mark.parametrize("rows", range(1, skinny.VECTOR_ROWS + 1))
 @pytest.mark.parametrize(("n_out", "n_in"), [(5120, 3072), (3072, 3648), (16384, 3328), (3072, 8192), (7, 5)])
 def test_a_thread_keeps_few_sums(rows, n_out, n_in):
@@ -186,7 +123,7 @@ def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "rows"), [("bf16", 70), ("int8", 300), *product(["int4", "fp8"], [70, skinny.MOST_NARROW_ROWS + 70])]
+    ("scheme", "rows"), [("bf16", 70), ("int8", 300), *product(["int4", "fp8"], [70, narrow.MOST_ROWS + 70])]
 )
 @torch.inference_mode()
 def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):

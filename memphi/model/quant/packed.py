@@ -21,8 +21,8 @@ from memphi.model.kernels.coded import Columns, add_to, adds_at_once, sum_up
 from memphi.model.kernels.eight_bits import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
+from memphi.model.kernels.narrow import Narrow, most_rows
 from memphi.model.kernels.rounding import Bytes
-from memphi.model.kernels.skinny import Narrow, most_narrow_rows
 from memphi.model.packing import PackedLinear, Product, is_mask
 from memphi.model.quant.linears import (
     LinearOfCodes,
@@ -169,7 +169,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
                     del wide  # Or the next one would come beside it.
 
     def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
-        return self.kernels and len(operand) <= most_narrow_rows(operand.device, is_coded=True)
+        return self.kernels and len(operand) <= most_rows(operand.device, is_coded=True)
 
     def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
         """Those of one adapter or of both, beside the t that stands in an operand; None for none."""
