@@ -1,13 +1,18 @@
 """Products with matrices in few bits compile for every card that memphi names, and fit it."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from memphi.model.kernels import coded, eight_bits, four_bits, rounding
+from triton.runtime.jit import JITFunction
+
+from memphi.model.kernels import coded, eight_bits, four_bits, narrow, rounding
 from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns, sum_up
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
+from memphi.model.kernels.narrow import Narrow
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.ahead import SHARED_BYTES, compiled_for
 from tests.kernels.test_compile_skinny import RANKS, assert_fits
@@ -96,6 +101,24 @@ def test_what_adds_adapters_fits(capability, dtype):
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
     assert [made.name for made in compiled] == ["_add_to", "_add_to", "_dequantise"]
+
+
+def test_no_count_of_rows_is_compiled_anew():
+    """Of steps of prompts, whose counts hardly come twice: a compilation takes as long as several steps."""
+    y, operand = torch.empty(624, 128, dtype=torch.bfloat16), torch.empty(624, 16 + 128, dtype=torch.bfloat16)
+    a, scale = torch.empty(16, 128, dtype=torch.int8), torch.empty(1, 128, dtype=torch.bfloat16)
+    compiled, do_compile = [], JITFunction._do_compile
+
+    def compile_it(kernel, *arguments):
+        compiled.append(kernel.__name__)
+        return do_compile(kernel, *arguments)
+
+    with compiled_for((9, 0)), patch.object(JITFunction, "_do_compile", compile_it):
+        for rows in (624, 617, 601):
+            t = operand[:rows, :16]
+            narrow.narrow(operand[:rows, 16:], [Narrow(a, 2.0, None, t, scale[0, :16])])
+            coded.add_to(y[:rows], Columns(a.t().contiguous(), scale, (t,)), [None])
+    assert compiled == ["_narrow_tiles", "_add_to"]
 
 
 @pytest.mark.parametrize("scheme", MODULES)

@@ -16,6 +16,7 @@ from memphi.model.kernels.launch import (
     constexpr,
     is_available,
     jit,
+    jit_for_any,
     launch_options,
     multiprocessors,
     tl,
@@ -306,7 +307,7 @@ def add_columns(
     return sums
 
 
-@jit
+@jit_for_any("rows")
 def _add_to(
     y: Tile,
     b: Tile,

@@ -38,8 +38,16 @@ DEPENDENT_CAPABILITY = (9, 0)
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401
-    """Triton's form of a kernel, compiled at its first launch; the function as it is where there is no Triton."""
+    """Triton's form of a kernel, compiled at its first launch; the function as it is where there is no Triton.
+
+    It is compiled anew where a number becomes 1 or a multiple of 16, or is one no longer.
+    """
     return triton.jit(function) if triton else function
+
+
+def jit_for_any(*numbers: str) -> Callable[[Callable[..., Any]], Any]:
+    """The same, but whatever these are: counts that hardly come twice, as of a prompt's tokens."""
+    return functools.partial(triton.jit, do_not_specialize=numbers) if triton else lambda function: function
 
 
 def is_interpreted() -> bool:

@@ -23,6 +23,7 @@ from memphi.model.kernels.launch import (
     constexpr,
     is_available,
     jit,
+    jit_for_any,
     launch_options,
     power_of_two,
     tl,
@@ -223,7 +224,7 @@ def _narrow(
         tl.store(to + (row + number) * t_stride, values, inside & (row + number < n_rows))
 
 
-@jit
+@jit_for_any("n_rows")
 def _narrow_tiles(
     x: Tile,
     a: Tile,
