@@ -152,7 +152,8 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         columns = self._columns_of(names, operand)
         if columns is None:
             return
-        if len(masks) == len(names) and self.kernels and adds_at_once(y.device):
+        # A kernel that made every t left zeros for rows without it.
+        if len(masks) == len(names) and self._narrows_at_once(operand, masks) and adds_at_once(y.device):
             add_to(y, columns, masks)
         else:
             self._add_by_blocks(operand, products, y)
