@@ -115,13 +115,13 @@ def measure_product(
     operand, out = make(rows, columns + matrix.n_in), make(rows, matrix.n_out)
     x = operand[:, columns:]
     beside = [random_columns(matrix.n_out, operand[:, :columns]) for _ in weights]
-    expected, seconds, errors = torch.empty_like(out), dict[str, float](), [0.0]
+    expected, seconds, errors = torch.empty_like(out), dict[str, float](), dict[str, float]()
     MODULES[scheme].plain_multiply(x, *weight.buffers(), expected, beside[0])
     for name, run in ways(scheme, rows, sweep).items():
         try:
             out.zero_()
             run(x, weight, out, beside[0])
-            errors.append(error_of([out], [expected]))
+            errors[name] = error_of([out], [expected])
             launches = [partial(run, x, each, out, added) for each, added in zip(weights, beside, strict=True)]
             seconds[name] = measure(launches, device)
         except Exception as reason:  # A tiling that a card has no room for is no result.
@@ -141,7 +141,8 @@ def measure_product(
         "rows": rows,
         "bytes": n_bytes,
         "limit_microseconds": round(limit * 1e6, 3),
-        "largest_relative_error": max(errors),
+        "largest_relative_error": max(errors.values(), default=0.0),
+        "relative_errors": errors,
         "microseconds": {name: round(seconds[name] * 1e6, 3) for name in best},
     }
 
@@ -186,6 +187,8 @@ def ways(scheme: str, rows: int, sweep: bool) -> Mapping[str, Run]:
     """Ways to compute a product by name: the one that is chosen, each for few and for many rows, and every tiling."""
     module = MODULES[scheme]
     tried: dict[str, Run] = {"chosen": multiply, "kernel": partial(multiply_few, module), "many": multiply_many}
+    if scheme == "fp8":
+        tried["many slowly"] = multiply_slowly
     if sweep:
         tried |= tilings(module, rows)
     return tried
@@ -234,6 +237,17 @@ def multiply_many(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Colu
     out.addmm_(columns.t[0], wide.t())
 
 
+def multiply_slowly(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Columns | None) -> None:
+    """As `multiply_many`, where torch adds up all that it multiplies in fp32."""
+    product = torch._scaled_mm
+
+    def slowly(*factors: Tensor, use_fast_accum: bool, **options: Any) -> Tensor:  # noqa: ANN401
+        return product(*factors, use_fast_accum=False, **options)
+
+    with patch.object(torch, "_scaled_mm", slowly):
+        multiply_many(x, weight, out, columns)
+
+
 def with_block(
     module: ModuleType,
     block: tuple[int, int, int],
@@ -273,7 +287,7 @@ def compile_ahead(cases: set[tuple[str, int, int]], columns: int, sweep: bool) -
         for scheme, n_in, rows in sorted(cases)
         for beside in sorted({0, columns})
         for name in ways(scheme, rows, sweep)
-        if name not in ("chosen", "many") and not name.endswith(OTHER_PARTS)
+        if name != "chosen" and not name.startswith("many") and not name.endswith(OTHER_PARTS)
     ]
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs, chunksize=max(1, len(jobs) // (4 * WORKERS))))
