@@ -1,5 +1,6 @@
 """Products of a few rows against their definitions: every row count, ranges of columns, sizes that fill no block."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels import coded, narrow, skinny
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_interpreted
+from memphi.model.quant import packed
 from memphi.model.rows import Row
 from tests.checkpoints import tiny_model
 
@@ -140,6 +142,32 @@ def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
         used = AdapterTokens(spans)
         used.make_masks(rows, device)
         assert_close(linear(x, used), plain(x, AdapterTokens(spans)))
+
+
+@pytest.mark.parametrize(("rows", "spans", "launches"), [(70, 1, 1), (70, 2, 1), (600, 1, 0), (600, 2, 1)])
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+@torch.inference_mode()
+def test_one_adapter_of_many_rows_is_left_to_torch(device, monkeypatch, scheme, rows, spans, launches):
+    """What A makes, and what B adds to a product in e4m3; with two adapters that would be too many launches."""
+    model = tiny_model()
+    model.quantise(scheme)
+    model.keep_adapters(packed=True, merge=None)
+    model.use_kernels(True)
+    linear = model.to(device).language.layers[0].mlp.gate_up
+    names = ("vision", "speech")[:spans]
+    used = AdapterTokens(dict(zip(names, (slice(0, 20), slice(20, rows)), strict=False)))
+    used.make_masks(rows, device)
+    launched = {"narrow": 0, "add_to": 0}
+
+    def count(name, run, *arguments):
+        launched[name] += 1
+        run(*arguments)
+
+    monkeypatch.setattr(narrow, "narrow", partial(count, "narrow", narrow.narrow))
+    monkeypatch.setattr(packed, "add_to", partial(count, "add_to", packed.add_to))
+    linear(numbers(rows, linear.in_features, device=device, dtype=torch.float32), used)
+    is_added = scheme == "fp8" and rows > coded.MOST_ROWS
+    assert launched == {"narrow": launches, "add_to": launches if is_added else 0}
 
 
 def test_a_mask_of_every_kind_of_tokens(device):

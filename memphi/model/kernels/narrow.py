@@ -31,7 +31,8 @@ from memphi.model.kernels.launch import (
 from memphi.model.kernels.skinny import VECTOR_ROWS, sum_vectors
 
 MOST_ROWS = 512
-"""Beyond, torch's own products are as fast, but for an A of codes."""
+"""Beyond, torch's own products are as fast. But of two adapters' codes they have four launches for one here, and as many
+for B: too many for the host where prompts are long."""
 MOST_VECTOR_ROWS, FEW_ROWS = 32, 16
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more. An A
 in 16 bits is then read once for every VECTOR_ROWS."""
@@ -71,13 +72,13 @@ class Narrow:
 
 
 @functools.cache
-def most_rows(device: torch.device, is_coded: bool = False) -> int:
+def most_rows(device: torch.device, of_two_coded: bool = False) -> int:
     """The most rows that `narrow` is for; 0 where there are no kernels."""
     if not is_available(device):
         return 0
     if capability(device) < TENSOR_CAPABILITY:
         return MOST_VECTOR_ROWS
-    return sys.maxsize if is_coded else MOST_ROWS
+    return sys.maxsize if of_two_coded else MOST_ROWS
 
 
 def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:

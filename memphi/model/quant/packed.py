@@ -170,7 +170,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
                     del wide  # Or the next one would come beside it.
 
     def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
-        return self.kernels and len(operand) <= most_rows(operand.device, is_coded=True)
+        return self.kernels and len(operand) <= most_rows(operand.device, of_two_coded=len(masks) > 1)
 
     def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
         """Those of one adapter or of both, beside the t that stands in an operand; None for none."""
