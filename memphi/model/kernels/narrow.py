@@ -31,8 +31,8 @@ from memphi.model.kernels.launch import (
 from memphi.model.kernels.skinny import VECTOR_ROWS, sum_vectors
 
 MOST_ROWS = 512
-"""Beyond, torch's own products are as fast. But of two adapters' codes they have four launches for one here, and as many
-for B: too many for the host where prompts are long."""
+"""Beyond, torch's own products are as fast. But of two adapters' codes they have four launches for one here, and for B
+as many again, and a step of prompts takes as long as the host needs for its launches."""
 MOST_VECTOR_ROWS, FEW_ROWS = 32, 16
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more. An A
 in 16 bits is then read once for every VECTOR_ROWS."""
