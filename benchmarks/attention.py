@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.document import write_document
-from benchmarks.kernels import LARGEST_ERROR, PAGE_TOKENS, error_of, measure
+from benchmarks.launches import LARGEST_ERROR, error_of, measure
+from benchmarks.scenes import PAGE_TOKENS
 from memphi import official
 from memphi.config import LanguageConfig, ModelConfig, VisionConfig
 from memphi.model.attention.blocks import attend_blocks

@@ -14,18 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.document import write_document
-from benchmarks.kernels import (
-    Scene,
-    Sizes,
-    choose,
-    counts,
-    find_device,
-    make_parser,
-    make_scene,
-    measure,
-    qkv_width,
-)
+from benchmarks.launches import Sizes, counts, find_device, make_parser, measure
 from benchmarks.quantised_products import multiply_few, random_weight
+from benchmarks.scenes import Scene, choose, make_scene, qkv_width
 from memphi.model.kernels import four_bits
 from memphi.model.kernels.division import Tiling
 from memphi.model.quant.weights import QuantisedWeight

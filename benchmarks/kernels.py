@@ -6,17 +6,12 @@ a layer also as a chain, launched dependently and not.
 Usage: python -m benchmarks.kernels --out FILE. Without a GPU, TRITON_INTERPRET=1 tries all of it at small sizes.
 """
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -24,9 +19,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.document import write_document
-from memphi import official
+from benchmarks.launches import (
+    LARGEST_ERROR,
+    TILINGS,
+    Launch,
+    Sizes,
+    copies_of,
+    error_of,
+    find_device,
+    make_parser,
+    measure,
+    measure_bandwidth,
+)
+from benchmarks.scenes import PAGE_TOKENS, Scene, choose, layer_of, make_pool, make_scene, qkv_width, table_of
 from memphi.cache.pool import CODE_DTYPES
-from memphi.config import LanguageConfig, ModelConfig
 from memphi.memory.costs import SCALE_BYTES
 from memphi.model.kept import quantise
 from memphi.model.kernels import (
@@ -47,39 +53,7 @@ from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.division import Division, Tiling
 from memphi.model.rotary import rotary_frequencies
 
-Launch = Callable[[], None]
-
-PAGE_TOKENS = 16
 MOST_SCORED_ROWS = 256
-REPLAYS, LAUNCHES = 15, 64
-"""How often a graph is timed, and how many launches it has, where they take no longer than this."""
-GRAPH_SECONDS = 0.03
-MOST_COPIES = 64
-LARGEST_ERROR = 0.02
-"""What rounding to 16 bits explains, relative to what the definition finds."""
-TILINGS = {
-    "32x5": Tiling(4, 64, 32, 5, 4, 128, early=False),
-    "32x7": Tiling(4, 64, 32, 7, 4, 128, early=False),
-    "32x5, 2 warps": Tiling(4, 64, 32, 5, 2, None, early=False),
-    "32x5, 1 warp": Tiling(4, 64, 32, 5, 1, None, early=False),
-    "32x5, early, 1 warp": Tiling(4, 64, 32, 5, 1, None, early=True),
-    "32x3, early, 1 warp": Tiling(4, 64, 32, 3, 1, None, early=True),
-    "64x3, early, 1 warp": Tiling(4, 64, 64, 3, 1, None, early=True),
-    "64x3, early, 2 warps": Tiling(4, 64, 64, 3, 2, None, early=True),
-    "32x5, 1 warp, small units": Tiling(4, 32, 32, 5, 1, None, early=False),
-    "32x5, 1 warp, 2 programs": Tiling(2, 64, 32, 5, 1, None, early=False),
-    "32x5, 8 programs": Tiling(8, 64, 32, 5, 4, 128, early=False),
-    "64x5": Tiling(4, 64, 64, 5, 4, None, early=False),
-    "32x5, early": Tiling(4, 64, 32, 5, 4, None, early=True),
-    "32x5, early, small units": Tiling(4, 32, 32, 5, 4, None, early=True),
-    "64x3, early": Tiling(4, 64, 64, 3, 4, None, early=True),
-    "64x5, early": Tiling(4, 64, 64, 5, 4, None, early=True),
-    "64x5, early, 2 programs": Tiling(2, 64, 64, 5, 4, None, early=True),
-    "128x3, early": Tiling(4, 128, 128, 3, 8, None, early=True),
-}
-"""By keys at once and stages; four programs a multiprocessor and four warps where nothing is said."""
-
-
 NARROW_TILES = [
     *product((16,), (16,), (64, 128), (2, 3), (4, 8)),
     *product((16,), (16,), (64, 128), (2,), (16,)),
@@ -92,27 +66,6 @@ LARGE_NARROW_TILES = [*product((64, 128), (64,), (64, 128), (3, 4), (4,)), (128,
 """The same for many rows, with the inputs of all warps."""
 ADDED_TILES = [(128, 64, 64, 2, 4), (128, 64, 64, 3, 4), (128, 64, 128, 3, 4), (128, 128, 64, 3, 4), (64, 64, 64, 3, 4)]
 """Rows, outputs, columns, stages and warps of a program that adds adapters to a product."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured: the official sizes, or ones that the interpreter gets through."""
-
-    config: LanguageConfig
-    rows: tuple[int, ...]
-    """Of the kernels that know no past."""
-    lengths: Mapping[str, tuple[int, ...]]
-    """Rows of attention by name, each with as many tokens."""
-    drafts: Mapping[str, tuple[int, ...]]
-    """The same with eight new tokens each."""
-    chain: tuple[int, ...]
-    tilings: Mapping[str, Tiling]
-    """Of attention over pages, beside the one that is chosen."""
-    ranks: tuple[int, int]
-    """Of the two adapters."""
-    copied_bytes: int
-    """What the copies of a kernel's tensors take together at least: more than any card's cache."""
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -144,79 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(figure["relative_error"] < LARGEST_ERROR for figure in figures) else 1
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """With what every benchmark of kernels is told."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
-    parser.add_argument("--commit", help="the commit measured, where git cannot say")
-    return parser
-
-
-def find_device(parser: argparse.ArgumentParser) -> tuple[torch.device, Sizes]:
-    """What is there to measure on, and the sizes for it; ends the program where kernels cannot run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if obstacle := launch.why_not_available(device):
-        parser.error(f"{obstacle}; without a GPU, set TRITON_INTERPRET=1")
-    return device, official_sizes() if device.type == "cuda" else small_sizes()
-
-
-def counts(text: str) -> list[int]:
-    """For arguments: counts separated by commas."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not counts separated by commas, as 1,8,64 is")
-    return [int(part) for part in parts]
-
-
-def official_sizes() -> Sizes:
-    one_long = (100_000, *[512] * 63)
-    uneven = tuple(64 + 18 * i for i in range(64))
-    return Sizes(
-        config=ModelConfig.from_folder(official.folder()).language,
-        rows=(1, 8, 64, 256, 8192),
-        lengths={
-            **{f"1 x {n}": (n,) for n in (512, 762, 8192, 100_000)},
-            **{f"{rows} x {n}": (n,) * rows for rows, n in ((2, 640), (4, 640), (8, 1024), (16, 640))},
-            **{f"{rows} x {n}": (n,) * rows for rows, n in ((64, 576), (64, 640), (256, 576), (256, 640))},
-            "64 uneven": uneven,
-            "1 long, 63 short": one_long,
-        },
-        drafts={"1 x 2048": (2048,), "16 x 1024": (1024,) * 16},
-        chain=(1, 8, 64),
-        tilings=TILINGS,
-        ranks=(256, 320),
-        copied_bytes=256 * 2**20,
-        dtype=torch.bfloat16,
-    )
-
-
-def small_sizes() -> Sizes:
-    from tests.checkpoints import tiny_config
-
-    import_module("tests.kernels.interpreter")
-    return Sizes(
-        config=tiny_config(hidden_size=96).language,
-        rows=(1, 3, 6),
-        lengths={"1 x 20": (20,), "2 uneven": (5, 40)},
-        drafts={"1 x 20": (20,)},
-        chain=(1,),
-        tilings={"32x5, early": TILINGS["32x5, early"]},
-        ranks=(6, 9),
-        copied_bytes=2,
-        dtype=torch.float32,
-    )
-
-
-# --- timing --------------------------------------------------------------------------------------------------------
-
-
-def measure_bandwidth(device: torch.device, sizes: Sizes) -> float:
-    """Bytes a second of a large copy, those read and those written."""
-    source = torch.ones(4 * sizes.copied_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure([partial(target.copy_, source)], device)
-
-
 def measure_case(case: Case, bandwidth: float, device: torch.device) -> dict[str, Any]:
     seconds = {name: measure(launches, device) for name, launches in case.launches.items()}
     limit = case.n_bytes / bandwidth
@@ -233,38 +113,6 @@ def measure_case(case: Case, bandwidth: float, device: torch.device) -> dict[str
     }
 
 
-def measure(launches: Sequence[Launch], device: torch.device) -> float:
-    """Seconds of one launch: the median over replays of a graph of many, one after the other."""
-    started = time.perf_counter()
-    run_all(launches)
-    if device.type != "cuda":
-        return (time.perf_counter() - started) / len(launches)
-    torch.cuda.synchronize()
-    started = time.perf_counter()  # Now that all is compiled.
-    run_all(launches)
-    torch.cuda.synchronize()
-    most = int(GRAPH_SECONDS / (time.perf_counter() - started))
-    rounds = max(1, min(-(-LAUNCHES // len(launches)), most))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            run_all(launches)
-    times = []
-    for _ in range(3 + REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times[3:]) / (rounds * len(launches))
-
-
-def run_all(launches: Sequence[Launch]) -> None:
-    for run in launches:
-        run()
-
-
 @contextmanager
 def independently() -> Iterator[None]:
     """Launches in here are not dependent, whatever the card."""
@@ -272,16 +120,6 @@ def independently() -> Iterator[None]:
         launch.launch_options.cache_clear()
         yield
     launch.launch_options.cache_clear()
-
-
-def copies_of(n_bytes: int, sizes: Sizes) -> range:
-    return range(min(MOST_COPIES, max(2, -(-sizes.copied_bytes // n_bytes))))
-
-
-def error_of(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative distance; NaN where one of them has any."""
-    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True)]
-    return float(torch.stack([(f - e).norm() / e.norm().clamp(min=1e-30) for f, e in pairs]).max())
 
 
 # --- kernels that know no past ---------------------------------------------------------------------------------------
@@ -425,24 +263,6 @@ def keeping_case(rows: int, table: Sequence[Tensor], sizes: Sizes, device: torch
     )
 
 
-def table_of(rows: int, sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
-    cos, sin = (torch.rand(rows, 1, sizes.config.rotary_dim, device=device, dtype=sizes.dtype) for _ in range(2))
-    return cos, sin
-
-
-def qkv_width(config: LanguageConfig) -> int:
-    return (config.heads + 2 * config.kv_heads) * config.head_dim
-
-
-def make_pool(pages: int, layers: int, sizes: Sizes, device: torch.device) -> Tensor:
-    shape = (pages, layers, 2, PAGE_TOKENS, sizes.config.kv_heads, sizes.config.head_dim)
-    return torch.empty(shape, device=device, dtype=sizes.dtype).normal_()
-
-
-def layer_of(pool: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    return pool[:, layer, 0], pool[:, layer, 1]
-
-
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
@@ -531,49 +351,6 @@ def added_case(rows: int, n_out: int, sizes: Sizes, device: torch.device) -> Cas
 # --- attention over pages --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Rows over a pool, each layer of which is a copy."""
-
-    lengths: tuple[int, ...]
-    new_tokens: int
-    pool: Tensor
-    table: Tensor  # [rows, most pages] int32
-    qkv: Tensor
-    rotary: tuple[Tensor, Tensor]
-    out: Tensor
-    n_bytes: int
-
-    def divide(self, sizes: Sizes, tiling: Tiling) -> Division:
-        device = self.pool.device
-        made = division.make_division(sizes.config, len(self.lengths), self.new_tokens, tiling, device)
-        made.lengths.copy_(torch.tensor(self.lengths))
-        division.divide(made)
-        return made
-
-    @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [layer_of(self.pool, i) for i in range(self.pool.shape[1])]
-
-    def launches(self, made: Division) -> list[Launch]:
-        """`attend_new` over each layer."""
-        run = partial(paged.attend_new, self.qkv, *self.rotary)
-        return [partial(run, *layer, self.table, made, self.out) for layer in self.layers]
-
-
-def make_scene(lengths: tuple[int, ...], new_tokens: int, sizes: Sizes, device: torch.device) -> Scene:
-    config = sizes.config
-    counts = [-(-length // PAGE_TOKENS) for length in lengths]
-    n_bytes = sum(lengths) * 2 * config.kv_heads * config.head_dim * sizes.dtype.itemsize
-    numbers = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
-    table = torch.nn.utils.rnn.pad_sequence(list(numbers), batch_first=True).to(device)
-    tokens = len(lengths) * new_tokens
-    qkv = torch.randn(tokens, qkv_width(config), device=device, dtype=sizes.dtype)
-    out = torch.randn(tokens, config.heads, config.head_dim, device=device, dtype=sizes.dtype)
-    pool = make_pool(sum(counts), len(copies_of(n_bytes, sizes)), sizes, device)
-    return Scene(lengths, new_tokens, pool, table, qkv, table_of(tokens, sizes, device), out, n_bytes)
-
-
 def attention_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for name, lengths in sizes.lengths.items():
         yield fresh_case(name, make_scene(lengths, 1, sizes, device), sizes.tilings, sizes)
@@ -631,11 +408,6 @@ def coded_case(name: str, scene: Scene, code: torch.dtype, sizes: Sizes) -> Case
     n_bytes = sum(scene.lengths) * 2 * config.kv_heads * (config.head_dim + SCALE_BYTES)
     runs = [attend(paged.attend_new, number, scene.out) for number in range(len(kept))]
     return Case("attend_new, 8 bits", name, n_bytes, error_of([scene.out], [expected]), {"as chosen": runs})
-
-
-def choose(scene: Scene, sizes: Sizes, *, fresh: bool) -> Tiling:
-    device = scene.pool.device
-    return division.choose_tiling(len(scene.lengths), scene.new_tokens, sizes.dtype, device, fresh=fresh)
 
 
 def divide_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:

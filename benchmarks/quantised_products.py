@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.document import write_document
-from benchmarks.kernels import (
+from benchmarks.launches import (
     LARGEST_ERROR,
     Sizes,
     copies_of,
