@@ -266,8 +266,8 @@ def as_batch(scene: Scene, backend: SDPBackend) -> Tensor:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    sides = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(*sides, is_causal=True, enable_gqa=True).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def chunk_by_chunk(scene: Scene) -> Tensor:
@@ -278,10 +278,11 @@ def chunk_by_chunk(scene: Scene) -> Tensor:
         key, value = (
             kept.read(pages, query.dtype).flatten(0, 1)[: row.past + row.tokens] for kept in (scene.keys, scene.values)
         )
-        sides = (part[None].transpose(1, 2) for part in (query, key, value))
+        q, k, v = (part[None].transpose(1, 2) for part in (query, key, value))
         mask = causal_lower_right(len(query), len(key))
         with sdpa_kernel(ANY_LENGTH):
-            outputs.append(F.scaled_dot_product_attention(*sides, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            outputs.append(found[0].transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.document import write_document
-from benchmarks.launches import Sizes, counts, find_device, make_parser, measure
+from benchmarks.launches import Launch, Sizes, counts, find_device, make_parser, measure
 from benchmarks.quantised_products import multiply_few, random_weight
 from benchmarks.scenes import Scene, choose, make_scene, qkv_width
 from memphi.model.kernels import four_bits
@@ -87,7 +87,7 @@ def measure_layers(scene: Scene, layers: Sequence[Layer], sizes: Sizes, tiling: 
     x, y = torch.randn(2, len(scene.lengths), sizes.config.hidden_size, device=scene.pool.device, dtype=sizes.dtype)
     attentions = scene.launches(scene.divide(sizes, tiling)) if tiling else [lambda: None]
 
-    def run(layer: Layer, attend: Callable[[], None]) -> None:
+    def run(layer: Layer, attend: Launch) -> None:
         before, after = layer
         multiply_few(four_bits, x, before, scene.qkv, None)
         attend()

@@ -22,7 +22,7 @@ def main() -> int:
     print(f"{'frames':>8}{'convolution':>14}{'input MiB':>11}{'output':>9}{'beside':>9}")
     for frames in FRAMES:
         x = torch.randn(1, 1, frames, config.mel_bins, device="cuda", dtype=torch.bfloat16)
-        stages = [("first", layers.first)]
+        stages: list[tuple[str, torch.nn.Module]] = [("first", layers.first)]
         for i, pair in enumerate(zip(layers.depthwise, layers.pointwise, strict=True)):
             stages += [(f"depthwise {i}", pair[0]), (f"pointwise {i}", pair[1])]
         for name, convolution in stages:

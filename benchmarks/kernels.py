@@ -235,7 +235,7 @@ def rotary_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield keeping_case(rows, found, sizes, device)
 
 
-def keeping_case(rows: int, table: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Case:
+def keeping_case(rows: int, table: tuple[Tensor, Tensor], sizes: Sizes, device: torch.device) -> Case:
     """Tokens of one row over pages out of order, as in prefill."""
     config = sizes.config
     pages = -(-rows // PAGE_TOKENS)

@@ -21,7 +21,7 @@ from memphi.config import LanguageConfig, ModelConfig
 from memphi.model.kernels import launch
 from memphi.model.kernels.division import Tiling
 
-Launch = Callable[[], None]
+Launch = Callable[[], object]
 
 REPLAYS, LAUNCHES = 15, 64
 """How often a graph is timed, and how many launches it has, where they take no longer than this."""
@@ -167,7 +167,7 @@ def measure(launches: Sequence[Launch], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times[3:]) / (rounds * len(launches))
+    return float(statistics.median(times[3:])) / (rounds * len(launches))
 
 
 def run_all(launches: Sequence[Launch]) -> None:

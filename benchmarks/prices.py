@@ -34,7 +34,7 @@ from memphi.memory.devices import DeviceFacts
 from memphi.memory.monitor import SLACK_BYTES, SLACK_SHARE
 from memphi.memory.plan import MemoryPlan
 from memphi.memory.planner import make_plan
-from memphi.model.attention import SdpaAttention
+from memphi.model.attention.sdpa import SdpaAttention
 from memphi.model.phi4mm import Phi4MM
 
 BLOCK_BYTES, SEGMENT_BYTES, LARGE_BYTES = 512, 2 * MIB, 10 * MIB
@@ -50,7 +50,7 @@ class Peak(TorchDispatchMode):
     """Bytes of the storages alive at once on the meta device, of those that came into being inside."""
 
     def __init__(self, known: list[Tensor] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self._known = {tensor.untyped_storage()._cdata for tensor in known or ()}
         self._alive: dict[int, int] = {}
         self.bytes = 0
@@ -102,7 +102,8 @@ class Kernels:
             out = _result(query)
             del mask
             return out
-        _needed = _flash_room(*query.shape[:3], query.shape[3], key.shape[2], query.device)
+        batch, heads, tokens, head_dim = query.shape
+        _needed = _flash_room(batch, heads, tokens, head_dim, key.shape[2], query.device)
         return _result(query)
 
 

@@ -12,12 +12,12 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest.mock import patch
 
 import torch
@@ -32,8 +32,9 @@ from memphi.checkpoint.quantisation import CALIBRATED
 from memphi.config import CacheFormat, Scheme
 from memphi.memory import costs
 from memphi.memory.costs import LOADING_TOKENS
-from memphi.model.attention import SdpaAttention
+from memphi.model.attention.sdpa import SdpaAttention
 from memphi.model.kept import CODE_LIMITS, dequantise, quantise
+from memphi.model.language import DecoderLayer
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.quant import calibration, weights
 from memphi.model.quant.calibration import LEAST_SCALE, Affine, choose_codes, fit, half_quadratic, nearest, stored
@@ -128,7 +129,7 @@ def read_scales(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[
     """Other ways to scale keys and values."""
     model = source.model(torch.float32)
     for name, rule in scale_rules().items():
-        for layer in model.language.layers:
+        for layer in cast(Iterable[DecoderLayer], model.language.layers):
             layer.attention.attention = RoundedAttention(rule)
         yield name, read(model, windows, None)
 
@@ -148,7 +149,7 @@ def scale_rules() -> dict[str, Round]:
 
 def read_schemes(source: SmolLM, windows: Sequence[list[int]]) -> Iterator[tuple[str, Reading]]:
     """Weights under every scheme, the embedding in int8 beside each; and all that the smallest card gets."""
-    for scheme in WEIGHTS:
+    for scheme in cast(Iterable[Scheme], WEIGHTS):
         model = source.model(torch.float32)
         model.quantise(scheme)
         yield f"weights {scheme}{', by themselves' if scheme == 'int4' else ''}", read(model, windows, "plain")
@@ -187,7 +188,7 @@ def calibrated(source: SmolLM, scheme: Scheme) -> Phi4MM:
     examples = shown(source, model, EXAMPLE_TOKENS)
     made = {
         f"language.layers.{number}.{linear.name}.weight": linear.weight
-        for number, layer in enumerate(model.language.layers)
+        for number, layer in enumerate(cast(Iterable[DecoderLayer], model.language.layers))
         for linear in examples.quantise(layer, WEIGHTS[scheme])
     }
     return quantised_as(source, scheme, made)
@@ -198,7 +199,7 @@ def loaded(source: SmolLM) -> Phi4MM:
     """The model in int4 as it is made while loading."""
     model, made = source.model(torch.float32), dict[str, QuantisedWeight]()
     examples = shown(source, model, LOADING_TOKENS)
-    for number, layer in enumerate(model.language.layers):
+    for number, layer in enumerate(cast(Iterable[DecoderLayer], model.language.layers)):
         for name, linear in adapted_linears(layer).items():
             weight, matrix = WEIGHTS["int4"](linear.out_features, linear.in_features), linear.weight
             made[f"language.layers.{number}.{name}.weight"] = weight

@@ -168,6 +168,7 @@ def random_weight(scheme: str, n_out: int, n_in: int, device: torch.device) -> Q
             weight.codes.view(torch.uint8).random_(0, 120)
             weight.scale.uniform_(0.004 / n_in**0.5, 0.008 / n_in**0.5)
         else:
+            assert isinstance(weight, Int8Weight)
             weight.codes.random_(-127, 128)
             weight.scale.uniform_(0.01 / n_in**0.5, 0.02 / n_in**0.5)
     weight.kernels = True
@@ -241,8 +242,8 @@ def multiply_slowly(x: Tensor, weight: QuantisedWeight, out: Tensor, columns: Co
     """As `multiply_many`, where torch adds up all that it multiplies in fp32."""
     product = torch._scaled_mm
 
-    def slowly(*factors: Tensor, use_fast_accum: bool, **options: Any) -> Tensor:  # noqa: ANN401
-        return product(*factors, use_fast_accum=False, **options)
+    def slowly(*factors: Any, **options: Any) -> Tensor:  # noqa: ANN401
+        return product(*factors, **{**options, "use_fast_accum": False})
 
     with patch.object(torch, "_scaled_mm", slowly):
         multiply_many(x, weight, out, columns)

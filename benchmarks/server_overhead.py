@@ -120,7 +120,10 @@ def compare(engine: ServedEngine, sizes: Sizes) -> dict[str, Any]:
     endless = Endless(engine)
     settings = ServerSettings("model", limits=Limits(key_requests=2 * sizes.streams))
     with listening(make_app(endless, settings)) as port:
-        ways = {"direct": lambda few: take(endless, few), "http": lambda few: fetch(port.url, few)}
+        ways: dict[str, Callable[[Sizes], Run]] = {
+            "direct": lambda few: take(endless, few),
+            "http": lambda few: fetch(port.url, few),
+        }
         for way in ways.values():  # Steps of every number of rows that there will be get their graphs and kernels now.
             way(sizes)
         runs = {name: list[Run]() for name in ways}

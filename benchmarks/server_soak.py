@@ -325,9 +325,9 @@ class _Soak:
             assert time.perf_counter() < end, f"left when all clients are gone: {left}"
             await asyncio.sleep(0.05)
         assert not self.weather.trouble, self.weather.trouble
-        cancelled, left = self.engine.stats.ended["cancelled"], self.left.total()
+        cancelled, gone = self.engine.stats.ended["cancelled"], self.left.total()
         # Some leave when all has been sent, and some before anything was begun.
-        assert cancelled >= left // 2, f"{left} clients left, and the engine went on but for {cancelled} requests"
+        assert cancelled >= gone // 2, f"{gone} clients left, and the engine went on but for {cancelled} requests"
         refused = self.refused.total() + self.ended["in part"]
         assert self.weather.refusals >= refused, f"{refused} are refused, the engine gave up {self.weather.refusals}"
 

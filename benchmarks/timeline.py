@@ -46,7 +46,7 @@ class Mark:
 
     def until(self, other: "Mark") -> float:
         """Seconds from this one to another; both have come."""
-        if self._event is None:
+        if self._event is None or other._event is None:
             return other._noted - self._noted
         return float(self._event.elapsed_time(other._event)) / 1000
 

@@ -38,7 +38,7 @@ REPORT_NAME = "quantisation.json"
 BUFFER_BYTES = 128 * 2**20
 """Host memory that a run takes at most beyond torch, whatever the size of a layer: what files are read through, and a
 piece of a weight as it is quantised. What calibration takes beside it lies on the device (`costs.calibrating`)."""
-CALIBRATED = ("int4", "fp8")
+CALIBRATED: tuple[Scheme, ...] = ("int4", "fp8")
 """Schemes under which the decoder's codes are fitted to example texts; int8 loses too little to need it."""
 _PROGRESS_NAME = "progress.json"
 _COPIED_BYTES = 4 * 2**20
