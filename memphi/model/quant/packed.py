@@ -6,7 +6,7 @@
 
 A product with adapters is the base's, and t B^T of the columns in use: by one kernel for few rows. For many a block of
 the base is made 16 bits again with those columns beside it, as `PackedLinear` has them always. Where the base is
-multiplied as it is, a second product adds the adapters, and y is read, written and rounded once more.
+multiplied as it is, another pass adds the adapters, and y is read, written and rounded once more.
 """
 
 from collections.abc import Callable, Collection, Sequence
