@@ -160,18 +160,21 @@ class PackedLinear(AdaptedLinear):
 
         Zeros for a product's tokens that do not use the adapter.
         """
-        names = [name for name in self.adapters if name in adapter_tokens]
-        masks = [tokens for name in names if is_mask(tokens := adapter_tokens.mask(name))]
-        if names and len(masks) == len(names) and self._narrows_at_once(operand, masks):
-            parts = [self._part(operand, name, mask) for name, mask in zip(names, masks, strict=True)]
-            narrow.narrow(self.x_of(operand), parts)
+        if masks := self._masks_at_once(operand, adapter_tokens):
+            narrow.narrow(self.x_of(operand), [self._part(operand, *each) for each in masks.items()])
             return
         for product in products:
             for name in product.names:
                 self._narrow_plainly(operand, name, adapter_tokens[name], product.span)
 
+    def _masks_at_once(self, operand: Tensor, adapter_tokens: AdapterTokens) -> dict[str, Tensor | None]:
+        """Masks of the adapters in use, where one launch makes every t, and zeros for tokens without it; else none."""
+        used = [(name, adapter_tokens.mask(name)) for name in self.adapters if name in adapter_tokens]
+        masks = {name: tokens for name, tokens in used if _is_mask(tokens)}
+        return masks if len(masks) == len(used) and self._narrows_at_once(operand, list(masks.values())) else {}
+
     def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
-        """Whether a kernel makes every t of tokens in masks."""
+        """Whether a kernel does so for these."""
         if not (self.kernels and len(operand) <= narrow.most_rows(operand.device)):
             return False
         # What all of many tokens use, torch's own product makes at less expense of the host.
@@ -232,7 +235,7 @@ def _length(span: slice) -> int:
     return int(span.stop) - int(span.start)
 
 
-def is_mask(tokens: Uses) -> TypeGuard[Tensor | None]:
+def _is_mask(tokens: Uses) -> TypeGuard[Tensor | None]:
     """Whether these are the tokens of a mask, or all."""
     return tokens is None or (isinstance(tokens, Tensor) and tokens.dtype is torch.bool)
 

@@ -107,18 +107,22 @@ def test_the_language_model_computes_the_same_by_kernels(device, name):
     assert_close(got, plain(ids, rows, logits_at=range(len(ids))), products=9)
 
 
+def mlp_of(scheme, device, is_packed):
+    """A layer's MLP under a scheme: as it is defined, or packed and through the kernels."""
+    model = tiny_model()
+    model.quantise(scheme)
+    if is_packed:
+        model.keep_adapters(packed=True, merge=None)
+        model.use_kernels(True)
+    return model.to(device).language.layers[0].mlp
+
+
 @pytest.mark.parametrize("scheme", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 8, 20, 70])
 @torch.inference_mode()
 def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
     """What a captured step has: adapters that are in use, and masks of the rows that use them."""
-    plain, packed = tiny_model(), tiny_model()
-    plain.quantise(scheme)
-    packed.quantise(scheme)
-    plain = plain.to(device).language.layers[0].mlp.down
-    packed.keep_adapters(packed=True, merge=None)
-    packed.use_kernels(True)
-    linear = packed.to(device).language.layers[0].mlp.down
+    plain, linear = (mlp_of(scheme, device, is_packed).down for is_packed in (False, True))
     x = numbers(rows, 72, device=device, dtype=torch.float32)
     for used in map(AdapterTokens, adapter_sets(rows, device)):
         assert_close(linear(x, used), plain(x, used))
@@ -130,13 +134,7 @@ def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
 @torch.inference_mode()
 def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
     """What a step of prompts has: adapters whose tokens stand side by side, and masks made of that."""
-    plain, packed = tiny_model(), tiny_model()
-    plain.quantise(scheme)
-    packed.quantise(scheme)
-    plain = plain.to(device).language.layers[0].mlp.gate_up
-    packed.keep_adapters(packed=True, merge=None)
-    packed.use_kernels(True)
-    linear = packed.to(device).language.layers[0].mlp.gate_up
+    plain, linear = (mlp_of(scheme, device, is_packed).gate_up for is_packed in (False, True))
     x, half = numbers(rows, linear.in_features, device=device, dtype=torch.float32), rows // 2
     for spans in ({"vision": slice(3, half), "speech": slice(half, rows - 1)}, {"speech": slice(0, 9)}):
         used = AdapterTokens(spans)
@@ -149,11 +147,7 @@ def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
 @torch.inference_mode()
 def test_one_adapter_of_many_rows_is_left_to_torch(device, monkeypatch, scheme, rows, spans, launches):
     """What A makes, and what B adds to a product in e4m3; with two adapters that would be too many launches."""
-    model = tiny_model()
-    model.quantise(scheme)
-    model.keep_adapters(packed=True, merge=None)
-    model.use_kernels(True)
-    linear = model.to(device).language.layers[0].mlp.gate_up
+    linear = mlp_of(scheme, device, is_packed=True).gate_up
     names = ("vision", "speech")[:spans]
     used = AdapterTokens(dict(zip(names, (slice(0, 20), slice(20, rows)), strict=False)))
     used.make_masks(rows, device)

@@ -345,18 +345,9 @@ def _add_to(
         tl.extra.cuda.gdc_wait()
     if begin < end:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+        sums = tl.zeros([block_out, block_rows], tl.float32)
         sums = add_columns(
-            *(
-                tl.zeros([block_out, block_rows], tl.float32),
-                b,
-                first_scales,
-                last_scales,
-                t,
-                b_stride,
-                t_stride,
-                border,
-                gap,
-            ),
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
             *(outs, inside, numbers, exists, begin, end, block_ranks, ranks, block_ranks),
         )
         # Asked for before, what is there would take the registers of another program.

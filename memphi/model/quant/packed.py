@@ -23,7 +23,7 @@ from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
 from memphi.model.kernels.narrow import Narrow, most_rows
 from memphi.model.kernels.rounding import Bytes
-from memphi.model.packing import PackedLinear, Product, is_mask
+from memphi.model.packing import PackedLinear, Product
 from memphi.model.quant.linears import (
     LinearOfCodes,
     QuantisedAdaptedLinear,
@@ -147,14 +147,10 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         self, operand: Tensor, adapter_tokens: AdapterTokens, products: Sequence[Product], y: Tensor
     ) -> None:
         """y += t B^T of the adapters in use."""
-        names = [name for name in self.adapters if name in adapter_tokens]
-        masks = [tokens for name in names if is_mask(tokens := adapter_tokens.mask(name))]
-        columns = self._columns_of(names, operand)
-        if columns is None:
-            return
-        # A kernel that made every t left zeros for rows without it.
-        if len(masks) == len(names) and self._narrows_at_once(operand, masks) and adds_at_once(y.device):
-            add_to(y, columns, masks)
+        masks = self._masks_at_once(operand, adapter_tokens)
+        columns = self._columns_of(masks, operand)
+        if columns is not None and adds_at_once(y.device):
+            add_to(y, columns, list(masks.values()))
         else:
             self._add_by_blocks(operand, products, y)
 
