@@ -32,6 +32,20 @@ def test_gate_equals_its_definition(device, rows, size, dtype, seed):
     assert_rounded_alike(out, expected, steps=16 if dtype == torch.float32 else 2)  # Another exponential.
 
 
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_gated_may_come_in_parts(device, dtype, in_bytes):
+    """They are summed in fp32, one after another, and rounded once."""
+    found = strided(normal(3 * 5, 2 * 700, dtype=torch.float32, device=device, seed=0)).unflatten(0, (3, 5))
+    out, expected = (torch.empty(5, 700, dtype=dtype, device=device) for _ in range(2))
+    made, plain = (room_in_e4m3(5, 700, out) if in_bytes else None for _ in range(2))
+    plain_gate(found, expected, plain)
+    gate(found, out, made)
+    assert_rounded_alike(out, expected, steps=16 if dtype == torch.float32 else 2)
+    if in_bytes:
+        assert_near_bytes(made, plain)
+
+
 @pytest.mark.parametrize("room", [room_in_e4m3, room_in_two_bytes])
 @pytest.mark.parametrize("rows", [5, 64])
 def test_what_gates_let_through_is_there_in_bytes_too(device, room, rows):

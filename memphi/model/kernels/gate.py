@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
 from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 BLOCK, WARPS = 1024, 4
@@ -16,8 +18,11 @@ def plain_gate(gate_up: Tensor, out: Tensor | None, made: Bytes | None = None) -
     """out = up * silu(gate), both rounded as they arise, and made is filled with it; either may be missing; the
     definition.
 
-    gate_up [rows, 2 * size], the gate first; out [rows, size]; each row contiguous.
+    gate_up [rows, 2 * size], the gate first; out [rows, size]; each row contiguous. gate_up may be in parts [parts,
+    rows, 2 * size], which are summed and rounded first, as out is; it is there then.
     """
+    if gate_up.ndim > 2:
+        gate_up = gate_up.sum(0).to(cast(Tensor, out).dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     opened = up * F.silu(gate)
     if out is not None:
@@ -28,16 +33,19 @@ def plain_gate(gate_up: Tensor, out: Tensor | None, made: Bytes | None = None) -
 
 def gate(gate_up: Tensor, out: Tensor | None, made: Bytes | None = None) -> None:
     """As `plain_gate`, one program for each block of a row; for all of it where there is room for bytes."""
-    rows, size = len(gate_up), gate_up.shape[1] // 2
-    block, warps = (BLOCK, WARPS) if made is None else (power_of_two(size), ROW_WARPS)
-    room, strides, n_bytes = byte_arguments(gate_up, made)
-    target = gate_up if out is None else out
+    both = gate_up if gate_up.ndim > 2 else gate_up[None]
+    parts, rows, size = len(both), both.shape[1], both.shape[2] // 2
+    assert parts == 1 or out is not None
+    block, warps = (BLOCK, WARPS) if made is None else (power_of_two(size), warps_of_row(rows, ROW_WARPS))
+    room, strides, n_bytes = byte_arguments(both, made)
+    target = both[0] if out is None else out
     _gate[(rows, -(-size // block))](
-        *(gate_up, target, *room, gate_up.stride(0), target.stride(0), *strides),
+        *(both, target, *room, both.stride(0), both.stride(1), target.stride(0), *strides),
         size=size,
         has_out=out is not None,
         n_bytes=n_bytes,
         block=block,
+        parts=parts,
         num_warps=warps,
         **launch_options(gate_up.device),
     )
@@ -49,6 +57,7 @@ def _gate(
     out: Tile,
     codes: Tile,
     scale: Tile,
+    part_stride: Tile,
     gate_up_stride: Tile,
     out_stride: Tile,
     codes_stride: Tile,
@@ -57,6 +66,7 @@ def _gate(
     has_out: constexpr,
     n_bytes: constexpr,
     block: constexpr,
+    parts: constexpr,
     dependent: constexpr,
 ) -> None:
     if dependent:
@@ -65,8 +75,13 @@ def _gate(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < size
-    gates = tl.load(gate_up + row * gate_up_stride + columns, inside, other=0)
-    ups = tl.load(gate_up + row * gate_up_stride + size + columns, inside, other=0)
+    gate_up += row * gate_up_stride + columns
+    gates, ups = tl.load(gate_up, inside, other=0), tl.load(gate_up + size, inside, other=0)
+    for part in tl.static_range(1, parts):
+        gates += tl.load(gate_up + part * part_stride, inside, other=0)
+        ups += tl.load(gate_up + part * part_stride + size, inside, other=0)
+    if parts > 1:
+        gates, ups = gates.to(out.dtype.element_ty), ups.to(out.dtype.element_ty)
     opened = open_gate(gates, ups)
     if has_out:
         tl.store(out + row * out_stride + columns, opened, inside)

@@ -33,6 +33,8 @@ E4M3_CAPABILITY = (8, 9)
 """Since when cards, and Triton for them, know floats of 8 bits."""
 ROOMY_CAPABILITY = ((9, 0), (10, 0))
 """Where a program may have 227 KiB of a multiprocessor's own memory, and so more of a matrix under way at once."""
+FEW_ROWS, MOST_WARPS = 256, 32
+"""Up to so many rows, the most that were tried, more warps took less on an H200: norms of 64 rows half as long."""
 DEPENDENT_CAPABILITY = (9, 0)
 """Since when a kernel may start while the one before it still runs (programmatic dependent launch)."""
 
@@ -113,6 +115,11 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 def multiprocessors(device: torch.device) -> int:
     """How many programs a device works on side by side; a small number in the interpreter, so that few are tried."""
     return 4 if is_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warps_of_row(rows: int, usual: int) -> int:
+    """Warps of a program that has a row to itself: few rows leave a card idle, so they get as many as there may be."""
+    return MOST_WARPS if rows <= FEW_ROWS else usual
 
 
 def power_of_two(number: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
 from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 WARPS = 8
@@ -46,7 +46,7 @@ def add_norm(
         n_bytes=n_bytes,
         block=power_of_two(size),
         parts=0 if delta is None else len(added),
-        num_warps=WARPS,
+        num_warps=warps_of_row(rows, WARPS),
         **launch_options(x.device),
     )
 

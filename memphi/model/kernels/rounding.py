@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
 
 WARPS = 8
 LARGEST, LEAST_SCALE = 448.0, 1e-30
@@ -75,7 +75,7 @@ def round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
         *(x, codes.view(torch.uint8), scale, x.stride(0), codes.stride(0)),
         size=size,
         block=power_of_two(size),
-        num_warps=WARPS,
+        num_warps=warps_of_row(rows, WARPS),
         **launch_options(x.device),
     )
 
@@ -118,7 +118,7 @@ def split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
         *(x, codes, scale, x.stride(0), codes.stride(0)),
         size=size,
         block=power_of_two(size),
-        num_warps=WARPS,
+        num_warps=warps_of_row(rows, WARPS),
         **launch_options(x.device),
     )
 

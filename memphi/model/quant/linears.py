@@ -101,7 +101,7 @@ class QuantisedAdaptedLinear(LinearOfCodes):
         if self.base_weight.gates(operand) and not adapter_tokens:
             self.base_weight.multiply_gated(operand, out, None)
         else:
-            gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+            gate(self.apply_in_parts(operand, adapter_tokens, both, in_bytes), out, made)
 
     def follow(
         self,

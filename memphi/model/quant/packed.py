@@ -121,7 +121,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
     ) -> None:
         products, x, weight = self._products(adapter_tokens, len(operand)), self.x_of(operand), self.base_weight
         if not (weight.gates(x) and len(products) == 1):
-            gate(self.apply_to(operand, adapter_tokens, both, in_bytes), out, made)
+            gate(self.apply_in_parts(operand, adapter_tokens, both, in_bytes), out, made)
             return
         self._narrow(operand, adapter_tokens, products)
         weight.multiply_gated(x, out, self._columns_of(products[0].names, operand))
