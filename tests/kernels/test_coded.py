@@ -217,7 +217,8 @@ def test_parts_are_summed_one_after_another(device):
 def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
     monkeypatch.setattr(coded, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(four_bits, "multiprocessors", lambda device: 132)
-    assert [coded.choose_parts(blocks, device) for blocks in (24, 48, 80, 98, 99, 128, 500)] == [8, 4, 3, 2, 1, 1, 1]
+    assert [coded.choose_parts(blocks, 8192, device) for blocks in (24, 48, 80, 132, 133, 500)] == [10, 5, 3, 2, 1, 1]
+    assert [coded.choose_parts(48, inputs, device) for inputs in (100, 768, 3072, 3840, 8192)] == [1, 1, 4, 5, 5]
     assert [four_bits.choose_parts(blocks, device) for blocks in (24, 40, 128, 500)] == [5, 3, 1, 1]
 
 

@@ -19,6 +19,7 @@ from memphi.model.kernels.launch import (
     jit_for_any,
     launch_options,
     multiprocessors,
+    power_of_two,
     tl,
 )
 
@@ -31,6 +32,10 @@ BLOCK_ROWS = 16, 64
 ADDED_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 32, 2, 4)
 """Rows, outputs, columns, stages and warps of a program that adds adapters to a product of many rows; and the same of
 numbers of 32 bits."""
+LEAST_SHARE = 768
+"""Inputs of a part, where a product is divided."""
+FETCHED_BYTES = 128
+"""What a card's cache fetches at once."""
 SUMMED_BLOCK = 1024
 """Outputs whose parts a program sums."""
 
@@ -99,11 +104,10 @@ def most_rows(device: torch.device, most: int = MOST_ROWS) -> int:
     return most if capability(device) >= TENSOR_CAPABILITY else VECTOR_ROWS
 
 
-def choose_parts(blocks: int, device: torch.device) -> int:
-    """Into how many parts inputs are divided where so many blocks leave a card's multiprocessors idle: so many that
-    some have two, which was the best on an H200 (80 and 48 blocks in 3 and 4 parts)."""
-    programs = multiprocessors(device)
-    return 1 if 4 * blocks >= 3 * programs else -(-7 * programs // (5 * blocks))
+def choose_parts(blocks: int, n_in: int, device: torch.device) -> int:
+    """Into how many parts of LEAST_SHARE inputs or more they are divided where so many blocks leave a card's
+    multiprocessors idle, of which each has room for two programs: the best on an H200."""
+    return max(min(2 * multiprocessors(device) // blocks, n_in // LEAST_SHARE), 1)
 
 
 def adds_at_once(device: torch.device) -> bool:
@@ -138,6 +142,11 @@ def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
         num_stages=stages,
         **launch_options(y.device),
     )
+
+
+def fetches_of(width: int) -> int:
+    """Into how many blocks, a power of two, a line of so many bytes is parted to be fetched."""
+    return power_of_two(-(-width // FETCHED_BYTES))
 
 
 def room_for_parts(out: Tensor, parts: int) -> Tensor:
@@ -192,6 +201,15 @@ def _sum_parts(
 
 
 @jit
+def fetch_lines(lines: Tile, stride: Tile, numbers: Tile, count: Tile, width: constexpr, block: constexpr) -> None:
+    """Have the card's cache fetch lines of so many bytes, by their numbers, in `fetches_of` each; for what is beyond
+    the last of them."""
+    places = tl.minimum(tl.arange(0, block) * 128, width - 1)
+    at = lines + tl.minimum(numbers, count - 1).to(tl.int64)[:, None] * stride + places[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@jit
 def load_columns(
     codes: Tile, stride: Tile, outs: Tile, inside: Tile, start: Tile, ranks: constexpr, block: constexpr
 ) -> Tile:
@@ -234,14 +252,14 @@ def load_rows(
 ) -> Tile:
     """Some columns of rows: [numbers, columns]."""
     places = x + numbers.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    return tl.load(places, exists[:, None] & inside[None, :], other=0, cache_modifier=cache)
+    return tl.load(places, exists[:, None] & inside[None, :], other=0.0, cache_modifier=cache)
 
 
 @jit
 def load_block(codes: Tile, inside: Tile, places: Tile, width: constexpr) -> Tile:
     """A block of codes, of lines as wide as given: read once in a step, so the cache need not keep them."""
     exists = inside[:, None] & (places < width)[None, :]
-    return tl.load(codes + places[None, :], exists, other=0, eviction_policy="evict_first")
+    return tl.load(codes + places[None, :], exists, other=0.0, eviction_policy="evict_first")
 
 
 @jit

@@ -16,6 +16,8 @@ from memphi.model.kernels.coded import (
     add_product,
     choose_parts,
     column_arguments,
+    fetch_lines,
+    fetches_of,
     load_block,
     load_columns,
     load_piece,
@@ -64,6 +66,9 @@ HEAD_BLOCK_OF_WORDS, HEAD_OUT = (4, 512, 1), 100_000
 CODES_A_WORD = 4
 COLUMNS_BLOCK = 64
 """Adapters' columns at once on tensor cores; in 32 bits half as many."""
+APART_ROWS = 64
+"""Up to so many rows adapters' columns are a part of their own, if there are not WIDE_OUT outputs, so that no other
+waits for what makes t."""
 WIDE_OUT = 8192
 """From so many outputs on, a program has twice as many of them where rows are many."""
 MOST_ROWS = 256
@@ -174,11 +179,15 @@ def _launch_tiles(
         make_bytes(x, made)
     in_bytes = made is not None and (not is_e4m3 or capability(x.device) >= E4M3_CAPABILITY)
     values, steps = (x, scale) if made is None else (made.codes, made.scale)
-    values, codes = (values.view(torch.uint8), codes.view(torch.uint8)) if is_e4m3 else (values, codes)
+    if is_e4m3 and not in_bytes:
+        values, codes = values.view(torch.uint8), codes.view(torch.uint8)
     block_rows = block_of_rows(rows)
     blocks, row_blocks = -(-n_out // block_out), -(-rows // block_rows)
-    share = share_of(n_in, block_in, choose_parts(blocks * row_blocks, x.device))
-    found = room_for_parts(out, -(-n_in // share))
+    share = share_of(n_in, block_in, choose_parts(blocks * row_blocks, n_in, x.device))
+    # What was made just now is waited for; and copies of whole blocks alone are wide enough to pass over a cache.
+    beside = made is given and ranks > 0 and n_in % block_in == 0
+    apart = beside and rows <= APART_ROWS and n_out < WIDE_OUT
+    found = room_for_parts(out, -(-n_in // share) + apart)
     _multiply_tiles[(row_blocks, blocks, len(found))](
         *(values, steps, codes, scale, *added, found),
         *(values.stride(-2), *places, found.stride(0), found.stride(1), n_out, rows, share),
@@ -186,8 +195,9 @@ def _launch_tiles(
         ranks=ranks,
         is_e4m3=is_e4m3,
         in_bytes=in_bytes,
-        # What was made just now is waited for; and copies of whole blocks alone are wide enough to pass over a cache.
-        beside=made is given and ranks > 0 and n_in % block_in == 0,
+        beside=beside,
+        apart=apart,
+        fetches=fetches_of(max(ranks, 1)),
         block_rows=block_rows,
         block_out=block_out,
         block_in=block_in,
@@ -230,10 +240,10 @@ def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int], is_e4
     if itemsize > 2 and not is_e4m3:
         return (128, 64, 4, 8) if n_out >= WIDE_OUT and rows > BLOCK_ROWS[0] else (64, 64, 4, 4)
     if rows <= (32 if is_e4m3 else 16):
-        return 64, 256, 5 if is_e4m3 else 4, 4
-    if n_out >= WIDE_OUT:
-        return (128, 256, 4, 8) if is_e4m3 else (128, 128, 5, 8)
-    return (64, 256, 3, 4) if is_e4m3 else (64, 128, 4, 4)
+        return (64, 256, 4, 4) if not is_e4m3 else (64, 256, 3, 4) if n_out < WIDE_OUT else (64, 128, 5, 4)
+    if is_e4m3:
+        return 64, 128, 5, 4
+    return (128, 128, 5, 8) if n_out >= WIDE_OUT else (64, 128, 4, 4)
 
 
 @jit
@@ -491,6 +501,8 @@ def _multiply_tiles(
     is_e4m3: constexpr,
     in_bytes: constexpr,
     beside: constexpr,
+    apart: constexpr,
+    fetches: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_in: constexpr,
@@ -502,12 +514,58 @@ def _multiply_tiles(
     numbers = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     outs = tl.program_id(1) * block_out + tl.arange(0, block_out)
     part, inside, exists = tl.program_id(2), outs < n_out, numbers < rows
+    is_last = part == tl.num_programs(2) - 1
+    if dependent and beside and is_last:
+        fetch_lines(b, b_stride, outs, n_out, ranks, fetches)
+    if apart and is_last:
+        sums = tl.zeros([block_out, block_rows], tl.float32)
+    else:
+        sums = _sum_tiles(
+            *(x, steps, codes, scale, x_stride, numbers, exists, outs, inside, part, rows, share),
+            *(n_in, is_e4m3, in_bytes, beside, block_rows, block_out, block_in, dependent and not beside),
+        )
+    if ranks > 0 and is_last:
+        if dependent and beside:
+            tl.extra.cuda.gdc_wait()  # What makes t runs beside this until here, and beside all other parts.
+        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
+        sums = add_columns(
+            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
+            *(outs, inside, numbers, exists, 0, ranks, block_ranks, ranks, block_ranks),
+        )
+    out += part.to(tl.int64) * part_stride
+    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
+
+
+@jit
+def _sum_tiles(
+    x: Tile,
+    steps: Tile,
+    codes: Tile,
+    scale: Tile,
+    x_stride: Tile,
+    numbers: Tile,
+    exists: Tile,
+    outs: Tile,
+    inside: Tile,
+    part: Tile,
+    rows: Tile,
+    share: Tile,
+    n_in: constexpr,
+    is_e4m3: constexpr,
+    in_bytes: constexpr,
+    beside: constexpr,
+    block_rows: constexpr,
+    block_out: constexpr,
+    block_in: constexpr,
+    waits: constexpr,
+) -> Tile:
+    """The products of rows with outputs by a part of the inputs: [outs, rows]."""
     places = part * share + tl.arange(0, block_in)
     codes += outs.to(tl.int64)[:, None] * n_in
     c = load_block(codes, inside, places, n_in)
     scales = tl.load(scale + outs, inside, other=0).to(tl.float32)
     cache: constexpr = ".cg" if beside else ""
-    if dependent and not beside:
+    if waits:
         tl.extra.cuda.gdc_wait()
     upper = tl.zeros([block_out, block_rows], tl.int32 if in_bytes and not is_e4m3 else tl.float32)
     lower, half = upper, rows * x_stride
@@ -524,21 +582,10 @@ def _multiply_tiles(
     if in_bytes and not is_e4m3:
         sums = upper.to(tl.float32) * 256.0 + lower.to(tl.float32)
     sums *= scales[:, None]
-    if dependent and beside:
-        tl.extra.cuda.gdc_wait()  # What makes t ran beside this until here.
     if in_bytes or is_e4m3:
         of_rows = tl.load(steps + numbers, exists, other=0) * (1.0 if in_bytes else 65536.0)
         sums *= of_rows[None, :]
-    if ranks > 0 and (is_e4m3 or part == 0):  # In int8 all of them took less in one part than divided.
-        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-        own, parts = (part, tl.num_programs(2)) if is_e4m3 else (0, 1)
-        begin, step = own * block_ranks, parts * block_ranks
-        sums = add_columns(
-            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, begin, ranks, step, ranks, block_ranks),
-        )
-    out += part.to(tl.int64) * part_stride
-    store_tile(sums, out, out_stride, outs, inside, numbers, exists)
+    return sums
 
 
 @jit
@@ -560,7 +607,6 @@ def _add_codes(
     """Sums, and the products of a block of codes with rows: as numbers of 16 or 32 bits, or byte by byte."""
     values = load_rows(x, x_stride, numbers, exists, places, places < n_in, cache)
     if is_e4m3 and in_bytes:
-        c, values = c.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
         upper = tl.dot(c, tl.trans(values), upper, max_num_imprecise_acc=128)
     elif in_bytes:
         upper = tl.dot(c, tl.trans(values), upper, out_dtype=tl.int32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memphi.model.kernels.coded import load_rows
+from memphi.model.kernels.coded import fetch_lines, fetches_of, load_rows
 from memphi.model.kernels.eight_bits import plain_dequantise
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
@@ -125,6 +125,7 @@ def narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
             block_out=block_out,
             block_in=block_in,
             splits=1 if rows > MOST_ROWS else warps,
+            fetches=fetches_of(n_in),
             num_stages=stages,
             num_warps=warps,
             **options,
@@ -250,6 +251,7 @@ def _narrow_tiles(
     block_out: constexpr,
     block_in: constexpr,
     splits: constexpr,
+    fetches: constexpr,
     dependent: constexpr,
 ) -> None:
     """Where rows are few, each warp multiplies inputs of its own: there are few programs, and a matrix is long.
@@ -265,6 +267,8 @@ def _narrow_tiles(
     first = tl.load(first_uses + rows, exists, other=0).to(tl.int32) if first_masked else ones
     last = tl.load(last_uses + rows, exists, other=0).to(tl.int32) if last_masked else ones
     uses = tl.where(is_first[None, :], first[:, None], last[:, None]) > 0  # [block_rows, block_out]
+    if dependent and is_coded and splits > 1:
+        fetch_lines(a, a_stride, outs, n_out, n_in, fetches)
     if dependent:
         tl.extra.cuda.gdc_wait()
         if is_coded:
