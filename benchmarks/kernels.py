@@ -397,7 +397,7 @@ def coded_case(name: str, scene: Scene, code: torch.dtype, sizes: Sizes) -> Case
     config, expected = sizes.config, torch.empty_like(scene.out)
     layers = [quantise(layer, code) for layer in scene.pool.unbind(1)]
     kept = [(*numbers.unbind(1), scales.movedim(1, -1).contiguous()) for numbers, scales in layers]
-    made = scene.divide(sizes, choose(scene, sizes, fresh=True))
+    made = scene.divide(sizes, choose(scene, sizes, fresh=True, in_codes=True))
 
     def attend(run: Callable[..., None], number: int, out: Tensor) -> Launch:
         keys, values, scales = kept[number]

@@ -57,9 +57,9 @@ def make_scene(lengths: tuple[int, ...], new_tokens: int, sizes: Sizes, device: 
     return Scene(lengths, new_tokens, pool, table, qkv, table_of(tokens, sizes, device), out, n_bytes)
 
 
-def choose(scene: Scene, sizes: Sizes, *, fresh: bool) -> Tiling:
-    device = scene.pool.device
-    return division.choose_tiling(len(scene.lengths), scene.new_tokens, sizes.dtype, device, fresh=fresh)
+def choose(scene: Scene, sizes: Sizes, *, fresh: bool, in_codes: bool = False) -> Tiling:
+    rows, device = len(scene.lengths), scene.pool.device
+    return division.choose_tiling(rows, scene.new_tokens, sizes.dtype, device, fresh=fresh, in_codes=in_codes)
 
 
 def table_of(rows: int, sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:

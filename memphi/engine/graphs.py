@@ -163,7 +163,7 @@ class Graphs:
 
     def _hold(self) -> _Held:
         if self._held is None:
-            buffers = Buffers(self._model.language, self._most_rows, self._most_pages, self._pool.page_tokens)
+            buffers = Buffers(self._model.language, self._pool, self._most_rows, self._most_pages)
             self._held = _Held(buffers)
         return self._held
 

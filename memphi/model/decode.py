@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.choice import choose, pieces_of
-from memphi.model.kernels.division import Division, choose_tiling, divide, make_division, units_of
+from memphi.model.kernels.division import Division, Tiling, choose_tiling, divide, make_division, units_of
 from memphi.model.kernels.norm import add_norm
 from memphi.model.kernels.paged import attend_new
 from memphi.model.kernels.rotary import tabulate
@@ -119,22 +119,23 @@ class Buffers:
     A kernel that has been started early waits before it writes, so each tensor may be used again and again in a step.
     """
 
-    def __init__(self, model: LanguageModel, rows: int, most_pages: int, page_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, pool: KeyValuePool, rows: int, most_pages: int) -> None:
         config, weight = model.config, model.norm.weight
         dtype, device = weight.dtype, weight.device
+        self._in_codes = pool.scales(0) is not None
         first = cast(DecoderLayer, model.layers[0])
 
         def room(*shape: int) -> Tensor:
             return torch.empty((rows, *shape), dtype=dtype, device=device)
 
         self.rows = rows
-        self.inputs = Inputs(rows, most_pages, page_tokens, device)
-        tilings = [choose_tiling(count, 1, dtype, device, fresh=True) for count in range(1, rows + 1)]
+        self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
+        self.inputs = Inputs(rows, most_pages, pool.page_tokens, device)
+        tilings = [self._tiling(count) for count in range(1, rows + 1)]
         units = max(units_of(tiling, count, config.kv_heads, device) for count, tiling in enumerate(tilings, 1))
         self.division = make_division(config, rows, 1, tilings[-1], device, units)
         self.frequencies = rotary_frequencies(config, device)
         self.cos, self.sin = room(1, config.rotary_dim), room(1, config.rotary_dim)
-        self.x, self.delta = room(config.hidden_size), room(config.hidden_size)
         # The inputs of the linears, of which all but one are as wide as the model, with room for adapters.
         self.operand, self.inner = room(first.mlp.gate_up.width), room(first.mlp.down.width)
         self.qkv = room(first.attention.qkv.out_features)
@@ -146,9 +147,8 @@ class Buffers:
 
     def division_of(self, rows: int) -> Division:
         """The division of a step of so many rows."""
-        whole, weight = self.division, self.x
-        tiling = choose_tiling(rows, 1, weight.dtype, weight.device, fresh=True)
-        units = units_of(tiling, rows, whole.sums.shape[1], weight.device)
+        whole, tiling = self.division, self._tiling(rows)
+        units = units_of(tiling, rows, whole.sums.shape[1], whole.sums.device)
         return replace(
             whole,
             lengths=self.inputs.lengths[:rows],
@@ -158,6 +158,10 @@ class Buffers:
             arrived=whole.arrived[:rows],
             tiling=tiling,
         )
+
+    def _tiling(self, rows: int) -> Tiling:
+        x = self.x
+        return choose_tiling(rows, 1, x.dtype, x.device, fresh=True, in_codes=self._in_codes)
 
 
 class DecodeStep:
@@ -230,7 +234,7 @@ class DecodeStep:
         attention, norm = layer.attention, layer.attention_norm
         in_bytes = attention.qkv.room_for_bytes(self._rows, x, self._uses)
         add_norm(x, delta, norm.weight, norm.eps, attention.qkv.x_of(operand), in_bytes)
-        attention.qkv.apply_to(operand, self._uses, qkv, in_bytes)
+        qkv = attention.qkv.apply_in_parts(operand, self._uses, qkv, in_bytes)
         heads = attention.out.x_of(operand).unflatten(1, (-1, attention.head_dim))
         pages, scales = self._pool.layer(number), self._pool.scales(number)
         attend_new(qkv, *rotary, *pages, self._buffers.inputs.table, self._division, heads, scales)

@@ -100,7 +100,7 @@ def assert_equal_steps(device, model, rows, fillers=0, buffers=None, cache_forma
     ids = [(7 * i + 3) % model.config.language.vocab_size for i in range(len(rows))]
     expected, expected_pages = defined(model, filled_pool(model, device, cache_format), rows, ids)
     pool = filled_pool(model, device, cache_format)
-    buffers = buffers or Buffers(model.language, len(rows) + fillers, MOST_PAGES, PAGE_TOKENS)
+    buffers = buffers or Buffers(model.language, pool, len(rows) + fillers, MOST_PAGES)
     step = DecodeStep(model.language, pool, buffers, len(rows) + fillers, used(rows))
     step.fill(rows, ids)
     found = step.run()
@@ -145,7 +145,7 @@ def test_rows_in_bytes(device, scheme, name):
     rows, model = make_rows(8, SETS[name]), make_model(device, scheme=scheme, dtype=torch.bfloat16)
     exact, _ = defined(wide := model_in_fp32(model), filled_pool(wide, device), rows, ids := list(range(8)))
     plain, _ = defined(model, pool := filled_pool(model, device), rows, ids)
-    step = DecodeStep(model.language, pool, Buffers(model.language, 8, MOST_PAGES, PAGE_TOKENS), 8, used(rows))
+    step = DecodeStep(model.language, pool, Buffers(model.language, pool, 8, MOST_PAGES), 8, used(rows))
     step.fill(rows, ids)
     errors = [((each.float() - exact).norm() / exact.norm()).item() for each in (step.run(), plain)]
     assert errors[0] < 1.2 * errors[1] < 0.2
@@ -180,7 +180,7 @@ def test_beyond_the_rows_of_the_skinny_products(device):
 @torch.inference_mode()
 def test_rows_that_fill_up_a_step_change_nothing(device, name):
     model = make_model(device)
-    buffers = Buffers(model.language, 8, MOST_PAGES, PAGE_TOKENS)
+    buffers = Buffers(model.language, filled_pool(model, device), 8, MOST_PAGES)
     assert_equal_steps(device, model, make_rows(5, SETS[name]), 3, buffers)  # Leaves its numbers in the buffers.
     assert_equal_steps(device, model, make_rows(3, SETS[name]), 1, buffers)
     assert_equal_steps(device, model, make_rows(1, SETS[name]), 0, buffers)
@@ -191,7 +191,7 @@ def test_a_step_of_nothing_but_fillers_writes_nothing(device):
     model = make_model(device)
     pool = filled_pool(model, device)
     before = whole(model, pool)
-    step = DecodeStep(model.language, pool, Buffers(model.language, 4, MOST_PAGES, PAGE_TOKENS), 4, ["speech"])
+    step = DecodeStep(model.language, pool, Buffers(model.language, pool, 4, MOST_PAGES), 4, ["speech"])
     step.chosen.fill_(7)
     step.fill([], [])
     assert step.run().isfinite().all()
@@ -211,7 +211,7 @@ def test_an_answer_grows_token_by_token(device):
     model = make_model(device)
     language, pages = model.language, (7, 3, 9)
     pools = [filled_pool(model, device) for _ in range(2)]
-    step = DecodeStep(language, pools[0], Buffers(language, 1, MOST_PAGES, PAGE_TOKENS), 1, ["vision"])
+    step = DecodeStep(language, pools[0], Buffers(language, pools[0], 1, MOST_PAGES), 1, ["vision"])
     chosen = [[5], [5]]
     for past in range(14, 18):
         row = Row(1, past, "vision", False, pages)
@@ -226,7 +226,8 @@ def test_ids_go_from_step_to_step_without_the_host(device):
     """Rows go, move to other places and come, and each goes on from what was chosen for it; some ids never are."""
     model, size = make_model(device), tiny_config().language.vocab_size
     forbidden = torch.arange(size, device=device) % 3 == 0
-    rows, buffers, pool = make_rows(3), Buffers(model.language, 2, MOST_PAGES, PAGE_TOKENS), filled_pool(model, device)
+    rows, pool = make_rows(3), filled_pool(model, device)
+    buffers = Buffers(model.language, pool, 2, MOST_PAGES)
     expected, answers = filled_pool(model, device), {0: [5], 1: [6], 2: [7]}
     before: list[int] = []
     for served in ([0, 1], [1], [2, 1]):
@@ -274,9 +275,9 @@ def test_the_engine_answers_the_same_through_the_kernels(lively, monkeypatch):
 
 def test_what_graphs_take_is_priced(lively):
     assert costs.PIECE_SCORES == BLOCK
-    language = lively.config.language
+    language, pool = lively.config.language, filled_pool(lively, lively.device)
     for rows, tokens in ((1, 8192), (8, 8192), (64, 1000)):
-        buffers = Buffers(lively.language, rows, -(-tokens // PAGE_TOKENS), PAGE_TOKENS)
+        buffers = Buffers(lively.language, pool, rows, -(-tokens // PAGE_TOKENS))
         storages = [tensor.untyped_storage() for tensor in _tensors(buffers) + _tensors(buffers.inputs)]
         # What is staged on the host for a GPU is none of its memory.
         found = {s.data_ptr(): s.nbytes() for s in storages if s.device == lively.device}

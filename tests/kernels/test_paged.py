@@ -141,6 +141,30 @@ def test_attend_new_equals_its_definition(device, rows, dtype, seed, tiling, gro
     assert_near(expected, exact, steps=32 if dtype == torch.float32 else 4, scale=1.0)
 
 
+@pytest.mark.parametrize("code", [None, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_in_parts_is_summed_and_rounded_once(device, dtype, code):
+    """What is kept and what comes out are those of the sum."""
+    scene = make_scene([0, 16, 33, 1], 1, dtype, device, 0, fresh=True)
+    parts = strided(normal(3 * 4, scene.qkv.shape[1], dtype=torch.float32, device=device, seed=5)).unflatten(0, (3, 4))
+    pools, outs = [], []
+    for qkv in ((parts[0] + parts[1] + parts[2]).to(dtype), parts):
+        numbers, scales = coded(scene.pool, code) if code else (scene.pool.clone(), None)
+        layer = numbers[:, 1, 0], numbers[:, 1, 1]
+        divide(scene.division)
+        outs.append(scene.out())
+        where = scene.table, scene.division, outs[-1], None if scales is None else scales[:, 1]
+        attend_new(qkv, *scene.rotary, *layer, *where)
+        pools.append(numbers.float().nan_to_num())
+    assert torch.equal(*pools)
+    assert torch.equal(*outs)
+    expected = scene.out()
+    numbers, scales = coded(scene.pool, code) if code else (scene.pool.clone(), None)
+    where = scene.table, scene.division, expected, None if scales is None else scales[:, 1]
+    plain_attend_new(parts, *scene.rotary, numbers[:, 1, 0], numbers[:, 1, 1], *where)
+    assert_near(outs[0], expected, steps=64 if dtype == torch.float32 else 8, scale=1.0)
+
+
 @FEW
 @given(
     rows=lengths_and_new(),

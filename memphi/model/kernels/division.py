@@ -29,7 +29,7 @@ UNIT_FIELDS = 8
 how many it has; the row's length; two that fill up."""
 FEW_ROWS, SOME_ROWS = 16, 64
 """Up to FEW_ROWS units are small, since a step waits for what a program does one thing after another. Beyond them
-units are as few as all run at once. Up to SOME_ROWS programs read their first keys before the queries are there."""
+units are as few as all run at once. Beyond SOME_ROWS codes go through one warp each."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,27 @@ class Division:
     tiling: Tiling
 
 
-def choose_tiling(rows: int, new_tokens: int, dtype: torch.dtype, device: torch.device, *, fresh: bool) -> Tiling:
-    """The tiling for a card; small where there are no tensor cores for the numbers, since registers have to hold it."""
+def choose_tiling(
+    rows: int, new_tokens: int, dtype: torch.dtype, device: torch.device, *, fresh: bool, in_codes: bool = False
+) -> Tiling:
+    """The tiling for a card; small where there are no tensor cores for the numbers, since registers have to hold it.
+
+    in_codes: keys and values are kept in 8 bits. The best that were measured on an H200.
+    """
     if dtype == torch.float32 or capability(device) < TENSOR_CAPABILITY:
         return Tiling(programs=4, unit_tokens=64, tokens=16, stages=3, warps=8, registers=None, early=False)
-    if fresh and rows == 1:
+    if not fresh:
+        registers = 128 if new_tokens == 1 else None
+        return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=4, registers=registers, early=False)
+    if in_codes and rows <= FEW_ROWS:
+        return Tiling(programs=2, unit_tokens=128, tokens=128, stages=3, warps=4, registers=None, early=True, parts=64)
+    if in_codes and rows > SOME_ROWS:
+        return Tiling(programs=4, unit_tokens=64, tokens=32, stages=3, warps=1, registers=None, early=True, parts=64)
+    if rows == 1:
         return Tiling(programs=3, unit_tokens=32, tokens=32, stages=3, warps=4, registers=None, early=True, parts=128)
-    if fresh and rows <= FEW_ROWS:
+    if rows <= FEW_ROWS:
         return Tiling(programs=4, unit_tokens=32, tokens=32, stages=3, warps=2, registers=None, early=True, parts=64)
-    if fresh and rows <= SOME_ROWS:
-        return Tiling(programs=2, unit_tokens=64, tokens=32, stages=3, warps=2, registers=None, early=True, parts=64)
-    registers = 128 if new_tokens == 1 else None
-    return Tiling(programs=4, unit_tokens=64, tokens=32, stages=5, warps=4, registers=registers, early=False)
+    return Tiling(programs=2, unit_tokens=64, tokens=64, stages=3, warps=2, registers=None, early=True, parts=64)
 
 
 def make_division(

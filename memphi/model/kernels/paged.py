@@ -11,10 +11,23 @@ from torch import Tensor
 
 from memphi.model.attention.eager import EagerAttention
 from memphi.model.kept import kept_layer
-from memphi.model.kernels.codes import as_bytes, as_words, code_limit, decode, encode, join, split
+from memphi.model.kernels.codes import (
+    PIECES,
+    as_bytes,
+    as_words,
+    code_limit,
+    decode,
+    encode,
+    join,
+    joined,
+    part,
+    piece,
+    split,
+    widening,
+)
 from memphi.model.kernels.division import UNIT_FIELDS, Division
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
-from memphi.model.kernels.rotary import load_rotated, plain_rotate_and_keep
+from memphi.model.kernels.rotary import load_parts, load_rotated, plain_rotate_and_keep
 
 LEAST_BLOCK = 16
 """The smallest side of a matrix product on tensor cores."""
@@ -79,8 +92,11 @@ def plain_attend_new(
 ) -> None:
     """`plain_rotate_and_keep`, then `plain_attend`: a layer's attention from one product to the next; the definition.
 
-    qkv [rows, (heads + 2 * kv_heads) * head_dim], one new token of each row; cos and sin as `tabulate` makes them.
+    qkv [rows, (heads + 2 * kv_heads) * head_dim], one new token of each row, or in parts [parts, rows, ...], which are
+    summed and rounded first; cos and sin as `tabulate` makes them.
     """
+    if qkv.ndim > 2:
+        qkv = qkv.sum(0).to(cos.dtype)
     positions, page_tokens = division.lengths.long() - 1, keys.shape[1]
     places = positions.clamp(min=0)
     pages = torch.where(positions < 0, -1, table.long().gather(1, (places // page_tokens)[:, None])[:, 0])
@@ -120,14 +136,15 @@ def _launch(
     assert (scales is None) == (code_limit(keys) == 0)
     assert rotary is None or division.new_tokens == 1
     units, kv_heads, queries, head_dim = division.sums.shape
-    tiling = division.tiling
+    tiling, limit = division.tiling, code_limit(keys)
     cos, sin = rotary or (query, query)
+    parts, part_stride = (len(query), query.stride(0)) if query.ndim > 2 and rotary else (1, 0)
     words = table if scales is None else as_words(scales)
     _attend[(kv_heads, units)](
         *(query, cos, sin, as_bytes(keys), as_bytes(values), words, table, division.units),
         *(division.sums, division.weights, division.arrived, out),
-        *(query.stride(0), keys.stride(0), keys.stride(1), words.stride(0), words.stride(1)),
-        *(table.stride(0), out.stride(0)),
+        *(part_stride, query.stride(-2 if rotary else 0), keys.stride(0), keys.stride(1)),
+        *(words.stride(0), words.stride(1), table.stride(0), out.stride(0)),
         head_dim**-0.5 * LOG2_E,
         new_tokens=division.new_tokens,
         queries=queries,
@@ -135,14 +152,16 @@ def _launch(
         head_dim=head_dim,
         half=cos.shape[-1] // 2 if rotary else 0,
         page_tokens=keys.shape[1],
-        limit=code_limit(keys),
+        limit=limit,
         query_block=max(LEAST_BLOCK, power_of_two(queries)),
         token_block=tiling.tokens,
-        dim_block=max(LEAST_BLOCK, power_of_two(head_dim)),
+        dim_block=max(LEAST_BLOCK * (PIECES if limit else 1), power_of_two(head_dim)),
         few_block=power_of_two(queries),
         part_block=max(1, tiling.parts // power_of_two(queries)),
         least_block=LEAST_BLOCK,
         fields=UNIT_FIELDS,
+        assembler=widening(keys, out),
+        query_parts=parts,
         fresh=rotary is not None,
         early=tiling.early and rotary is not None,  # Other new keys may not be there yet.
         num_warps=tiling.warps,
@@ -176,7 +195,6 @@ def _load_both(
     tokens: Tile,
     inside: Tile,
     dims: Tile,
-    like: Tile,
     page_stride: Tile,
     place_stride: Tile,
     word_page_stride: Tile,
@@ -185,14 +203,21 @@ def _load_both(
     page_tokens: constexpr,
     limit: constexpr,
 ) -> Tile:
-    """Keys and values [tokens, dims] of tokens of a row, as numbers like the queries."""
+    """Keys and values [tokens, dims] of tokens of a row as they are kept, codes in words [tokens, words]; and the word
+    of each token's scales, if any."""
     places = _place(row_pages, tokens, inside, page_stride, place_stride, page_tokens)
-    k, v = _load(keys, places, inside, dims, head_dim), _load(values, places, inside, dims, head_dim)
+    scales = places
     if limit:
+        keys, values, places = _as_words(keys), _as_words(values), places // 4
         at = _place(row_pages, tokens, inside, word_page_stride, word_place_stride, page_tokens)
-        key_scales, value_scales = split(tl.load(words + at, inside, other=0))
-        k, v = decode(k, key_scales, like, limit), decode(v, value_scales, like, limit)
-    return k, v
+        scales = tl.load(words + at, inside, other=0)
+    width: constexpr = head_dim // 4 if limit else head_dim
+    return _load(keys, places, inside, dims, width), _load(values, places, inside, dims, width), scales
+
+
+@jit
+def _as_words(codes: Tile) -> Tile:
+    return codes.to(tl.pointer_type(tl.int32))
 
 
 @jit
@@ -204,14 +229,16 @@ def _load_turned(
     heads: Tile,
     exists: Tile,
     dims: Tile,
+    part_stride: Tile,
     stride: Tile,
     head_dim: constexpr,
     half: constexpr,
+    parts: constexpr,
 ) -> Tile:
     """One head of each of some tokens of the qkv product [tokens, dims], turned."""
     source = qkv + tokens[:, None] * stride + (heads * head_dim)[:, None] + dims[None, :]
     turns = tokens[:, None] * (2 * half) + dims[None, :]
-    return load_rotated(source, exists, cos + turns, sin + turns, dims[None, :], half)
+    return load_rotated(source, exists, cos + turns, sin + turns, dims[None, :], half, part_stride, parts)
 
 
 @jit
@@ -227,15 +254,45 @@ def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile, least: constexp
 
 
 @jit
-def _absorb(q: Tile, k: Tile, v: Tile, seen: Tile, scale: Tile, peaks: Tile, totals: Tile, sums: Tile) -> Tile:
-    """Softmax as it goes: the largest scores, the totals and sums of values relative to them, with k and v taken in."""
-    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+def _absorb(
+    q: Tile,
+    k: Tile,
+    v: Tile,
+    words: Tile,
+    seen: Tile,
+    scale: Tile,
+    peaks: Tile,
+    totals: Tile,
+    sums: Tile,
+    limit: constexpr,
+    assembler: constexpr,
+) -> Tile:
+    """Softmax as it goes: the largest scores, the totals and sums of values relative to them, with k and v taken in.
+
+    q and sums are in pieces. Codes are multiplied as they are: their scales are scores' and weights'.
+    """
+    scores = tl.dot(q[0], piece(tl.trans(k), 0, q[0], limit, assembler), input_precision="ieee")
+    for number in tl.static_range(1, len(q)):
+        widened = piece(tl.trans(k), number, q[0], limit, assembler)
+        scores = tl.dot(q[number], widened, scores, input_precision="ieee")
+    scores *= scale
+    if limit:
+        key_scales, value_scales = split(words)
+        scores *= key_scales[None, :]
+    scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(peaks, tl.max(scores, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(peaks - base)
-    added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return higher, totals * fade + tl.sum(weights, 1), sums * fade[:, None] + added
+    totals = totals * fade + tl.sum(weights, 1)
+    if limit:
+        weights *= value_scales[None, :]
+    shares, found = weights.to(q[0].dtype), ()
+    for number in tl.static_range(len(sums)):
+        widened = piece(v, number, q[0], limit, assembler)
+        added = tl.dot(shares, widened, sums[number] * fade[:, None], input_precision="ieee")
+        found = found + (added,)  # type: ignore[assignment]  # noqa: RUF005
+    return higher, totals, found
 
 
 @jit
@@ -378,6 +435,7 @@ def _attend(
     part_weights: Tile,
     arrived: Tile,
     out: Tile,
+    part_stride: Tile,
     query_stride: Tile,
     page_stride: Tile,
     place_stride: Tile,
@@ -400,6 +458,8 @@ def _attend(
     part_block: constexpr,
     least_block: constexpr,
     fields: constexpr,
+    assembler: constexpr,
+    query_parts: constexpr,
     fresh: constexpr,
     early: constexpr,
     dependent: constexpr,
@@ -414,6 +474,7 @@ def _attend(
     if row < 0:
         return
     dims, asked, steps = tl.arange(0, dim_block), tl.arange(0, query_block), tl.arange(0, token_block)
+    kept_dims = tl.arange(0, dim_block // 4 if limit else dim_block)
     row_pages = table + row * table_stride
     keys += head * head_dim
     values += head * head_dim
@@ -425,9 +486,9 @@ def _attend(
     # fmt: off
     if early:
         inside = first + steps < end
-        early_k, early_v = _load_both(keys, values, words, row_pages, first + steps, inside, dims, query,
-                                      page_stride, place_stride, word_page_stride, word_place_stride,
-                                      head_dim, page_tokens, limit)
+        early_k, early_v, early_words = _load_both(keys, values, words, row_pages, first + steps, inside, kept_dims,
+                                                   page_stride, place_stride, word_page_stride, word_place_stride,
+                                                   head_dim, page_tokens, limit)
         # Or the compiler would put the keys where tensor cores read them before it asks for the values.
         early_k, early_v = tl.where(inside[:, None], early_k, 0), tl.where(inside[:, None], early_v, 0)
     # fmt: on
@@ -439,29 +500,36 @@ def _attend(
     tokens, heads = row * new_tokens + new, head * group + asked % group
     exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
     if fresh:
-        q = _load_turned(query, cos, sin, tokens, heads, exists, dims, query_stride, head_dim, half)
+        # fmt: off
+        q = _load_turned(query, cos, sin, tokens, heads, exists, dims, part_stride, query_stride, head_dim, half,
+                         query_parts)
         one = tl.zeros([1], tl.int64)
         lines, heads = row + one, kv_heads * group + head + one
         there = has_new & (dims < head_dim)[None, :]
-        new_k = _load_turned(query, cos, sin, lines, heads, there, dims, query_stride, head_dim, half)
+        new_k = _load_turned(query, cos, sin, lines, heads, there, dims, part_stride, query_stride, head_dim, half,
+                             query_parts)
+        # fmt: on
         source = query + lines[:, None] * query_stride + ((kv_heads + heads) * head_dim)[:, None]
-        new_v = tl.load(source + dims[None, :], there, other=0)
+        new_v = load_parts(source + dims[None, :], there, part_stride, query_parts, cos.dtype.element_ty)
         kept_k, kept_v = new_k, new_v
         if limit:  # A new token too is seen as it is kept.
             kept_k, key_scales = encode(new_k, limit)
             kept_v, value_scales = encode(new_v, limit)
-            new_k = decode(kept_k, key_scales.to(tl.float32), query, limit)
-            new_v = decode(kept_v, value_scales.to(tl.float32), query, limit)
+            new_k = decode(kept_k, key_scales.to(tl.float32), cos, limit)
+            new_v = decode(kept_v, value_scales.to(tl.float32), cos, limit)
         peaks, totals, sums = _begin(q, new_k, new_v, has_new, scale, least_block)
     else:
         source = query + tokens * query_stride + heads * head_dim
         q = tl.load(source[:, None] + dims[None, :], exists, other=0)
         peaks = tl.full([query_block], float("-inf"), tl.float32)
         totals, sums = tl.zeros([query_block], tl.float32), tl.zeros([query_block, dim_block], tl.float32)
+    q, sums = part(q, limit), part(sums, limit)
     last = tl.minimum(length - new_tokens + new, end - 1)  # The last key in pages that each query sees in this unit.
     if early:
         seen = (first + steps)[None, :] <= last[:, None]
-        peaks, totals, sums = _absorb(q, early_k, early_v, seen, scale, peaks, totals, sums)
+        peaks, totals, sums = _absorb(
+            q, early_k, early_v, early_words, seen, scale, peaks, totals, sums, limit, assembler
+        )
         first += token_block
     if fresh:  # noqa: SIM102 (one is decided when the kernel is compiled)
         if has_new:  # Nobody in this launch reads it there, and what was asked for early comes first.
@@ -473,11 +541,12 @@ def _attend(
     for start in range(first, end, token_block):
         inside = start + steps < end
         # fmt: off
-        k, v = _load_both(keys, values, words, row_pages, start + steps, inside, dims, query, page_stride, place_stride,
-                          word_page_stride, word_place_stride, head_dim, page_tokens, limit)
+        k, v, scales = _load_both(keys, values, words, row_pages, start + steps, inside, kept_dims, page_stride,
+                                  place_stride, word_page_stride, word_place_stride, head_dim, page_tokens, limit)
         # fmt: on
         seen = (start + steps)[None, :] <= last[:, None]
-        peaks, totals, sums = _absorb(q, k, v, seen, scale, peaks, totals, sums)
+        peaks, totals, sums = _absorb(q, k, v, scales, seen, scale, peaks, totals, sums, limit, assembler)
+    sums = joined(sums, limit)
     own, target = arrived + row * kv_heads + head, out + row * new_tokens * out_stride
     # fmt: off
     _finish(target, part_sums, part_weights, own, unit, head, first_unit, count, peaks, totals, sums, dims, out_stride,

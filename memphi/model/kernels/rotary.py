@@ -117,15 +117,34 @@ def _tabulate(
 
 
 @jit
-def load_rotated(source: Tile, inside: Tile, cos: Tile, sin: Tile, dims: Tile, half: constexpr) -> Tile:
+def load_parts(source: Tile, inside: Tile, part_stride: Tile, parts: constexpr, dtype: constexpr) -> Tile:
+    """What stands there in parts, summed and rounded."""
+    values = tl.load(source, inside, other=0)
+    for part in tl.static_range(1, parts):
+        values += tl.load(source + part * part_stride, inside, other=0)
+    return values.to(dtype)
+
+
+@jit
+def load_rotated(
+    source: Tile,
+    inside: Tile,
+    cos: Tile,
+    sin: Tile,
+    dims: Tile,
+    half: constexpr,
+    part_stride: Tile,
+    parts: constexpr,
+) -> Tile:
     """Heads turned by their token's cosines and sines, every product rounded as in `rotate`.
 
     source: pointers to the components of heads, `dims` within their head; cos and sin: pointers to the same components
     of a token's table; inside: which of them exist.
     """
     turned = inside & (dims < 2 * half)
-    values = tl.load(source, inside, other=0)
-    partners = tl.load(source + tl.where(dims < half, half, -half), turned, other=0).to(tl.float32)
+    dtype: constexpr = cos.dtype.element_ty
+    values = load_parts(source, inside, part_stride, parts, dtype)
+    partners = load_parts(source + tl.where(dims < half, half, -half), turned, part_stride, parts, dtype).to(tl.float32)
     cosines = tl.where(turned, tl.load(cos, turned, other=0).to(tl.float32), 1.0)
     sines = tl.load(sin, turned, other=0).to(tl.float32) * tl.where(dims < half, -1.0, 1.0)
     straight = (values.to(tl.float32) * cosines).to(values.dtype).to(tl.float32)
@@ -169,14 +188,14 @@ def _rotate_and_keep(
     table = token * 2 * half + dims + heads * 0
     turns = inside & (dims < 2 * half)
     if part < group:
-        turned = load_rotated(source, turns, cos + table, sin + table, dims, half)
+        turned = load_rotated(source, turns, cos + table, sin + table, dims, half, 0, 1)
         tl.debug_barrier()  # Other threads' partners are read before they are replaced.
         tl.store(source, turned, turns)
     else:
         page = tl.load(token_pages + token).to(tl.int64)
         offset = tl.load(token_offsets + token).to(tl.int32)
         if part == group:
-            new = load_rotated(source, inside, cos + table, sin + table, dims, half)
+            new = load_rotated(source, inside, cos + table, sin + table, dims, half, 0, 1)
             tl.debug_barrier()
             if not limit:
                 tl.store(source, new, turns)
