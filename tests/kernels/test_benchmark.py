@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import between, kernels, products, quantised_products
+from benchmarks import between, kernels, products, quantised_products, steps
 from memphi.model.kernels import eight_bits, four_bits
 
 
@@ -89,3 +89,19 @@ def test_rows_that_are_no_counts_are_told_in_a_sentence(tmp_path, capsys, rows):
         between.main(["--out", str(out), f"--rows={rows}"])
     assert "counts separated by commas" in (told := capsys.readouterr().err) or "1 or more" in told
     assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the sizes are the official ones")
+def test_steps_are_measured_whole_and_without_each_part(tmp_path):
+    out = tmp_path / "steps.json"
+    options = ["--commit", "none", "--rows", "3", "--tokens", "20", "--schemes", "int8", "--cache-format", "int8"]
+    assert steps.main(["--out", str(out), *options]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert [figure["adapters"] for figure in figures] == list(steps.SETS)
+    assert all(
+        figure["milliseconds"] > 0 and set(figure["added_milliseconds"]) == set(steps.PARTS) for figure in figures
+    )
+
+
+def test_every_part_of_a_step_is_called_from_where_the_benchmark_leaves_it_out():
+    assert all(callable(getattr(module, name)) for places in steps.PARTS.values() for module, name in places)
