@@ -39,8 +39,8 @@ from memphi.model.kernels import (
     choice,
     coded,
     codes,
+    dequantise,
     division,
-    eight_bits,
     gate,
     launch,
     narrow,
@@ -335,7 +335,7 @@ def added_case(rows: int, n_out: int, sizes: Sizes, device: torch.device) -> Cas
         """With every B made wide first, and torch's products."""
         for (codes, scale, t), span in zip(columns.parts, spans, strict=True):
             wide = y.new_empty(codes.shape)
-            eight_bits.dequantise(codes, scale, wide)
+            dequantise.dequantise(codes, scale, wide)
             y[span].addmm_(t[span], wide.t())
 
     def launches(run: Callable[..., None]) -> list[Launch]:

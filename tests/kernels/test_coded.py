@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from memphi.model.kernels import coded, eight_bits, four_bits, rounding
+from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.gate import plain_gate
 from memphi.model.quant import swap
@@ -178,8 +178,8 @@ def test_columns_made_wide_again(device, ranks, border, gap, dtype):
     operand = numbers(1, ranks + gap + 20, device=device, dtype=dtype)
     columns = made_columns(40, ranks, border, apart(operand, ranks, border, gap), device)
     out, expected = (torch.full((9, ranks + gap + 2), torch.nan, device=device, dtype=dtype) for _ in range(2))
-    eight_bits.write_columns(columns, 5, out)
-    eight_bits.plain_write_columns(columns, 5, expected)
+    dequantise.write_columns(columns, 5, out)
+    dequantise.plain_write_columns(columns, 5, expected)
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-6, equal_nan=True)
     assert out.isnan().sum(1).tolist() == [gap + 2] * 9
     for (codes, scale, _), start in zip(columns.parts, (0, border + gap), strict=False):
@@ -228,7 +228,7 @@ def test_so_many_parts_that_a_card_is_busy(device, monkeypatch):
 def test_codes_made_wide_again(device, scheme, n_out, n_in, dtype):
     weight = stored(scheme, n_out, n_in, device)
     out = torch.full((n_out, n_in), torch.nan, device=device, dtype=dtype)
-    (four_bits if scheme == "int4" else eight_bits).dequantise(*weight.buffers(), out)
+    (four_bits if scheme == "int4" else dequantise).dequantise(*weight.buffers(), out)
     torch.testing.assert_close(out, weight.dequantise(0, n_out, dtype), rtol=2**-7, atol=1e-6)
 
 
@@ -236,7 +236,7 @@ def test_rows_of_an_embedding(device):
     weight = stored("int8", 30, 96, device)
     ids = torch.tensor([3, 0, 29, 3], device=device)
     out = torch.full((4, 96), torch.nan, device=device, dtype=torch.bfloat16)
-    eight_bits.look_up(weight.codes, weight.scale, ids, out)
+    dequantise.look_up(weight.codes, weight.scale, ids, out)
     assert torch.equal(out, weight.look_up(ids, torch.bfloat16))
 
 

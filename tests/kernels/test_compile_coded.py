@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from memphi.model.kernels import coded, eight_bits, four_bits, narrow, rounding
+from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, narrow, rounding
 from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns, sum_up
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.kernels.narrow import Narrow
@@ -69,9 +69,9 @@ def test_what_goes_beside_products_fits(capability):
     dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
     bytes_, words = WEIGHTS["int8"](3072, 8192), WEIGHTS["int4"](3072, 8192)
     with compiled_for(capability) as compiled:
-        eight_bits.dequantise(*bytes_.buffers(), torch.empty(3072, 8192, dtype=dtype))
+        dequantise.dequantise(*bytes_.buffers(), torch.empty(3072, 8192, dtype=dtype))
         four_bits.dequantise(*words.buffers(), torch.empty(3072, 8192, dtype=dtype))
-        eight_bits.look_up(*bytes_.buffers(), torch.empty(5, dtype=torch.int64), torch.empty(5, 8192, dtype=dtype))
+        dequantise.look_up(*bytes_.buffers(), torch.empty(5, dtype=torch.int64), torch.empty(5, 8192, dtype=dtype))
         rounding.round_rows(
             torch.empty(5, 8192, dtype=dtype), torch.empty(5, 8192, dtype=torch.float8_e4m3fn), torch.empty(5)
         )
@@ -96,7 +96,7 @@ def test_what_adds_adapters_fits(capability, dtype):
     with compiled_for(capability) as compiled:
         coded.add_to(y, both, [uses, uses])
         coded.add_to(y, Columns(b[:, : RANKS[0]], scale[:1], both.t[:1]), [None])
-        eight_bits.write_columns(both, 0, torch.empty(3072, 3072 + sum(RANKS), dtype=dtype))
+        dequantise.write_columns(both, 0, torch.empty(3072, 3072 + sum(RANKS), dtype=dtype))
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memphi.model.kernels.coded import fetch_lines, fetches_of, load_rows
-from memphi.model.kernels.eight_bits import plain_dequantise
+from memphi.model.kernels.dequantise import plain_dequantise
 from memphi.model.kernels.launch import (
     ROOMY_CAPABILITY,
     TENSOR_CAPABILITY,

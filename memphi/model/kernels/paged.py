@@ -135,6 +135,7 @@ def _launch(
     assert keys.shape[1] == power_of_two(keys.shape[1])
     assert (scales is None) == (code_limit(keys) == 0)
     assert rotary is None or division.new_tokens == 1
+    assert scales is None or keys.shape[3] % PIECES == 0, "codes are read in words"
     units, kv_heads, queries, head_dim = division.sums.shape
     tiling, limit = division.tiling, code_limit(keys)
     cos, sin = rotary or (query, query)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.coded import Columns, add_to, adds_at_once, sum_up
-from memphi.model.kernels.eight_bits import plain_write_columns, write_columns
+from memphi.model.kernels.dequantise import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
 from memphi.model.kernels.narrow import Narrow, most_rows

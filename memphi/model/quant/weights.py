@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memphi.config import group_size
 from memphi.memory.costs import DEQUANTISED_NUMBERS
-from memphi.model.kernels import coded, eight_bits, four_bits, rounding
+from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import E4M3_CAPABILITY, capability, is_available
 from memphi.model.kernels.rounding import Bytes, make_bytes, room_in_e4m3
@@ -161,14 +161,14 @@ class Int8Weight(QuantisedWeight):
 
     def dequantise_into(self, first: int, out: Tensor) -> None:
         last = first + len(out)
-        eight_bits.plain_dequantise(self.codes[first:last], self.scale[first:last], out)
+        dequantise.plain_dequantise(self.codes[first:last], self.scale[first:last], out)
 
     def write_block(self, first: int, out: Tensor) -> None:
         if not (self.kernels and is_available(self.codes.device)):
             super().write_block(first, out)
             return
         last = first + len(out)
-        eight_bits.dequantise(self.codes[first:last], self.scale[first:last], out)
+        dequantise.dequantise(self.codes[first:last], self.scale[first:last], out)
 
     def most_rows(self, x: Tensor) -> int:
         return coded.most_rows(x.device, eight_bits.MOST_ROWS)
@@ -190,7 +190,7 @@ class Int8Weight(QuantisedWeight):
     def look_up_into(self, ids: Tensor, out: Tensor) -> None:
         """The same of ids [rows] into out [rows, in]."""
         if self.kernels and is_available(self.codes.device):
-            eight_bits.look_up(self.codes, self.scale, ids, out)
+            dequantise.look_up(self.codes, self.scale, ids, out)
         else:
             out.copy_(self.look_up(ids, out.dtype))
 
