@@ -36,7 +36,8 @@ from benchmarks.launches import (
 from benchmarks.products import Matrix, matrices
 from memphi.memory.costs import dequantised_numbers
 from memphi.model.kernels import eight_bits, four_bits, skinny
-from memphi.model.kernels.coded import VECTOR_ROWS, Columns, sum_up
+from memphi.model.kernels.coded import VECTOR_ROWS, Columns
+from memphi.model.kernels.parts import sum_up
 from memphi.model.quant.weights import WEIGHTS, Fp8Weight, Int4Weight, Int8Weight, QuantisedWeight, multiply_by_blocks
 
 MODULES: dict[str, ModuleType] = {"int8": eight_bits, "int4": four_bits, "fp8": eight_bits}

@@ -20,7 +20,8 @@ from memphi import official
 from memphi.cache.pool import PagePool, make_pool
 from memphi.checkpoint.random import random_model
 from memphi.config import CacheFormat, ModelConfig, Scheme
-from memphi.model import decode
+from memphi.memory.costs import page_tokens
+from memphi.model import adapters, decode
 from memphi.model.decode import Buffers, DecodeStep
 from memphi.model.kernels import narrow
 from memphi.model.phi4mm import Phi4MM
@@ -28,7 +29,6 @@ from memphi.model.quant import linears, packed
 from memphi.model.rows import Row
 
 LAYERS = 8
-PAGE_TOKENS = {"plain": 16, "int8": 32, "fp8": 32}
 SETS: Mapping[str, tuple[str | None, ...]] = {
     "none": (None,),
     "vision": ("vision",),
@@ -37,7 +37,7 @@ SETS: Mapping[str, tuple[str | None, ...]] = {
 PARTS: Mapping[str, tuple[tuple[Any, str], ...]] = {
     "attention": ((decode, "attend_new"),),
     "norms": ((decode, "add_norm"),),
-    "gates, where they are no part of a product": ((linears, "gate"), (packed, "gate")),
+    "gates, where they are no part of a product": ((adapters, "gate"), (linears, "gate"), (packed, "gate")),
     "what A makes": ((narrow, "narrow"),),
     "choice": ((decode, "choose"),),
 }
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = []
     for scheme in schemes:
         model = make_model(scheme, device)
-        for rows, adapters in product(options.rows, SETS):
-            figures.append(measure_step(model, rows, adapters, options.tokens, options.cache_format))
+        for rows, in_use in product(options.rows, SETS):
+            figures.append(measure_step(model, rows, in_use, options.tokens, options.cache_format))
             write_document(options.out, device, options.commit, {"layers": LAYERS, "figures": figures})
     return 0
 
@@ -84,36 +84,36 @@ def _sizes(device: torch.device) -> tuple[ModelConfig, torch.dtype]:
 
 
 def measure_step(
-    model: Phi4MM, rows: int, adapters: str, tokens: int, cache_format: CacheFormat = "plain"
+    model: Phi4MM, rows: int, in_use: str, tokens: int, cache_format: CacheFormat = "plain"
 ) -> dict[str, Any]:
     """Milliseconds of a step of so many rows, and what each part adds to them."""
-    page_tokens = PAGE_TOKENS[cache_format]
-    pages = -(-tokens // page_tokens)
-    pool = make_pool(model.config.language, rows * pages, model.dtype, model.device, page_tokens, cache_format)
+    size = page_tokens(cache_format)
+    pages = -(-tokens // size)
+    pool = make_pool(model.config.language, rows * pages, model.dtype, model.device, size, cache_format)
     pool.ensure(range(rows * pages))
-    whole = _seconds(model, pool, rows, adapters, tokens)
+    whole = _seconds(model, pool, rows, in_use, tokens)
     added = {}
     for part in PARTS:
         with left_out(part):
-            added[part] = whole - _seconds(model, pool, rows, adapters, tokens)
+            added[part] = whole - _seconds(model, pool, rows, in_use, tokens)
     told = ", ".join(f"{part} {seconds * 1e3:.3f}" for part, seconds in added.items())
-    print(f"{model.config.scheme}, {rows} rows, {adapters}: {whole * 1e3:.3f} ms; {told}", flush=True)
+    print(f"{model.config.scheme}, {rows} rows, {in_use}: {whole * 1e3:.3f} ms; {told}", flush=True)
     return {
         "scheme": model.config.scheme,
         "cache_format": cache_format,
         "rows": rows,
         "tokens": tokens,
-        "adapters": adapters,
+        "adapters": in_use,
         "milliseconds": round(whole * 1e3, 4),
         "added_milliseconds": {part: round(seconds * 1e3, 4) for part, seconds in added.items()},
     }
 
 
 @torch.inference_mode()
-def _seconds(model: Phi4MM, pool: PagePool, rows: int, adapters: str, tokens: int) -> float:
+def _seconds(model: Phi4MM, pool: PagePool, rows: int, in_use: str, tokens: int) -> float:
     """Of one step, its rows sorted by their adapters as the engine has them."""
     pages = -(-tokens // pool.page_tokens)
-    names = sorted(SETS[adapters][i % len(SETS[adapters])] or "" for i in range(rows))
+    names = sorted(SETS[in_use][i % len(SETS[in_use])] or "" for i in range(rows))
     made = [
         Row(1, tokens - 1, name or None, False, tuple(range(i * pages, (i + 1) * pages)))
         for i, name in enumerate(names)

@@ -13,8 +13,9 @@ from memphi.memory import costs
 from memphi.model.adapters import AdaptedLinear, AdapterTokens, remove_adapters
 from memphi.model.attention import select_attention
 from memphi.model.kernels import narrow
-from memphi.model.kernels.coded import Columns, plain_add, sum_up
+from memphi.model.kernels.coded import Columns, plain_add
 from memphi.model.kernels.narrow import Narrow
+from memphi.model.kernels.parts import sum_up
 from memphi.model.language import DecoderLayer
 from memphi.model.quant import swap
 from memphi.model.quant.examples import Examples, adapted_linears

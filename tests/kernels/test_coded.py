@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, rounding
+from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, parts, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.gate import plain_gate
 from memphi.model.quant import swap
@@ -31,7 +31,7 @@ def products(scheme):
 
 def summed(module, x, codes, scale, out, *rest, **options):
     """A module's product, whose parts are summed."""
-    coded.sum_up(module.multiply(x, codes, scale, out, *rest, **options), out)
+    parts.sum_up(module.multiply(x, codes, scale, out, *rest, **options), out)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_rows_of_a_card_with_tensor_cores(device, scheme, rows, ranks, dtype):
     if made is not None:
         rounding.make_bytes(x, made)
         x = torch.full_like(operand, torch.nan)[:, 160:]
-    coded.sum_up(weight.multiply_few(x, out, columns, made), out)
+    parts.sum_up(weight.multiply_few(x, out, columns, made), out)
     assert_near(out, expected, scheme)
 
 
@@ -209,8 +209,8 @@ def test_inputs_in_parts(device, scheme, parts, dtype, monkeypatch):
 def test_parts_are_summed_one_after_another(device):
     found = numbers(3, 5, 1100, device=device, dtype=torch.float32)
     out, expected = (torch.full((5, 1100), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2))
-    coded.sum_parts(found, out)
-    coded.plain_sum_parts(found, expected)
+    parts.sum_parts(found, out)
+    parts.plain_sum_parts(found, expected)
     assert torch.equal(out, expected)
 
 

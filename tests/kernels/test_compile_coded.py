@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, narrow, rounding
-from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns, sum_up
+from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.kernels.narrow import Narrow
+from memphi.model.kernels.parts import sum_up
 from memphi.model.quant.weights import WEIGHTS
 from tests.kernels.ahead import SHARED_BYTES, compiled_for
 from tests.kernels.test_compile_skinny import RANKS, assert_fits

@@ -36,8 +36,6 @@ LEAST_SHARE = 768
 """Inputs of a part, where a product is divided."""
 FETCHED_BYTES = 128
 """What a card's cache fetches at once."""
-SUMMED_BLOCK = 1024
-"""Outputs whose parts a program sums."""
 
 
 @dataclass(frozen=True)
@@ -147,57 +145,6 @@ def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
 def fetches_of(width: int) -> int:
     """Into how many blocks, a power of two, a line of so many bytes is parted to be fetched."""
     return power_of_two(-(-width // FETCHED_BYTES))
-
-
-def room_for_parts(out: Tensor, parts: int) -> Tensor:
-    """Where each part's sums go, [parts, rows, out] fp32; a lone one's are the product."""
-    return out[None] if parts == 1 else out.new_empty((parts, *out.shape), dtype=torch.float32)
-
-
-def sum_up(found: Tensor, out: Tensor) -> None:
-    """Have out [rows, out] be the sum of what a product found in parts, if it is not what it found."""
-    if len(found) > 1:
-        sum_parts(found, out)
-
-
-def plain_sum_parts(found: Tensor, out: Tensor) -> None:
-    """out [rows, out] = the sum of found [parts, rows, out], one part after another; the definition."""
-    out.copy_(found.sum(0))
-
-
-def sum_parts(found: Tensor, out: Tensor) -> None:
-    """As `plain_sum_parts`."""
-    rows, n_out = out.shape
-    _sum_parts[(rows, -(-n_out // SUMMED_BLOCK))](
-        *(found, out, found.stride(0), out.stride(0), n_out),
-        parts=len(found),
-        block=SUMMED_BLOCK,
-        num_warps=4,
-        **launch_options(out.device),
-    )
-
-
-@jit
-def _sum_parts(
-    found: Tile,
-    out: Tile,
-    part_stride: Tile,
-    out_stride: Tile,
-    n_out: Tile,
-    parts: constexpr,
-    block: constexpr,
-    dependent: constexpr,
-) -> None:
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
-    row, outs = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
-    inside = outs < n_out
-    if dependent:
-        tl.extra.cuda.gdc_wait()
-    total = tl.load(found + row * n_out + outs, inside, other=0)
-    for part in tl.static_range(1, parts):
-        total += tl.load(found + part * part_stride + row * n_out + outs, inside, other=0)
-    tl.store(out + row * out_stride + outs, total.to(out.dtype.element_ty), inside)
 
 
 @jit

@@ -25,7 +25,6 @@ from memphi.model.kernels.coded import (
     load_rows,
     load_scales,
     plain_add,
-    room_for_parts,
     store_tile,
     sum_columns,
     t_places,
@@ -45,6 +44,7 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
+from memphi.model.kernels.parts import room_for_parts
 from memphi.model.kernels.rounding import (
     Bytes,
     make_bytes,
@@ -238,10 +238,10 @@ def choose_tile(rows: int, n_out: int, itemsize: int, on: tuple[int, int], is_e4
         return (64, 128, 3, 4) if itemsize <= 2 else (64, 64, 2, 4)
     if itemsize > 2 and not is_e4m3:
         return (128, 64, 4, 8) if n_out >= WIDE_OUT and rows > BLOCK_ROWS[0] else (64, 64, 4, 4)
-    if rows <= (32 if is_e4m3 else 16):
-        return (64, 256, 4, 4) if not is_e4m3 else (64, 256, 3, 4) if n_out < WIDE_OUT else (64, 128, 5, 4)
     if is_e4m3:
-        return 64, 128, 5, 4
+        return (64, 256, 3, 4) if rows <= 32 and n_out < WIDE_OUT else (64, 128, 5, 4)
+    if rows <= 16:
+        return 64, 256, 4, 4
     return (128, 128, 5, 8) if n_out >= WIDE_OUT else (64, 128, 4, 4)
 
 

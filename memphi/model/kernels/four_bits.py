@@ -19,7 +19,6 @@ from memphi.model.kernels.coded import (
     load_rows,
     load_scales,
     plain_add,
-    room_for_parts,
     store_tile,
     sum_columns,
     vector_rows,
@@ -39,6 +38,7 @@ from memphi.model.kernels.launch import (
     power_of_two,
     tl,
 )
+from memphi.model.kernels.parts import room_for_parts
 
 SUMS = 16
 """Sums that a thread keeps at most, of words."""

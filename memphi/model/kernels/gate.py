@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
+from memphi.model.kernels.parts import load_parts
 from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 BLOCK, WARPS = 1024, 4
@@ -76,12 +77,9 @@ def _gate(
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < size
     gate_up += row * gate_up_stride + columns
-    gates, ups = tl.load(gate_up, inside, other=0), tl.load(gate_up + size, inside, other=0)
-    for part in tl.static_range(1, parts):
-        gates += tl.load(gate_up + part * part_stride, inside, other=0)
-        ups += tl.load(gate_up + part * part_stride + size, inside, other=0)
-    if parts > 1:
-        gates, ups = gates.to(out.dtype.element_ty), ups.to(out.dtype.element_ty)
+    dtype: constexpr = out.dtype.element_ty
+    gates = load_parts(gate_up, inside, part_stride, parts, dtype)
+    ups = load_parts(gate_up + size, inside, part_stride, parts, dtype)
     opened = open_gate(gates, ups)
     if has_out:
         tl.store(out + row * out_stride + columns, opened, inside)

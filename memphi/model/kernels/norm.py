@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
+from memphi.model.kernels.parts import load_parts
 from memphi.model.kernels.rounding import Bytes, byte_arguments, plain_make_bytes, store_bytes
 
 WARPS = 8
@@ -85,11 +86,7 @@ def _add_norm(
     dtype = values.dtype
     wide = values.to(tl.float32)
     if parts > 0:
-        delta += row * delta_stride + columns
-        total = tl.load(delta, inside, other=0)
-        for part in tl.static_range(1, parts):
-            total += tl.load(delta + part * part_stride, inside, other=0)
-        wide += total.to(dtype).to(tl.float32)
+        wide += load_parts(delta + row * delta_stride + columns, inside, part_stride, parts, dtype).to(tl.float32)
         values = wide.to(dtype)
         tl.store(x + row * x_stride + columns, values, inside)
         wide = values.to(tl.float32)

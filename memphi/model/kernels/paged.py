@@ -27,7 +27,8 @@ from memphi.model.kernels.codes import (
 )
 from memphi.model.kernels.division import UNIT_FIELDS, Division
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
-from memphi.model.kernels.rotary import load_parts, load_rotated, plain_rotate_and_keep
+from memphi.model.kernels.parts import load_parts
+from memphi.model.kernels.rotary import load_rotated, plain_rotate_and_keep
 
 LEAST_BLOCK = 16
 """The smallest side of a matrix product on tensor cores."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.codes import as_bytes, code_limit, decode, encode
 from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl
+from memphi.model.kernels.parts import load_parts
 from memphi.model.rotary import rotate, turns
 
 
@@ -114,15 +115,6 @@ def _tabulate(
     tl.store(cos + first + half, cosines, inside)
     tl.store(sin + first, sines, inside)
     tl.store(sin + first + half, sines, inside)
-
-
-@jit
-def load_parts(source: Tile, inside: Tile, part_stride: Tile, parts: constexpr, dtype: constexpr) -> Tile:
-    """What stands there in parts, summed and rounded."""
-    values = tl.load(source, inside, other=0)
-    for part in tl.static_range(1, parts):
-        values += tl.load(source + part * part_stride, inside, other=0)
-    return values.to(dtype)
 
 
 @jit

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
-from memphi.model.kernels.coded import Columns, add_to, adds_at_once, sum_up
+from memphi.model.kernels.coded import Columns, add_to, adds_at_once
 from memphi.model.kernels.dequantise import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
 from memphi.model.kernels.narrow import Narrow, most_rows
+from memphi.model.kernels.parts import sum_up
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.packing import PackedLinear, Product
 from memphi.model.quant.linears import (

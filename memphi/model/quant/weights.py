@@ -22,6 +22,7 @@ from memphi.memory.costs import DEQUANTISED_NUMBERS
 from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, rounding
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.launch import E4M3_CAPABILITY, capability, is_available
+from memphi.model.kernels.parts import sum_up
 from memphi.model.kernels.rounding import Bytes, make_bytes, room_in_e4m3
 from memphi.model.quant.calibration import LEAST_SCALE, Affine, choose_codes, half_quadratic, weighted_line
 from memphi.model.quant.gptq import gptq, importance
@@ -84,7 +85,7 @@ class QuantisedWeight(nn.Module):
         if not len(x):
             return
         if self.is_for_few(x):
-            coded.sum_up(self.multiply_few(x, out, None, in_bytes), out)
+            sum_up(self.multiply_few(x, out, None, in_bytes), out)
         else:
             self.multiply_many(x, out, most_numbers, in_bytes)
 
