@@ -27,6 +27,91 @@ def _there_and_back(
     tl.store(back + at, codes.decode(found, second, back, limit))
 
 
+@jit
+def _in_pieces(words: Tile, out: Tile, lines: constexpr, width: constexpr, limit: constexpr, assembler: constexpr):
+    at = tl.arange(0, lines)[:, None] * width + tl.arange(0, width)[None, :]
+    w = tl.load(words + at)
+    like = tl.zeros([lines, width], out.dtype.element_ty)
+    pieces = (
+        codes.piece(w, 0, like, limit, assembler),
+        codes.piece(w, 1, like, limit, assembler),
+        codes.piece(w, 2, like, limit, assembler),
+        codes.piece(w, 3, like, limit, assembler),
+    )
+    pieces = codes.part(codes.joined(pieces, limit), limit)
+    whole = tl.arange(0, lines)[:, None] * (4 * width) + tl.arange(0, 4 * width)[None, :]
+    tl.store(out + whole, codes.joined(pieces, limit))
+
+
+def every_code(code):
+    """All of a format that stand for a number, [codes]."""
+    found = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(code)
+    return found[found.float().isfinite()]
+
+
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_words_are_read_as_the_codes_in_them(device, code, dtype):
+    """In the order in which they stand; on a GPU by the assembler for the format."""
+    some = every_code(code)
+    kept = some[torch.arange(16 * 64) * 7 % len(some)].view(16, 64).to(device)
+    out, words = torch.empty(16, 64, dtype=dtype, device=device), kept.view(torch.uint8).view(torch.int32)
+    assembler, limit = codes.widening(kept, out), codes.code_limit(kept)
+    _in_pieces[(1,)](words, out, lines=16, width=16, limit=limit, assembler=assembler)
+    assert torch.equal(out, kept.to(dtype))
+
+
+@pytest.mark.parametrize(("limit", "dtype"), codes.WIDENINGS)
+def test_the_assembler_makes_every_code_what_it_stands_for(limit, dtype):
+    """As a card would, which is not here: each instruction on words whose halves hold a code in both of their bytes."""
+    some = every_code(torch.int8 if limit == 127 else torch.float8_e4m3fn)
+    both = some.view(torch.uint8).long() * 0x01010101
+    found = executed(codes.WIDENINGS[limit, dtype], both)
+    for half in (found & 0xFFFF, found >> 16):
+        assert torch.equal(as_numbers(half, dtype), some.double())
+
+
+def executed(assembler, both):
+    """What some instructions leave in $0, of words as int64."""
+    registers = {"both": both}
+
+    def read(name):
+        return registers[name] if name in registers else torch.tensor(int(name, 0))
+
+    for instruction in filter(None, map(str.strip, assembler.split(";"))):
+        operation, *operands = instruction.replace(",", " ").split()
+        target, *sources = operands
+        name = operation.split(".")[0]
+        a, *rest = map(read, sources)
+        if name == "mov":
+            found = a
+        elif name == "shr":
+            found = a >> rest[0]
+        elif name == "and":
+            found = a & rest[0]
+        elif name == "lop3":
+            assert rest[2] == 0xEA  # The one that `a & b | c` has.
+            found = (a & rest[0]) | rest[1]
+        else:
+            dtype = torch.bfloat16 if "bf16x2" in operation else torch.float16
+            halves = [computed(name, dtype, [(each >> by) & 0xFFFF for each in (a, *rest)]) for by in (0, 16)]
+            found = halves[0] | (halves[1] << 16)
+        registers[target] = found
+    return registers["$0"]
+
+
+def computed(name, dtype, halves):
+    """The bits of a result in 16 bits: exact, and rounded once."""
+    a, b, *c = (as_numbers(half, dtype) for half in halves)
+    exact = {"fma": lambda: a * b + c[0], "sub": lambda: a - b, "mul": lambda: a * b}[name]()
+    return exact.to(dtype).view(torch.int16).long() & 0xFFFF
+
+
+def as_numbers(bits, dtype):
+    """In fp64, which has all of them."""
+    return torch.where(bits >= 0x8000, bits - 0x10000, bits).to(torch.int16).view(dtype).double()
+
+
 @pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])

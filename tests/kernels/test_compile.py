@@ -111,6 +111,8 @@ def test_drafts_and_other_numbers_fit():
     with compiled_for((9, 0)) as compiled:
         launch_attention(torch.bfloat16, rows=64, new_tokens=8, fresh=False)
         launch_attention(torch.float16, rows=1)
+        for code in (torch.int8, torch.float8_e4m3fn):
+            launch_attention(torch.float16, rows=64, code=code)
     for made in compiled:
         assert_fits(made, (9, 0), 0)
     with compiled_for((8, 6)) as compiled:

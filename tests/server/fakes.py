@@ -48,8 +48,13 @@ class FakeWorker:
             for event in events:
                 mailbox(event)
             return
-        for place, event in enumerate(events):  # One after another, so that none is joined to the one before.
-            loop.call_later(place * PIECE_SECONDS, mailbox, event)
+        self._post(loop, mailbox, list(events))
+
+    def _post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, events: Sequence[Event]) -> None:
+        """Each once the one before was there for a while, however busy the loop, so that none is joined to another."""
+        for event in events[:1]:
+            mailbox(event)
+            loop.call_later(PIECE_SECONDS, self._post, loop, mailbox, events[1:])
 
     def _events(self, number: int, request: Request) -> Iterator[Event]:
         for piece in self.say(request):
