@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from unittest.mock import patch
 
 import torch
@@ -24,7 +24,7 @@ from memphi.bench.card import wait_for
 from memphi.bench.limits import Card
 from memphi.bench.run import Bench
 from memphi.bench.workloads import WORKLOADS, Workload
-from memphi.config import EngineConfig
+from memphi.config import CacheFormat, EngineConfig, Scheme
 from memphi.engine.engine import Engine, load
 from memphi.engine.runner import Flight, Runner
 from memphi.engine.step import StepPlan, StepResult
@@ -74,13 +74,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=sorted(WORKLOADS))
     parser.add_argument("--model", default="random")
-    parser.add_argument("--scheme", default=None, help="of the weights")
+    parser.add_argument("--scheme", default="auto", choices=("auto", *get_args(Scheme)), help="of the weights")
+    parser.add_argument("--cache-format", default="auto", choices=("auto", *get_args(CacheFormat)))
     parser.add_argument("--out", type=Path, required=True, help="where the JSON document goes")
     parser.add_argument("--commit", help="the commit measured, where git cannot say")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: a CPU waits for nobody")
-    config = EngineConfig(speculation=False, **({"scheme": options.scheme} if options.scheme else {}))
+    config = EngineConfig(speculation=False, scheme=options.scheme, cache_format=options.cache_format)
     engine = load(options.model, "cuda", config=config)
     figures = []
     for name in options.workloads:
