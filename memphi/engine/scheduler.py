@@ -22,6 +22,8 @@ from memphi.request import FinishReason, Media, MediaKind, Prompt
 
 BURST, FEW_ANSWERS = 4, 8
 """Prompts that make a burst, and how many answers for each of them still count as few beside it."""
+LITTLE_SHARE = 8
+"""One in so many of a step's prompt tokens is too little to begin a prompt with that does not end there."""
 
 
 @dataclass(frozen=True)
@@ -431,10 +433,14 @@ def _marks(sequence: Running) -> list[MediaMark]:
 
 
 def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running, int]]:
-    """Share a step's prompt tokens: half for the oldest at least, the rest for the shortest, which end soon."""
+    """Share a step's prompt tokens: half for the oldest at least, the rest for the shortest, which end soon.
+
+    What little is left at the end begins no prompt: attention over a past, and reading it again, would cost more.
+    """
     if not prefilling:
         return
     oldest, *others = prefilling
+    little = room // LITTLE_SHARE
     others.sort(key=lambda s: (s.pending, s.id))
     wanted = sum(s.pending for s in others)
     first = min(oldest.pending, max(room - wanted, -(-room // 2)))
@@ -442,6 +448,6 @@ def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running,
     room -= first
     for sequence in others:
         tokens = min(sequence.pending, room)
-        if tokens:
+        if tokens == sequence.pending or tokens > little:
             yield sequence, tokens
-        room -= tokens
+            room -= tokens

@@ -284,6 +284,18 @@ def test_half_a_step_is_the_oldest_prompt_s_and_the_rest_goes_to_the_shortest_fi
     some.drain()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "taken"), [((20, 20, 21, 30), [20, 20, 21]), ((20, 20, 15, 30), [20, 15, 20, 9])], ids=str
+)
+def test_what_little_is_left_of_a_step_begins_no_prompt(prompts, taken):
+    """An eighth or less of its 64 tokens."""
+    some = world(config=make_config(400, 500), pages=200)
+    for tokens in prompts:
+        some.arrive(text(tokens, max_tokens=1))
+    assert [row.tokens for row in some.step().rows] == taken
+    some.drain()
+
+
 def test_the_pages_that_prompts_begin_next_are_foretold(monkeypatch):
     some = world(config=make_config(400, 500), pages=200)
     run, foretold, begun = some.device.run, [], []
