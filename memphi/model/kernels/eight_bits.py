@@ -87,7 +87,7 @@ def plain_multiply(x: Tensor, codes: Tensor, scale: Tensor, out: Tensor, columns
     wide = x.float()
     if codes.dtype is torch.float8_e4m3fn:
         step = wide.abs().amax(1, keepdim=True).div(448).clamp(min=1e-30)
-        wide = (x / step).to(codes.dtype).float() * step
+        wide = (x * step.reciprocal()).to(codes.dtype).float() * step
     y = wide @ codes.float().t() * scale.float()
     out.copy_(plain_add(y, columns))
 

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memphi.model.kernels.launch import Tile, constexpr, jit, launch_options, power_of_two, tl, warps_of_row
+from memphi.model.kernels.launch import (
+    E4M3_CAPABILITY,
+    Tile,
+    capability,
+    constexpr,
+    jit,
+    launch_options,
+    power_of_two,
+    tl,
+    warps_of_row,
+)
 
 WARPS = 8
 LARGEST, LEAST_SCALE = 448.0, 1e-30
@@ -55,24 +65,30 @@ def byte_arguments(x: Tensor, made: Bytes | None) -> tuple[tuple[Tensor, Tensor]
     """
     if made is None:
         return (x, x), (0, 0), 0
-    codes = made.codes.view(torch.uint8) if made.is_e4m3 else made.codes
+    codes = _as_known(made.codes)
     return (codes, made.scale), (codes.stride(-2), codes.stride(0)), 1 if made.is_e4m3 else 2
 
 
+def _as_known(codes: Tensor) -> Tensor:
+    """Codes in e4m3 as bytes, where the card does not know it."""
+    is_unknown = codes.dtype is torch.float8_e4m3fn and capability(codes.device) < E4M3_CAPABILITY
+    return codes.view(torch.uint8) if is_unknown else codes
+
+
 def plain_round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """codes = x / scale in e4m3, where the largest of a row becomes 448; the definition.
+    """codes = x * (1 / scale) in e4m3, where the largest of a row becomes 448; the definition.
 
     x and codes [rows, size], each row contiguous; scale [rows] fp32.
     """
     scale.copy_(torch.linalg.vector_norm(x, float("inf"), dim=1).float().div_(LARGEST).clamp_(min=LEAST_SCALE))
-    codes.copy_(x / scale[:, None])
+    codes.copy_(x * scale.reciprocal()[:, None])
 
 
 def round_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """As `plain_round_rows`, one program a row."""
     rows, size = x.shape
     _round_rows[(rows,)](
-        *(x, codes.view(torch.uint8), scale, x.stride(0), codes.stride(0)),
+        *(x, _as_known(codes), scale, x.stride(0), codes.stride(0)),
         size=size,
         block=power_of_two(size),
         num_warps=warps_of_row(rows, WARPS),
@@ -100,13 +116,13 @@ def _round_rows(
 
 
 def plain_split_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """x / scale = 256 * upper + lower, rounded, where the largest of a row becomes 127 * 256; the definition.
+    """x * (1 / scale) = 256 * upper + lower, rounded, where the largest of a row becomes 127 * 256; the definition.
 
     x [rows, size]; codes [2, rows, size] int8, upper and lower; scale [rows] fp32.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1).float()
     scale.copy_(largest.div_(LARGEST_WHOLE).clamp_(min=LEAST_SCALE))
-    whole = (x / scale[:, None]).round_().int()
+    whole = (x * scale.reciprocal()[:, None]).round_().int()
     codes[0] = (whole + 128) >> 8
     codes[1] = whole - 256 * codes[0].int()
 
@@ -150,12 +166,17 @@ def store_bytes(
     largest = tl.max(tl.abs(values), 0)
     if n_bytes == 1:
         step = tl.maximum(largest / 448.0, 1e-30)
-        # Below a fp16's own exponents by 8, an e4m3's fit in it, with all that is smaller.
-        whole = (nearest(values / step) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
-        tl.store(codes + places, (((whole >> 8) & 0x80) | ((whole >> 7) & 0x7F)).to(tl.uint8), inside)
+        scaled = values * (1.0 / step)
+        if codes.dtype.element_ty == tl.uint8:
+            # Below a fp16's own exponents by 8, an e4m3's fit in it, with all that is smaller.
+            whole = (nearest(scaled) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
+            tl.store(codes + places, (((whole >> 8) & 0x80) | ((whole >> 7) & 0x7F)).to(tl.uint8), inside)
+        else:
+            tl.store(codes + places, scaled.to(codes.dtype.element_ty), inside)
     else:
         step = tl.maximum(largest / 32512.0, 1e-30)
-        whole = ((values / step + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2**23: there fp32 has no others
+        # 1.5 * 2**23: there fp32 has no others.
+        whole = ((values * (1.0 / step) + 12582912.0) - 12582912.0).to(tl.int32)
         upper = (whole + 128) >> 8
         tl.store(codes + places, upper.to(tl.int8), inside)
         tl.store(codes + half + places, (whole - (upper << 8)).to(tl.int8), inside)
