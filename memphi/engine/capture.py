@@ -1,7 +1,9 @@
 """Captures of steps as CUDA graphs, which share a stream and the memory of what they compute."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,41 @@ class Step(Protocol):
 
     def run(self) -> object:
         """Launch it kernel by kernel."""
+
+
+class StepInPieces(Step, Protocol):
+    """A step of which a graph can hold pieces."""
+
+    def pieces(self) -> Iterator[Any]:
+        """Launch a piece whenever it is asked for what is to be done after it, and the last one at the end."""
+
+    def mix(self, mixing: Any, /) -> None:  # noqa: ANN401
+        """Do what a piece gave, kernel by kernel."""
+
+
+class Graph(Protocol):
+    """A step that was captured."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass
+class GraphOfPieces:
+    """A graph for each piece of a step, and what is done between one and the next."""
+
+    graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
+    between: list[Callable[[], None]] = field(default_factory=list)
+
+    def replay(self) -> None:
+        for graph, follow in zip(self.graphs, self.between, strict=True):
+            graph.replay()
+            follow()
+
+    def reset(self) -> None:
+        for graph in self.graphs:
+            graph.reset()
 
 
 class Capture:
@@ -37,25 +74,35 @@ class Capture:
             step.clear()
             step.run()
 
-    def take(self, step: Step) -> torch.cuda.CUDAGraph | None:
+    def take(self, step: Step) -> Graph | None:
         """A graph of a step; None without a GPU. Raises whatever the device raises."""
         if self._stream is None:
             return None
         self.warm_up(step)
         # What a run took on this stream would lie there beside what the graph takes.
         torch.cuda.empty_cache()
-        memory, self._memory = self._memory or torch.cuda.graph_pool_handle(), None
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device: only what this one does must fit into a graph.
-        with (
-            self._on_stream() as stream,
-            torch.cuda.graph(graph, memory, stream, capture_error_mode="thread_local"),
-        ):
+        with self._in_memory() as memory, _captured(graph, memory):
             step.run()
-        self._memory = memory  # Not where it failed: that pool is left to the graphs that have it.
         return graph
 
-    def drop(self, graphs: Iterable[torch.cuda.CUDAGraph | None]) -> None:
+    def take_pieces(self, step: StepInPieces) -> Graph | None:
+        """Graphs of a step in pieces, which share what they compute; as `take`."""
+        if self._stream is None:
+            return None
+        self.warm_up(step)
+        torch.cuda.empty_cache()
+        taken, pieces, going = GraphOfPieces(), step.pieces(), True
+        with self._in_memory() as memory:
+            while going:
+                taken.graphs.append(torch.cuda.CUDAGraph())
+                with _captured(taken.graphs[-1], memory):
+                    mixing = next(pieces, None)
+                going = mixing is not None
+                taken.between.append(partial(step.mix, mixing) if going else _nothing)
+        return taken
+
+    def drop(self, graphs: Iterable[Graph | None]) -> None:
         """Give the memory of all graphs back."""
         taken = [graph for graph in graphs if graph is not None]
         if taken:
@@ -63,6 +110,14 @@ class Capture:
         for graph in taken:
             graph.reset()
         self._memory = None
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[Any]:
+        """On the stream for captures, with the pool that all graphs take their memory from."""
+        memory, self._memory = self._memory or torch.cuda.graph_pool_handle(), None
+        with self._on_stream():
+            yield memory
+        self._memory = memory  # Not where it failed: that pool is left to the graphs that have it.
 
     @contextmanager
     def _on_stream(self) -> Iterator[torch.cuda.Stream]:
@@ -73,3 +128,20 @@ class Capture:
         with torch.cuda.stream(stream):  # Left in any case: a capture that fails does not see to that.
             yield stream
         current.wait_stream(stream)
+
+
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, memory: Any) -> Iterator[None]:  # noqa: ANN401
+    """What is launched in here goes into a graph.
+
+    Other threads may go on using the device: only what this one does must fit into it.
+    """
+    graph.capture_begin(memory, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+def _nothing() -> None:
+    """After the last piece."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memphi.cache.pool import PagePool
 from memphi.config import AdapterName
-from memphi.engine.capture import Capture
+from memphi.engine.capture import Capture, Graph
 from memphi.engine.prefills import Prefills
 from memphi.model.decode import Buffers, Chosen, DecodeStep
 from memphi.model.phi4mm import Phi4MM
@@ -38,7 +38,7 @@ class _Held:
     """All that goes when graphs are dropped."""
 
     buffers: Buffers
-    steps: dict[tuple[int, Adapters], tuple[DecodeStep, torch.cuda.CUDAGraph | None]] = field(default_factory=dict)
+    steps: dict[tuple[int, Adapters], tuple[DecodeStep, Graph | None]] = field(default_factory=dict)
 
 
 class Graphs:
@@ -141,7 +141,7 @@ class Graphs:
             torch.cuda.empty_cache()
         return True
 
-    def _step(self, count: int, adapters: Adapters) -> tuple[DecodeStep, torch.cuda.CUDAGraph | None]:
+    def _step(self, count: int, adapters: Adapters) -> tuple[DecodeStep, Graph | None]:
         held = self._hold()
         key = count, adapters
         if key not in held.steps:

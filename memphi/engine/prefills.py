@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
-from memphi.engine.capture import Capture
+from memphi.engine.capture import Capture, Graph
 from memphi.memory import costs
 from memphi.model.phi4mm import Phi4MM
-from memphi.model.prefill import PrefillInputs, PrefillStep
+from memphi.model.prefill_steps import PieceStep, PrefillInputs, PrefillStep
 from memphi.model.rows import Row
 
 Key = tuple[int, frozenset[str], bool]
@@ -26,7 +26,7 @@ class _Held:
     """All that goes when graphs are dropped."""
 
     inputs: PrefillInputs
-    steps: dict[Key, tuple[PrefillStep, torch.cuda.CUDAGraph | None]] = field(default_factory=dict)
+    steps: dict[Key, tuple[PrefillStep, Graph | None]] = field(default_factory=dict)
 
 
 class Prefills:
@@ -92,16 +92,16 @@ class Prefills:
         self._needed[key] = None
         return True
 
-    def drop(self) -> list[torch.cuda.CUDAGraph | None]:
+    def drop(self) -> list[Graph | None]:
         """Forget all graphs, and what was needed, or an idle engine would capture them again; returns them."""
         held, self._held = self._held, None
         self._needed.clear()
         return [graph for _, graph in held.steps.values()] if held else []
 
     def _key(self, rows: Sequence[Row]) -> Key | None:
-        if not rows or not costs.lines_up([(row.tokens, row.past) for row in rows], self._most_tokens):
+        tokens = costs.prefill_size([(row.tokens, row.past) for row in rows], self._most_tokens)
+        if not tokens:
             return None
-        tokens = costs.prefill_bucket(sum(row.tokens for row in rows), self._most_tokens)
         # The merged one is part of the weights.
         used = [None if self._model.merged else row.adapter for row in rows]
         adapters = frozenset(name for name in used if name)
@@ -111,12 +111,18 @@ class Prefills:
         steps = self._held.steps if self._held else {}
         return key in steps or len(steps) < costs.most_prefills(self._most_tokens)
 
-    def _step(self, key: Key) -> tuple[PrefillStep, torch.cuda.CUDAGraph | None]:
+    def _step(self, key: Key) -> tuple[PrefillStep, Graph | None]:
         if self._held is None:
             language = self._model.language
             self._held = _Held(PrefillInputs(language, self._most_tokens, self._pool.page_tokens))
         held = self._held
         if key not in held.steps:
-            step = PrefillStep(self._model.language, self._pool, held.inputs, *key)
-            held.steps[key] = step, self._capture.take(step)
+            held.steps[key] = self._make_step(held.inputs, key)
         return held.steps[key]
+
+    def _make_step(self, inputs: PrefillInputs, key: Key) -> tuple[PrefillStep, Graph | None]:
+        if costs.is_in_pieces(key[0]):
+            pieces = PieceStep(self._model.language, self._pool, inputs, *key)
+            return pieces, self._capture.take_pieces(pieces)
+        step = PrefillStep(self._model.language, self._pool, inputs, *key)
+        return step, self._capture.take(step)

@@ -83,17 +83,25 @@ def price_rows(
 
 
 def price_graphs(
-    answers: Sequence[PlannedRow], prompts: Sequence[PlannedRow], config: ModelConfig, dtype_bytes: int
+    answers: Sequence[PlannedRow],
+    prompts: Sequence[PlannedRow],
+    config: ModelConfig,
+    dtype_bytes: int,
+    cache_format: CacheFormat,
 ) -> tuple[str, int]:
     """The same of a step in graphs, whose own tensors have their places: what comes is to draw from scores; and of
-    prompts their embeddings, those of media again beside them, and the scores.
+    prompts their embeddings, those of media again beside them, attention between pieces, and the scores.
     """
     if not prompts:
         return "graph step", costs.logits(config, len(answers), 0, 0).bytes
     tokens, scored = sum(row.tokens for row in prompts), sum(row.scored for row in (*answers, *prompts))
     embedded = tokens * (config.language.hidden_size * dtype_bytes + costs.METADATA_BYTES)
     scores = costs.logits(config, scored, tokens, dtype_bytes).bytes + scored * config.language.vocab_size * dtype_bytes
-    return "graph step of prompts", with_unexplained(embedded + scores)
+    between = 0
+    if costs.is_in_pieces(tokens):
+        pasts = costs.pasts_of(costs.divided([(row.tokens, row.past) for row in prompts]), in_lines=True)
+        between = costs.attention_between_pieces(config, tokens, pasts, dtype_bytes, cache_format)
+    return "graph step of prompts", with_unexplained(embedded + max(scores, between))
 
 
 def price_choice() -> tuple[str, int]:

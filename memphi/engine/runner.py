@@ -146,10 +146,10 @@ class Runner:
 
     def _price(self, plan: StepPlan, divided: "Divided | None") -> tuple[str, int]:
         model, masked = self.model, self.model.device.type != "cuda"
-        if divided is not None:
-            return price_graphs(divided.answers, divided.prompts, model.config, model.dtype.itemsize)
-        kernels = model.uses_kernels and self.pool is not None
         kept = self.pool.cache_format if self.pool else "plain"
+        if divided is not None:
+            return price_graphs(divided.answers, divided.prompts, model.config, model.dtype.itemsize, kept)
+        kernels = model.uses_kernels and self.pool is not None
         return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels, kept)
 
     def _divide(self, plan: StepPlan) -> "Divided | None":

@@ -130,18 +130,36 @@ class AdaptedLinear(nn.Module):
         assert not adapter_tokens, "a step with adapters needs them packed"
         multiply_gated(self.x_of(operand), self.weight, both, out, self.kernels)
 
+    def operand_for(self, count: int, adapter_tokens: AdapterTokens) -> Tensor | None:
+        """Where so many x are to stand for `finish`: in `x_of` it; None where they may stand anywhere."""
+        return None
+
+    def finish(
+        self,
+        x: Tensor,
+        operand: Tensor | None,
+        adapter_tokens: AdapterTokens,
+        in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Apply to x [tokens, in], which stands in what `operand_for` gave, if it gave any; in out, if given.
+
+        in_bytes: the same x, in what `room_for_bytes` gave; without an operand x itself need not be there then.
+        """
+        return cast(Tensor, self(x, adapter_tokens)) if out is None else self.apply_to(x, adapter_tokens, out)
+
     def follow(
         self,
         compute: Callable[[Tensor | None], Tensor],
         count: int,
         adapter_tokens: AdapterTokens,
         in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Apply to what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any.
-
-        in_bytes: what of `room_for_bytes` it fills with the same; without a tensor that is all it has to do then.
-        """
-        return cast(Tensor, self(compute(None), adapter_tokens))
+        """`finish` what `compute` gives, [count, in], which it puts into the tensor that it is called with, if any."""
+        operand = self.operand_for(count, adapter_tokens)
+        x = compute(None if operand is None else self.x_of(operand))
+        return self.finish(x, operand, adapter_tokens, in_bytes, out)
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor, kernels: bool) -> Tensor:

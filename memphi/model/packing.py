@@ -68,25 +68,29 @@ class PackedLinear(AdaptedLinear):
         adapter_tokens: AdapterTokens,
         operand: Tensor | None = None,
         in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """As the definition; an operand holds x already. Raises RuntimeError where gradients are asked for."""
         if not adapter_tokens:
-            return multiply(x, self.weight, x.new_empty(len(x), self.out_features), self.kernels)
+            out = x.new_empty(len(x), self.out_features) if out is None else out
+            return multiply(x, self.weight, out, self.kernels)
         if operand is None:
             operand = self.operand(len(x))
             self.x_of(operand).copy_(x)
-        return self.apply_to(operand, adapter_tokens, in_bytes=in_bytes)
+        return self.apply_to(operand, adapter_tokens, out, in_bytes)
 
-    def follow(
+    def operand_for(self, count: int, adapter_tokens: AdapterTokens) -> Tensor | None:
+        return self.operand(count) if adapter_tokens else None
+
+    def finish(
         self,
-        compute: Callable[[Tensor | None], Tensor],
-        count: int,
+        x: Tensor,
+        operand: Tensor | None,
         adapter_tokens: AdapterTokens,
         in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        operand = self.operand(count) if adapter_tokens else None
-        x = compute(None if operand is None else self.x_of(operand))
-        return cast(Tensor, self(x, adapter_tokens, operand, in_bytes))
+        return cast(Tensor, self(x, adapter_tokens, operand, in_bytes, out))
 
     @property
     def width(self) -> int:

@@ -3,20 +3,20 @@
 `LanguageModel.forward`, over the same rows, is the definition. What torch does number by number in a pass over memory
 for each operation, a kernel does in one pass, and leaves it where the next product reads it. For gradients there is the
 definition alone.
+
+Attention takes rows as they come; all else takes tokens, and is the same work for whatever rows they are of. So the
+decoder comes in pieces, of which each ends where a layer's attention is to be computed.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from memphi.memory.costs import PREFILL_LINE_TOKENS, PREFILL_ROW_TOKENS, prefill_lines
 from memphi.model.adapters import AdaptedLinear, AdapterTokens
-from memphi.model.decode import ADAPTERS
 from memphi.model.kept import kept_layer
 from memphi.model.kernels.division import Division, choose_tiling, divide, make_division
 from memphi.model.kernels.gate import gate
@@ -26,8 +26,7 @@ from memphi.model.kernels.rotary import rotate_and_keep, tabulate
 from memphi.model.kernels.rounding import Bytes
 from memphi.model.language import MLP, DecoderLayer, KeyValuePool, LanguageModel, RMSNorm, SelfAttention
 from memphi.model.rotary import rotary_frequencies
-from memphi.model.rows import Lines, Packing, Paging, Row, cut_lines, lay_out
-from memphi.model.upload import Staging
+from memphi.model.rows import Lines, Packing
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,31 @@ class Step:
 
     packing: Packing
     rotary: tuple[Tensor, Tensor]
-    lines: tuple[tuple[Lines, Division], ...]
     pool: KeyValuePool
+    room: "Room | None" = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where what attention reads and writes stands in every layer, and not wherever there is memory."""
+
+    qkv: Tensor  # [tokens, (heads + 2 * kv_heads) * head_dim]
+    operand: Tensor | None
+    """What the product after it reads, where that is more than x."""
+    x: Tensor  # [tokens, heads * head_dim]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A layer's attention: of what, and where it goes. Keys and values are in their pages, and turned, as queries."""
+
+    attention: SelfAttention
+    qkv: Tensor
+    out: Tensor
+
+
+Pieces = Generator[Mixing, None, Tensor]
+"""What computes a piece of the decoder whenever it is asked for the next attention; the last one gives the states."""
 
 
 class Residual:
@@ -77,43 +99,64 @@ def compute(
     """
     if frequencies is None:
         frequencies = rotary_frequencies(model.config, embeddings.device)
-    lines = _divide_lines(model, packing)  # This, and masks, before `_tabulate`, which is not launched dependently.
+    lines = divide_lines(model, packing)  # This, and masks, before `make_rotary`, which is not launched dependently.
     packing.adapter_tokens.make_masks(len(packing.positions), embeddings.device)
-    step = Step(packing, _tabulate(model, packing, frequencies), lines, pool)
+    pieces = in_pieces(model, embeddings, Step(packing, make_rotary(model, packing, frequencies), pool))
+    while True:
+        try:
+            mix(next(pieces), packing, lines, pool)
+        except StopIteration as end:
+            return cast(Tensor, end.value)
+
+
+def in_pieces(model: LanguageModel, embeddings: Tensor, step: Step) -> Pieces:
+    """`compute`, but that whoever asks for the pieces computes attention."""
     residual = Residual(embeddings)
     for layer in cast(Iterable[DecoderLayer], model.layers):
-        residual.delta = _attend(layer.attention, layer.attention_norm, residual, step)
+        residual.delta = yield from _attend(layer.attention, layer.attention_norm, residual, step)
         residual.delta = _transform(layer.mlp, layer.mlp_norm, residual, step)
     return residual.normed(model.norm)
 
 
-def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: Step) -> Tensor:
+def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: Step) -> Pieces:
     """A layer's attention: what is to be added to the running sum."""
-    packing, paging = step.packing, step.packing.paging
+    tokens, paging, room = step.packing.adapter_tokens, step.packing.paging, step.room
     assert paging is not None
-    count, pages, scales = len(packing.positions), step.pool.layer(attention.layer), step.pool.scales(attention.layer)
-    made = residual.room_for_bytes(attention.qkv, packing.adapter_tokens)
-    qkv = attention.qkv.follow(partial(residual.normed, norm, made), count, packing.adapter_tokens, made)
+    count, pages, scales = (
+        len(step.packing.positions),
+        step.pool.layer(attention.layer),
+        step.pool.scales(attention.layer),
+    )
+    made = residual.room_for_bytes(attention.qkv, tokens)
+    out = None if room is None else room.qkv
+    qkv = attention.qkv.follow(partial(residual.normed, norm, made), count, tokens, made, out)
     del made
     rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
+    if room is None:
+        operand = attention.out.operand_for(count, tokens)
+        x = qkv.new_empty(count, attention.widths[0]) if operand is None else attention.out.x_of(operand)
+    else:
+        operand, x = room.operand, room.x
+    yield Mixing(attention, qkv, x)
+    return attention.out.finish(x, operand, tokens)
+
+
+def mix(mixing: Mixing, packing: Packing, all_lines: Sequence["DividedLines"], pool: KeyValuePool) -> None:
+    """Compute a layer's attention, of each row by what is for it."""
+    attention, layer = mixing.attention, mixing.attention.layer
+    pages, scales = pool.layer(layer), pool.scales(layer)
     heads = [width // attention.head_dim for width in attention.widths]
-    query, key, value = qkv.view(count, -1, attention.head_dim).split(heads, dim=1)  # [tokens, heads, head_dim]
-
-    def mix(out: Tensor | None) -> Tensor:
-        out = torch.empty_like(qkv[:, : attention.widths[0]]) if out is None else out
-        heads = out.unflatten(-1, (-1, attention.head_dim))
-        attention.attention.paged(query, key, value, *kept_layer(*pages, scales), packing, heads)
-        for lines, division in step.lines:
-            asked = query[lines.tokens]
-            if isinstance(lines.tokens, slice):
-                attend(asked, *pages, lines.table, division, heads[lines.tokens], scales)
-                continue
-            found = torch.empty_like(asked)
-            attend(asked, *pages, lines.table, division, found, scales)
-            heads.index_copy_(0, lines.targets, found if lines.kept is None else found[lines.kept])
-        return out
-
-    return attention.out.follow(mix, count, packing.adapter_tokens)
+    qkv, out = (part.unflatten(-1, (-1, attention.head_dim)) for part in (mixing.qkv, mixing.out))
+    query, key, value = qkv.split(heads, dim=1)  # [tokens, heads, head_dim]
+    attention.attention.paged(query, key, value, *kept_layer(*pages, scales), packing, out)
+    for lines, division in all_lines:
+        asked = query[lines.tokens]
+        if isinstance(lines.tokens, slice):
+            attend(asked, *pages, lines.table, division, out[lines.tokens], scales)
+            continue
+        found = torch.empty_like(asked)
+        attend(asked, *pages, lines.table, division, found, scales)
+        out.index_copy_(0, lines.targets, found if lines.kept is None else found[lines.kept])
 
 
 def _transform(mlp: MLP, norm: RMSNorm, residual: Residual, step: Step) -> Tensor:
@@ -132,7 +175,10 @@ def _transform(mlp: MLP, norm: RMSNorm, residual: Residual, step: Step) -> Tenso
     return mlp.down.follow(open_gate, count, packing.adapter_tokens, made)
 
 
-def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, Division], ...]:
+DividedLines = tuple[Lines, Division]
+
+
+def divide_lines(model: LanguageModel, packing: Packing) -> tuple[DividedLines, ...]:
     """The keys of each form of lines, divided for the whole card."""
     assert packing.paging is not None
     divided = []
@@ -145,125 +191,9 @@ def _divide_lines(model: LanguageModel, packing: Packing) -> tuple[tuple[Lines, 
     return tuple(divided)
 
 
-def _tabulate(model: LanguageModel, packing: Packing, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def make_rotary(model: LanguageModel, packing: Packing, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all tokens."""
     config, weight = model.config, model.norm.weight
     cos, sin = (weight.new_empty(len(packing.positions), 1, config.rotary_dim) for _ in range(2))
     tabulate(packing.positions, packing.long, frequencies, config.rope_scale, cos, sin)
     return cos, sin
-
-
-class PrefillInputs:
-    """The numbers of a step of up to so many tokens in lines, on the host and on the device, and its embeddings."""
-
-    def __init__(self, model: LanguageModel, tokens: int, page_tokens: int) -> None:
-        weight, lines = model.norm.weight, prefill_lines(tokens)
-        self.page_tokens = page_tokens
-        self._most_pages = -(-PREFILL_ROW_TOKENS // page_tokens)
-        self.staging = Staging(
-            {
-                "positions": (tokens, np.int32),
-                "token_pages": (tokens, np.int32),
-                "token_offsets": (tokens, np.int32),
-                **dict.fromkeys(("long", *ADAPTERS), (tokens, np.bool_)),
-                "kept": (tokens, np.int64),
-                "line_tokens": (lines * PREFILL_LINE_TOKENS, np.int64),
-                "line_lengths": (lines, np.int32),
-                "pages": (lines * self._most_pages, np.int32),
-            },
-            weight.device,
-        )
-        self.table = torch.zeros((lines, self._most_pages), dtype=torch.int32, device=weight.device)
-        """The pages of each line's row."""
-        self.targets = torch.arange(tokens, device=weight.device)
-        self.frequencies = rotary_frequencies(model.config, weight.device)
-        self.x = torch.zeros((tokens, model.config.hidden_size), dtype=weight.dtype, device=weight.device)
-        """Embeddings, and after a step the normed hidden states."""
-
-    def fill(self, rows: Sequence[Row], tokens: int) -> None:
-        """Bring over a step of `tokens` tokens: these rows', and others that read and write nothing."""
-        self.staging.wait()
-        host, lines = self.staging.host, prefill_lines(tokens)
-        host["token_pages"][:tokens] = -1
-        host["line_lengths"][:lines] = 0
-        for name in ("positions", "token_offsets", "kept"):
-            host[name][:tokens] = 0
-        host["line_tokens"][: lines * PREFILL_LINE_TOKENS] = 0
-        width, n_lines = self._lay_out(rows) if rows else (0, 0)
-        self.staging.send(0, self.staging.places["pages"][0] + 4 * n_lines * width)
-        self.table[:n_lines, :width] = self.staging.device["pages"][: n_lines * width].view(n_lines, width)
-
-    def _lay_out(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """Write the rows' numbers; returns how many pages a line has at most, and how many lines there are."""
-        host, laid = self.staging.host, lay_out(rows)
-        table, pages, offsets = laid.places(rows, self.page_tokens)
-        cut = cut_lines(range(len(rows)), laid, PREFILL_LINE_TOKENS)
-        numbers = {
-            "positions": laid.positions,
-            "token_pages": pages,
-            "token_offsets": offsets,
-            "long": laid.long,
-            **{name: laid.adapters == name for name in ADAPTERS},
-            "kept": cut.kept.nonzero()[0],
-            "line_tokens": cut.tokens,
-            "line_lengths": cut.lengths,
-            "pages": table[cut.rows].ravel(),
-        }
-        for name, values in numbers.items():
-            host[name][: len(values)] = values
-        return table.shape[1], len(cut.rows)
-
-
-class PrefillStep:
-    """`compute` for up to so many packed tokens of any rows, over tensors that stay where they are.
-
-    Nothing is read on the host and nothing decided by numbers on the device, so a CUDA graph can hold it. All rows are
-    in lines, whatever they have behind them.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        pool: KeyValuePool,
-        inputs: PrefillInputs,
-        tokens: int,
-        adapters: Collection[str] = (),
-        by_all: bool = False,
-    ) -> None:
-        """adapters that may be used, by_all: the one there is, by all tokens; their linears must be packed."""
-        self._model, self._pool, self._inputs, self._tokens = model, pool, inputs, tokens
-        device, lines = inputs.staging.device, prefill_lines(tokens)
-        lined = Lines(
-            new_tokens=PREFILL_LINE_TOKENS,
-            tokens=device["line_tokens"][: lines * PREFILL_LINE_TOKENS],
-            kept=device["kept"][:tokens],
-            targets=inputs.targets[:tokens],
-            lengths=device["line_lengths"][:lines],
-            table=inputs.table[:lines],
-        )
-        places = device["token_pages"][:tokens], device["token_offsets"][:tokens]
-        self._packing = Packing(
-            rows=(),
-            positions=device["positions"][:tokens],
-            long=device["long"][:tokens],
-            adapter_tokens=AdapterTokens({name: None if by_all else device[name][:tokens] for name in adapters}),
-            whole=(),
-            paging=Paging(*places, begun_pages=None, lines=(lined,), continued=(), together=()),
-        )
-        self.states = inputs.x[:tokens]
-        """What a run computes: normed hidden states [tokens, hidden]; the next run of any step replaces them."""
-
-    def fill(self, rows: Sequence[Row], embeddings: Tensor) -> None:
-        """Say what the next run computes: these rows, and the embeddings of their new tokens [tokens, hidden]."""
-        self._inputs.fill(rows, self._tokens)
-        self.states[: len(embeddings)] = embeddings
-
-    def clear(self) -> None:
-        """Have the next run read and write nothing."""
-        self._inputs.fill([], self._tokens)
-
-    @torch.inference_mode()
-    def run(self) -> Tensor:
-        """Write the keys and values of the new tokens; returns `states`."""
-        inputs = self._inputs
-        self.states.copy_(compute(self._model, self.states, self._packing, self._pool, inputs.frequencies))
-        return self.states

@@ -6,8 +6,9 @@ import torch
 from memphi.engine.graphs import Graphs
 from memphi.engine.prefills import Prefills
 from memphi.memory import costs
+from memphi.memory.costs import graphed
 from memphi.model.kernels.launch import is_available
-from memphi.model.prefill import PrefillStep
+from memphi.model.prefill_steps import PieceStep, PrefillStep
 from memphi.model.rows import Row
 from tests.gpu.test_gpu_graphs import (
     ADAPTERS,
@@ -62,6 +63,16 @@ def logits_of(model, graphs, rows):
     return model.language.logits(hidden).clone()
 
 
+@pytest.fixture(params=["whole", "in pieces"])
+def form(request, monkeypatch):
+    """Of graphs of prompts: all of these sizes are in one, or in pieces."""
+    if request.param == "in pieces":
+        for name, number in (("MOST_PREFILL_TOKENS", 63), ("PIECES_STEP", 64), ("IDLE_SHARE", 1)):
+            monkeypatch.setattr(graphed, name, number)
+    return request.param
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(
     ("dtype", "scheme"),
     [(torch.float32, "bf16"), *((torch.bfloat16, scheme) for scheme in ("bf16", "int8", "int4", "fp8"))],
@@ -94,6 +105,7 @@ def error_of(found, defined):
     return (found.float() - defined.float()).norm() / defined.float().norm()
 
 
+@pytest.mark.usefixtures("form")
 @torch.inference_mode()
 def test_graphs_of_prompts_take_what_is_priced_and_give_it_back(model):
     model.use_kernels(True)
@@ -148,19 +160,27 @@ def test_a_mixed_batch_again_and_again_equals_each_alone(stage, expected, comput
     together.check_empty()
 
 
-def test_a_capture_without_memory_costs_no_answer(stage, expected, monkeypatch):
+def test_a_capture_without_memory_costs_no_answer(stage, expected, monkeypatch, form):
     monkeypatch.setattr("memphi.engine.recovery.QUIET_STEPS", 5)
-    struck, run, struck_once = stage(**ROOMY), PrefillStep.run, []
+    struck, run, pieces, struck_once = stage(**ROOMY), PrefillStep.run, PieceStep.pieces, []
 
-    def strike(self):
+    def strike(step):
         if torch.cuda.is_current_stream_capturing() and not struck_once:
-            struck_once.append(self)
+            struck_once.append(step)
             torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
+
+    def strike_and_run(self):
+        strike(self)
         return run(self)
 
-    monkeypatch.setattr(PrefillStep, "run", strike)
+    def strike_and_piece(self):
+        strike(self)
+        yield from pieces(self)
+
+    monkeypatch.setattr(PrefillStep, "run", strike_and_run)
+    monkeypatch.setattr(PieceStep, "pieces", strike_and_piece)
     for _ in range(3):
         assert struck.ids(mixed_requests(LONG)) == expected
         struck.scheduler.reservations.pages.drop_idle()
-    assert struck_once
+    assert isinstance(struck_once[0], PieceStep if form == "in pieces" else PrefillStep)
     struck.check_empty()

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from memphi.config import AdapterForm, CacheFormat, ModelConfig
+from memphi.config import AdapterForm, CacheFormat, ModelConfig, Scheme
 from memphi.memory.costs.cached import PAGE_TOKENS, page_tokens
 from memphi.memory.costs.cost import MIB, Cost, size_text
 from memphi.memory.costs.products import kernel_product_bytes
-from memphi.memory.costs.sizes import all_ranks, qkv_size
+from memphi.memory.costs.sizes import all_ranks, qkv_size, query_size
 from memphi.memory.costs.steps import GRAPH_PROGRAMS, LINE_TOKENS, METADATA_BYTES, Pasts, kernel_step
 
 GRAPHS_BYTES = 128 * MIB
@@ -21,6 +21,13 @@ SEGMENT_BYTES = 24 * MIB
 """Of the allocator's segments for a graph's tensors, not all of which fills up."""
 LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
 """Of a graph of prompts: fewer tokens take no less time, and with more a large card takes longer than their host."""
+MOST_PIECES_TOKENS = 8192
+"""Of graphs of pieces, between which attention is launched kernel by kernel: for so many tokens lines are slow.
+They are for weights in e4m3 alone: with others so large a step takes a card longer than its host."""
+PIECES_STEP, IDLE_SHARE = 512, 16
+"""Their sizes are multiples of so many tokens, of which one in so many is idle at most."""
+PIECES_BYTES = 4 * MIB
+"""What CUDA keeps of the graphs of a step's pieces."""
 PREFILL_LINE_TOKENS = 16
 """Of a line: with the heads that share a key they fill three quarters of a block on tensor cores."""
 PREFILL_ROWS, TOKENS_A_ROW, PREFILL_ROW_TOKENS, PREFILL_LINE_KEYS = 64, 8, 16384, 1 << 19
@@ -50,9 +57,19 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
     )
 
 
+def most_graph_tokens(scheme: Scheme) -> int:
+    """Of a graph of prompts, or of pieces, at most."""
+    return MOST_PIECES_TOKENS if scheme == "fp8" else MOST_PREFILL_TOKENS
+
+
+def is_in_pieces(tokens: int) -> bool:
+    """Whether so many tokens of prompts have graphs of pieces, and not one."""
+    return tokens > MOST_PREFILL_TOKENS
+
+
 def prefill_lines(tokens: int) -> int:
-    """Lines that a graph of so many tokens has: a row's first may be filled in part."""
-    return -(-tokens // PREFILL_LINE_TOKENS) + _most_rows(tokens)
+    """Lines that a graph of so many tokens has: a row's first may be filled in part. None in pieces."""
+    return 0 if is_in_pieces(tokens) else -(-tokens // PREFILL_LINE_TOKENS) + _most_rows(tokens)
 
 
 def _most_rows(tokens: int) -> int:
@@ -62,6 +79,7 @@ def _most_rows(tokens: int) -> int:
 def prefill_bucket(tokens: int, most: int) -> int:
     """The tokens of the graph that serves so many: few sizes, of which large ones leave a third of it idle at most."""
     step = max(LEAST_PREFILL_TOKENS, (1 << (tokens - 1).bit_length()) // 4)
+    step = PIECES_STEP if is_in_pieces(tokens) else step
     return min(-(-tokens // step) * step, most)
 
 
@@ -71,8 +89,18 @@ def most_prefills(tokens: int) -> int:
     return PREFILL_KINDS * len(sizes)
 
 
+def prefill_size(rows: Sequence[tuple[int, int]], most_tokens: int) -> int:
+    """The tokens of the graph that takes rows of (new tokens, past), of those up to so many; 0: none does."""
+    tokens = sum(new for new, _ in rows)
+    if not 0 < tokens <= most_tokens:
+        return 0
+    size = prefill_bucket(tokens, most_tokens)
+    takes = (size - tokens) * IDLE_SHARE <= size if is_in_pieces(size) else lines_up(rows, most_tokens)
+    return size if takes else 0
+
+
 def lines_up(rows: Sequence[tuple[int, int]], most_tokens: int) -> bool:
-    """Whether a graph of prompts, of those up to so many tokens, takes rows of (new tokens, past)."""
+    """Whether a graph with all rows in lines, of those up to so many tokens, takes rows of (new tokens, past)."""
     tokens = sum(new for new, _ in rows)
     if tokens > most_tokens or len(rows) > _most_rows(prefill_bucket(tokens, most_tokens)):
         return False
@@ -91,19 +119,26 @@ def prefill_graphs(
     config: ModelConfig, tokens: int, dtype_bytes: int, form: AdapterForm, cache_format: CacheFormat
 ) -> Cost:
     """Steps of up to so many tokens of prompts in CUDA graphs: the tensors of the largest, and what CUDA keeps."""
-    lines, pages = prefill_lines(tokens), -(-PREFILL_ROW_TOKENS // page_tokens(cache_format))
-    programs = GRAPH_PROGRAMS // config.language.kv_heads
+    language, lined = config.language, min(tokens, MOST_PREFILL_TOKENS)
+    lines, pages = prefill_lines(lined), -(-PREFILL_ROW_TOKENS // page_tokens(cache_format))
+    programs = GRAPH_PROGRAMS // language.kv_heads
     # As `kernel_step` knows them, whose lines are shorter and which divides them among as many programs.
     shorter = PREFILL_LINE_TOKENS // LINE_TOKENS * (lines + programs) - programs
     pasts = Pasts(lines=shorter, copied_at_once=0, joined=0)
-    step = kernel_step(config, tokens, pasts, dtype_bytes, form, cache_format).bytes
-    step += step // 8 + SEGMENT_BYTES
-    staying = tokens * (config.language.hidden_size * dtype_bytes + METADATA_BYTES)
+    step = kernel_step(config, lined, pasts, dtype_bytes, form, cache_format).bytes
+    staying = tokens * (language.hidden_size * dtype_bytes + METADATA_BYTES)
     staying += lines * (PREFILL_LINE_TOKENS * 8 + 4 + 2 * 4 * pages)
-    count = most_prefills(tokens)
+    if is_in_pieces(tokens):
+        step = max(step, kernel_step(config, tokens, Pasts(), dtype_bytes, form, cache_format).bytes)
+        ranks = all_ranks(config) if form == "packed" else 0
+        staying += tokens * (qkv_size(language) + query_size(language) + ranks) * dtype_bytes
+    step += step // 8 + SEGMENT_BYTES
+    count, of_pieces = most_prefills(lined), most_prefills(tokens) - most_prefills(lined)
+    kept = count * PREFILL_GRAPH_BYTES + of_pieces * PIECES_BYTES
     return Cost(
         "graphs of prompts",
-        step + staying + count * PREFILL_GRAPH_BYTES,
+        step + staying + kept,
         f"a step of {tokens} tokens, {size_text(step)}; their embeddings, and the pages of {lines} lines, "
-        f"{size_text(staying)}; and {size_text(PREFILL_GRAPH_BYTES)} of each of {count} for CUDA",
+        f"{size_text(staying)}; and {size_text(PREFILL_GRAPH_BYTES)} of each of {count} for CUDA"
+        + (f", {size_text(PIECES_BYTES)} of each of {of_pieces} in pieces" if of_pieces else ""),
     )

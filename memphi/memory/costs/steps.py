@@ -170,18 +170,12 @@ def kernel_step(
     shared = rotary_bytes(language, dtype_bytes) + METADATA_BYTES
     # The running sum, the product that is turned in place, the next one's operand, and what attention gives.
     mixing = language.hidden_size + qkv_size(language) + 2 * query + (all_ranks(config) if form == "packed" else 0)
-    longest = pasts.copied_at_once
-    if longest is None:
-        longest = max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
-    copied = (2 * key_size(language) * dtype_bytes + _code_bytes(language, cache_format)) * longest
-    asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query * dtype_bytes
-    joined = pasts.joined
-    if joined is None:
-        joined = recurring(tokens) if longest else 0
-    found = joined * _joining_bytes(language) + copied
-    attention = tokens * (mixing * dtype_bytes + shared) + max(found, asked)
+    longest = _copied_at_once(pasts)
+    attention = tokens * (mixing * dtype_bytes + shared) + _past_bytes(
+        language, tokens, pasts, dtype_bytes, cache_format
+    )
     products = kernel_product_bytes(config, tokens, dtype_bytes)
-    staying = _lines_bytes(language, pasts, page_tokens(cache_format)) + PLACE_BYTES * pasts.all_copied
+    staying = _staying_bytes(language, pasts, cache_format)
     return Cost(
         "kernel step",
         max(tokens * (numbers * dtype_bytes + shared) + products, attention) + staying,
@@ -190,6 +184,39 @@ def kernel_step(
         f"{pasts.single_lines} rows of one token and {pasts.lines} lines of {LINE_TOKENS}"
         + (f"; and {size_text(products)} for a block of weights in {config.scheme}, dequantised" if products else ""),
     )
+
+
+def attention_between_pieces(
+    config: ModelConfig, tokens: int, pasts: Pasts, dtype_bytes: int, cache_format: CacheFormat
+) -> int:
+    """What attention takes by itself in a step whose other tensors stay where they are: also what it gives, once."""
+    language = config.language
+    given = tokens * (query_size(language) * dtype_bytes + METADATA_BYTES)
+    past_bytes = _past_bytes(language, tokens, pasts, dtype_bytes, cache_format)
+    return given + past_bytes + _staying_bytes(language, pasts, cache_format)
+
+
+def _past_bytes(
+    language: LanguageConfig, tokens: int, pasts: Pasts, dtype_bytes: int, cache_format: CacheFormat
+) -> int:
+    """Of a layer's attention over pasts: what is copied and joined, or what rows in lines ask and find."""
+    longest, joined = _copied_at_once(pasts), pasts.joined
+    copied = (2 * key_size(language) * dtype_bytes + _code_bytes(language, cache_format)) * longest
+    asked = (pasts.single_lines + LINE_TOKENS * pasts.lines) * 3 * query_size(language) * dtype_bytes
+    if joined is None:
+        joined = recurring(tokens) if longest else 0
+    return max(joined * _joining_bytes(language) + copied, asked)
+
+
+def _copied_at_once(pasts: Pasts) -> int:
+    if pasts.copied_at_once is not None:
+        return pasts.copied_at_once
+    return max(pasts.longest_copied, min(pasts.all_copied, GATHER_TOKENS))
+
+
+def _staying_bytes(language: LanguageConfig, pasts: Pasts, cache_format: CacheFormat) -> int:
+    """What stays all the step of the pasts of its rows."""
+    return _lines_bytes(language, pasts, page_tokens(cache_format)) + PLACE_BYTES * pasts.all_copied
 
 
 def _lines_bytes(language: LanguageConfig, pasts: Pasts, page_size: int) -> int:

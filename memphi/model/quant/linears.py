@@ -2,7 +2,6 @@
 a linear for every moment, where their matrices are quantised.
 """
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -103,16 +102,17 @@ class QuantisedAdaptedLinear(LinearOfCodes):
         else:
             gate(self.apply_in_parts(operand, adapter_tokens, both, in_bytes), out, made)
 
-    def follow(
+    def finish(
         self,
-        compute: Callable[[Tensor | None], Tensor],
-        count: int,
+        x: Tensor,
+        operand: Tensor | None,
         adapter_tokens: AdapterTokens,
         in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if adapter_tokens:
-            return super().follow(compute, count, adapter_tokens)
-        return multiply_base(self.base_weight, compute(None), None, in_bytes)
+            return super().finish(x, operand, adapter_tokens, in_bytes, out)
+        return multiply_base(self.base_weight, x, out, in_bytes)
 
 
 def multiply_base(

@@ -10,6 +10,7 @@ multiplied as it is, another pass adds the adapters, and y is read, written and 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
+from memphi.model.kernels.beside import beside
 from memphi.model.kernels.coded import Columns, add_to, adds_at_once
 from memphi.model.kernels.dequantise import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
@@ -33,6 +35,9 @@ from memphi.model.quant.linears import (
     multiply_base,
 )
 from memphi.model.quant.weights import blocks, multiply_by_blocks
+
+MOST_BESIDE = 256
+"""Up to so many rows neither torch's product nor what makes t fills a card."""
 
 
 class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
@@ -78,10 +83,11 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         adapter_tokens: AdapterTokens,
         operand: Tensor | None = None,
         in_bytes: Bytes | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if not adapter_tokens:
-            return multiply_base(self.base_weight, x, None, in_bytes)
-        return super().forward(x, adapter_tokens, operand, in_bytes)
+            return multiply_base(self.base_weight, x, out, in_bytes)
+        return super().forward(x, adapter_tokens, operand, in_bytes, out)
 
     def apply_to(
         self,
@@ -101,15 +107,22 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         is_for_few = weight.is_for_few(x) and len(products) == 1
         if is_for_few and in_bytes is None:
             in_bytes = weight.bytes_of(x)  # Before what makes t, which such a product does not wait for.
-        self._narrow(operand, adapter_tokens, [product for product in products if product.names])
+        with beside(x.device) if self._leaves_room(x) else nullcontext(_nothing) as join:
+            self._narrow(operand, adapter_tokens, [product for product in products if product.names])
         if is_for_few:
             return weight.multiply_few(x, out, self._columns_of(products[0].names, operand), in_bytes)
         if weight.makes_blocks(x):
             self._multiply_by_blocks(operand, products, out)
         else:
             weight.multiply_many(x, out, None, in_bytes)
+            join()
             self._add_adapters(operand, adapter_tokens, products, out)
         return out[None]
+
+    def _leaves_room(self, x: Tensor) -> bool:
+        """Whether what makes t of such rows finds room beside torch's product of x with the base."""
+        weight = self.base_weight
+        return len(x) <= MOST_BESIDE and not (weight.is_for_few(x) or weight.makes_blocks(x))
 
     def apply_gated(
         self,
@@ -201,3 +214,7 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         self.base_weight._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module's has no types
         self._point(fn(self.wide), fn(self.wide_scale), fn(self.narrow), fn(self.narrow_scale))
         return self
+
+
+def _nothing() -> None:
+    """What ran in turn is not waited for."""
