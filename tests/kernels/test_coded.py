@@ -163,12 +163,19 @@ def test_adapters_added_to_many_rows(device, rows, used, ranks, border, gap, dty
     expected = y.clone()
     for t, mask in zip(columns.t, masks, strict=True):
         t.mul_(1 if mask is None else mask[:, None])
+    share, expected_share = (torch.full((rows, n_out), torch.nan, device=device, dtype=dtype) for _ in range(2))
     coded.plain_add_to(expected[:, :n_out], columns)
+    coded.plain_write_share(expected_share, columns)
     for t, value in zip(columns.t, nan, strict=True):
         t.add_(value)
     coded.add_to(y[:, :n_out], columns, masks)
+    coded.write_share(share, columns, masks)
     assert_near(y, expected, "int8")
     assert torch.equal(y[:, n_out:], expected[:, n_out:])
+    if expected_share.any():
+        assert_near(share, expected_share, "int8")
+    else:
+        assert torch.equal(share, expected_share)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

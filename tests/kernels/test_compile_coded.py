@@ -97,11 +97,12 @@ def test_what_adds_adapters_fits(capability, dtype):
     with compiled_for(capability) as compiled:
         coded.add_to(y, both, [uses, uses])
         coded.add_to(y, Columns(b[:, : RANKS[0]], scale[:1], both.t[:1]), [None])
+        coded.write_share(y[:256], both, [uses, uses])
         dequantise.write_columns(both, 0, torch.empty(3072, 3072 + sum(RANKS), dtype=dtype))
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
-    assert [made.name for made in compiled] == ["_add_to", "_add_to", "_dequantise"]
+    assert [made.name for made in compiled] == ["_add_to", "_add_to", "_add_to", "_dequantise"]
 
 
 def test_no_count_of_rows_is_compiled_anew():

@@ -158,10 +158,12 @@ def test_weights_in_few_bits_without_packed_adapters(device, scheme):
     assert_equal_steps(device, make_model(device, "plain", scheme=scheme), make_rows(2))
 
 
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
 @torch.inference_mode()
-def test_weights_in_few_bits_beyond_the_rows_of_their_kernels(device, monkeypatch):
+def test_weights_in_few_bits_beyond_the_rows_of_their_kernels(device, monkeypatch, scheme):
+    """Beside a product in e4m3 the adapters' share is made by itself, and is a part of what comes of it."""
     monkeypatch.setattr(QuantisedWeight, "most_rows", lambda *_: 2)
-    model = make_model(device, config=tiny_config(layers=1), scheme="int4")
+    model = make_model(device, config=tiny_config(layers=1), scheme=scheme)
     assert_equal_steps(device, model, make_rows(3, SETS["both and none"]))
 
 

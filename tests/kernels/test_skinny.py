@@ -151,17 +151,20 @@ def test_one_adapter_of_many_rows_is_left_to_torch(device, monkeypatch, scheme, 
     names = ("vision", "speech")[:spans]
     used = AdapterTokens(dict(zip(names, (slice(0, 20), slice(20, rows)), strict=False)))
     used.make_masks(rows, device)
-    launched = {"narrow": 0, "add_to": 0}
+    launched = {"narrow": 0, "add_to": 0, "write_share": 0}
 
     def count(name, run, *arguments):
         launched[name] += 1
         run(*arguments)
 
     monkeypatch.setattr(narrow, "narrow", partial(count, "narrow", narrow.narrow))
-    monkeypatch.setattr(packed, "add_to", partial(count, "add_to", packed.add_to))
+    for name in ("add_to", "write_share"):
+        monkeypatch.setattr(packed, name, partial(count, name, getattr(packed, name)))
     linear(numbers(rows, linear.in_features, device=device, dtype=torch.float32), used)
-    is_added = scheme == "fp8" and rows > coded.MOST_ROWS
-    assert launched == {"narrow": launches, "add_to": launches if is_added else 0}
+    is_added, is_beside = scheme == "fp8" and rows > coded.MOST_ROWS, rows <= packed.MOST_BESIDE
+    assert launched["narrow"] == launches
+    assert launched["add_to"] == (launches if is_added and not is_beside else 0)
+    assert launched["write_share"] == (launches if is_added and is_beside else 0)
 
 
 def test_a_mask_of_every_kind_of_tokens(device):

@@ -29,9 +29,10 @@ MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch; or as they are, where a card has units for them."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
-ADDED_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 32, 2, 4)
-"""Rows, outputs, columns, stages and warps of a program that adds adapters to a product of many rows; and the same of
-numbers of 32 bits."""
+ADDED_TILE, FEW_ADDED_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 64, 3, 4), (64, 64, 32, 2, 4)
+"""Rows, outputs, columns, stages and warps of a program that makes what adapters add to a product; the same for up to
+FEW_ADDED_ROWS, and of numbers of 32 bits."""
+FEW_ADDED_ROWS = 256
 LEAST_SHARE = 768
 """Inputs of a part, where a product is divided."""
 FETCHED_BYTES = 128
@@ -123,16 +124,32 @@ def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
 
     uses: for each adapter the rows that use it, [rows] bool, or None for all; other rows have zeros for their t.
     """
+    _launch_share(y, columns, uses, adds=True)
+
+
+def plain_write_share(out: Tensor, columns: Columns) -> None:
+    """out [rows, out] = t B^T, rounded once; the definition."""
+    out.copy_(plain_add(torch.zeros_like(out, dtype=torch.float32), columns))
+
+
+def write_share(out: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
+    """As `plain_write_share`, with uses as in `add_to`."""
+    _launch_share(out, columns, uses, adds=False)
+
+
+def _launch_share(y: Tensor, columns: Columns, uses: Sequence[Tensor | None], adds: bool) -> None:
     rows, n_out = y.shape
     added, places, ranks = column_arguments(y, columns)
     first, last = uses[0], uses[-1]
-    block_rows, block_out, block_ranks, stages, warps = ADDED_TILE if y.itemsize <= 2 else WIDE_ADDED_TILE
+    tile = FEW_ADDED_TILE if rows <= FEW_ADDED_ROWS else ADDED_TILE
+    block_rows, block_out, block_ranks, stages, warps = tile if y.itemsize <= 2 else WIDE_ADDED_TILE
     _add_to[(-(-n_out // block_out), -(-rows // block_rows))](
         *(y, *added, y if first is None else first, y if last is None else last),
         *(y.stride(0), *places, n_out, rows),
         ranks=ranks,
         first_masked=first is not None,
         last_masked=last is not None,
+        adds=adds,
         block_rows=block_rows,
         block_out=block_out,
         block_ranks=block_ranks,
@@ -291,12 +308,13 @@ def _add_to(
     ranks: constexpr,
     first_masked: constexpr,
     last_masked: constexpr,
+    adds: constexpr,
     block_rows: constexpr,
     block_out: constexpr,
     block_ranks: constexpr,
     dependent: constexpr,
 ) -> None:
-    """An adapter that no row of a program uses is not read; y neither, where none is used."""
+    """An adapter that no row of a program uses is not read; y neither, where none is used, or it is not added to."""
     if dependent:
         tl.extra.cuda.gdc_launch_dependents()
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
@@ -308,16 +326,18 @@ def _add_to(
     begin, end = tl.where(tl.max(first, 0) > 0, 0, border), tl.where(tl.max(last, 0) > 0, ranks, border)
     if dependent:
         tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([block_out, block_rows], tl.float32)
     if begin < end:
         first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-        sums = tl.zeros([block_out, block_rows], tl.float32)
         sums = add_columns(
             *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
             *(outs, inside, numbers, exists, begin, end, block_ranks, ranks, block_ranks),
         )
-        # Asked for before, what is there would take the registers of another program.
-        there = load_rows(y, y_stride, numbers, exists, outs, inside, "").to(tl.float32)
-        store_tile(sums + tl.trans(there), y, y_stride, outs, inside, numbers, exists)
+        if adds:  # Asked for before, what is there would take the registers of another program.
+            there = load_rows(y, y_stride, numbers, exists, outs, inside, "").to(tl.float32)
+            store_tile(sums + tl.trans(there), y, y_stride, outs, inside, numbers, exists)
+    if not adds:
+        store_tile(sums, y, y_stride, outs, inside, numbers, exists)
 
 
 @jit

@@ -1,5 +1,5 @@
-"""What a product leaves in parts [parts, rows, out] fp32, each the sums of a part of its inputs: whoever reads them
-next sums them, or a pass of its own.
+"""What a product leaves in parts [parts, rows, out], each the sums of a part of its inputs, in fp32, or what adapters
+add to it, in x's dtype: whoever reads them next sums them, or a pass of its own.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def load_parts(source: Tile, inside: Tile, part_stride: Tile, parts: constexpr, 
     """What stands there in parts, summed and rounded."""
     values = tl.load(source, inside, other=0)
     for part in tl.static_range(1, parts):
-        values += tl.load(source + part * part_stride, inside, other=0)
+        values = values.to(tl.float32) + tl.load(source + part * part_stride, inside, other=0).to(tl.float32)
     return values.to(dtype)

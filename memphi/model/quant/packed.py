@@ -9,8 +9,7 @@ the base is made 16 bits again with those columns beside it, as `PackedLinear` h
 multiplied as it is, another pass adds the adapters, and y is read, written and rounded once more.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
 from memphi.model.kernels.beside import beside
-from memphi.model.kernels.coded import Columns, add_to, adds_at_once
+from memphi.model.kernels.coded import Columns, add_to, adds_at_once, write_share
 from memphi.model.kernels.dequantise import plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
@@ -37,7 +36,7 @@ from memphi.model.quant.linears import (
 from memphi.model.quant.weights import blocks, multiply_by_blocks
 
 MOST_BESIDE = 256
-"""Up to so many rows neither torch's product nor what makes t fills a card."""
+"""Up to so many rows neither torch's product nor what adapters add to it fills a card."""
 
 
 class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
@@ -107,22 +106,41 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         is_for_few = weight.is_for_few(x) and len(products) == 1
         if is_for_few and in_bytes is None:
             in_bytes = weight.bytes_of(x)  # Before what makes t, which such a product does not wait for.
-        with beside(x.device) if self._leaves_room(x) else nullcontext(_nothing) as join:
-            self._narrow(operand, adapter_tokens, [product for product in products if product.names])
+        if self._leaves_room(x) and (masks := self._masks_at_once(operand, adapter_tokens)):
+            return self._multiply_beside(operand, adapter_tokens, masks, out, in_bytes)
+        self._narrow(operand, adapter_tokens, [product for product in products if product.names])
         if is_for_few:
             return weight.multiply_few(x, out, self._columns_of(products[0].names, operand), in_bytes)
         if weight.makes_blocks(x):
             self._multiply_by_blocks(operand, products, out)
         else:
             weight.multiply_many(x, out, None, in_bytes)
-            join()
             self._add_adapters(operand, adapter_tokens, products, out)
         return out[None]
 
     def _leaves_room(self, x: Tensor) -> bool:
-        """Whether what makes t of such rows finds room beside torch's product of x with the base."""
+        """Whether what adapters make of such rows finds room on a card beside torch's product with the base."""
         weight = self.base_weight
-        return len(x) <= MOST_BESIDE and not (weight.is_for_few(x) or weight.makes_blocks(x))
+        by_torch = not (weight.is_for_few(x) or weight.makes_blocks(x))
+        return by_torch and len(x) <= MOST_BESIDE and adds_at_once(x.device)
+
+    def _multiply_beside(
+        self,
+        operand: Tensor,
+        adapter_tokens: AdapterTokens,
+        masks: Mapping[str, Tensor | None],
+        like: Tensor,
+        in_bytes: Bytes | None,
+    ) -> Tensor:
+        """The base's product and what the adapters in use add, side by side: [2, rows, out]."""
+        made, columns = like.new_empty((2, *like.shape)), self._columns_of(masks, operand)
+        assert columns is not None
+        with beside(operand.device) as join:
+            self._narrow(operand, adapter_tokens, ())
+            write_share(made[1], columns, list(masks.values()))
+        self.base_weight.multiply_many(self.x_of(operand), made[0], None, in_bytes)
+        join()
+        return made
 
     def apply_gated(
         self,
@@ -214,7 +232,3 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         self.base_weight._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module's has no types
         self._point(fn(self.wide), fn(self.wide_scale), fn(self.narrow), fn(self.narrow_scale))
         return self
-
-
-def _nothing() -> None:
-    """What ran in turn is not waited for."""
