@@ -22,11 +22,16 @@ from memphi.request import ClipFootprint, Footprint, ImageFootprint, InputMode
 
 OFFICIAL, DEMO = read_config(official.folder()), demo_config()
 ACCOUNTS = ("context_bytes", "weights_bytes", "graphs_bytes", "workspace_bytes", "pool_bytes", "media_bytes")
-SMALL = replace(OFFICIAL, scheme="int4")
-DIALS = {OFFICIAL: (12 * GIB, 200 * GIB), SMALL: (7 * GIB, 200 * GIB), DEMO: (GIB, 8 * GIB)}
+SMALL, QUICK = (replace(OFFICIAL, scheme=scheme) for scheme in ("int4", "fp8"))
+DIALS = {
+    OFFICIAL: (12 * GIB, 200 * GIB),
+    SMALL: (7 * GIB, 200 * GIB),
+    QUICK: (8 * GIB, 200 * GIB),
+    DEMO: (GIB, 8 * GIB),
+}
 
 kinds = st.sampled_from(["cuda", "cpu"])
-configs = st.sampled_from([OFFICIAL, SMALL, DEMO])
+configs = st.sampled_from([OFFICIAL, SMALL, QUICK, DEMO])
 shares = st.floats(0, 1)
 
 
@@ -254,6 +259,13 @@ def test_fewer_bits_leave_more_room():
     bits16, fp8, int8, int4 = (planned(OFFICIAL, 16 * GIB, scheme=name) for name in ("bf16", "fp8", "int8", "int4"))
     assert bits16.weights_bytes > fp8.weights_bytes > int8.weights_bytes > int4.weights_bytes
     assert bits16.pages < fp8.pages <= int8.pages < int4.pages
+
+
+def test_graphs_take_prompts_of_more_tokens_in_fp8():
+    """In pieces, of which a small dial has none."""
+    small, large = (planned(QUICK, gib * GIB).graph_tokens for gib in (10, 120))
+    assert small < 2048 < 8192 == large
+    assert planned(OFFICIAL, 120 * GIB).graph_tokens == 2048
 
 
 def test_a_quantised_folder_stays_as_it_is():

@@ -50,6 +50,8 @@ def test_keys_are_those_up_to_the_end_of_each_line(new, past):
 
 def test_what_is_too_much_is_not_taken():
     assert costs.lines_up([(500, 0)], 2048)
+    assert costs.prefill_size([(500, 0)], 2048) == 512
+    assert not costs.prefill_size([(2, 0)] * 20, 2048)
     assert not costs.lines_up([(500, 0)], 448)
     assert not costs.lines_up([(1, 0)], 0)
     assert not costs.lines_up([(100, costs.PREFILL_ROW_TOKENS)], 2048)
@@ -58,7 +60,26 @@ def test_what_is_too_much_is_not_taken():
     assert not costs.lines_up([(600, 15000)], 2048)  # Too many keys, all in all.
 
 
-@given(mosts)
+@given(st.integers(2049, 8192))
+def test_pieces_leave_little_idle_or_are_not_used(tokens):
+    bucket = costs.prefill_bucket(tokens, 8192)
+    assert costs.is_in_pieces(bucket)
+    assert tokens <= bucket < tokens + graphed.PIECES_STEP
+    size = costs.prefill_size([(tokens - 9, 0), (9, 30000)], 8192)
+    assert size == (bucket if 16 * (bucket - tokens) <= bucket else 0)
+    assert not costs.prefill_lines(bucket)
+
+
+def test_pieces_are_for_products_that_a_card_is_soon_done_with():
+    assert costs.most_graph_tokens("fp8") == 8192
+    assert all(costs.most_graph_tokens(scheme) == 2048 for scheme in ("bf16", "int8", "int4"))
+    assert not costs.prefill_size([(2049, 0)], 2048)
+    assert costs.prefill_size([(8192, 0)], 8192) == 8192
+    assert costs.prefill_size([(4000, 0)], 4032) == 4032
+    assert not costs.prefill_size([], 8192)
+
+
+@given(st.integers(1, 128).map(lambda number: number * costs.LEAST_PREFILL_TOKENS))
 def test_more_tokens_are_never_cheaper(most):
     config: ModelConfig = demo_config()
     smaller, larger = (
