@@ -67,7 +67,7 @@ def logits_of(model, graphs, rows):
 def form(request, monkeypatch):
     """Of graphs of prompts: all of these sizes are in one, or in pieces."""
     if request.param == "in pieces":
-        for name, number in (("MOST_PREFILL_TOKENS", 63), ("PIECES_STEP", 64), ("IDLE_SHARE", 1)):
+        for name, number in (("MOST_PREFILL_TOKENS", 63), ("PIECES_STEP", 64)):
             monkeypatch.setattr(graphed, name, number)
         monkeypatch.setattr(costs, "most_graph_tokens", lambda scheme: STEP_TOKENS)
     return request.param

@@ -61,13 +61,13 @@ def test_what_is_too_much_is_not_taken():
 
 
 @given(st.integers(2049, 8192))
-def test_pieces_leave_little_idle_or_are_not_used(tokens):
-    bucket = costs.prefill_bucket(tokens, 8192)
-    assert costs.is_in_pieces(bucket)
-    assert tokens <= bucket < tokens + graphed.PIECES_STEP
+def test_pieces_take_any_rows_and_leave_little_idle(tokens):
     size = costs.prefill_size([(tokens - 9, 0), (9, 30000)], 8192)
-    assert size == (bucket if 16 * (bucket - tokens) <= bucket else 0)
-    assert not costs.prefill_lines(bucket)
+    assert costs.is_in_pieces(size)
+    assert tokens <= size < tokens + graphed.PIECES_STEP
+    assert not costs.prefill_lines(size)
+    assert costs.most_held(size, 8192) == graphed.PIECES_HELD
+    assert costs.most_held(64, 8192) == costs.most_prefills(8192) == costs.most_prefills(2048)
 
 
 def test_pieces_are_for_products_that_a_card_is_soon_done_with():

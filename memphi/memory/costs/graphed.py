@@ -24,10 +24,10 @@ LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
 MOST_PIECES_TOKENS = 8192
 """Of graphs of pieces, between which attention is launched kernel by kernel: for so many tokens lines are slow.
 They are for weights in e4m3 alone: with others so large a step takes a card longer than its host."""
-PIECES_STEP, IDLE_SHARE = 512, 16
-"""Their sizes are multiples of so many tokens, of which one in so many is idle at most."""
+PIECES_STEP, PIECES_HELD = 256, 24
+"""Their sizes are multiples of so many tokens; and of how many steps they are held at most."""
 PIECES_BYTES = 4 * MIB
-"""What CUDA keeps of the graphs of a step's pieces."""
+"""What CUDA keeps of the graphs of a step's pieces (an estimate: not measured by itself)."""
 PREFILL_LINE_TOKENS = 16
 """Of a line: with the heads that share a key they fill three quarters of a block on tensor cores."""
 PREFILL_ROWS, TOKENS_A_ROW, PREFILL_ROW_TOKENS, PREFILL_LINE_KEYS = 64, 8, 16384, 1 << 19
@@ -84,9 +84,15 @@ def prefill_bucket(tokens: int, most: int) -> int:
 
 
 def most_prefills(tokens: int) -> int:
-    """Graphs of prompts that are held, where the largest has so many tokens."""
-    sizes = {prefill_bucket(size, tokens) for size in range(LEAST_PREFILL_TOKENS, tokens + 1, LEAST_PREFILL_TOKENS)}
+    """Graphs of prompts that are held, where the largest has so many tokens; those of pieces apart."""
+    most = min(tokens, MOST_PREFILL_TOKENS)
+    sizes = {prefill_bucket(size, most) for size in range(LEAST_PREFILL_TOKENS, most + 1, LEAST_PREFILL_TOKENS)}
     return PREFILL_KINDS * len(sizes)
+
+
+def most_held(size: int, most_tokens: int) -> int:
+    """Of graphs like the one of so many tokens, or of steps in pieces like its, how many are held at most."""
+    return PIECES_HELD if is_in_pieces(size) else most_prefills(most_tokens)
 
 
 def prefill_size(rows: Sequence[tuple[int, int]], most_tokens: int) -> int:
@@ -95,8 +101,7 @@ def prefill_size(rows: Sequence[tuple[int, int]], most_tokens: int) -> int:
     if not 0 < tokens <= most_tokens:
         return 0
     size = prefill_bucket(tokens, most_tokens)
-    takes = (size - tokens) * IDLE_SHARE <= size if is_in_pieces(size) else lines_up(rows, most_tokens)
-    return size if takes else 0
+    return size if is_in_pieces(size) or lines_up(rows, most_tokens) else 0
 
 
 def lines_up(rows: Sequence[tuple[int, int]], most_tokens: int) -> bool:
@@ -133,12 +138,12 @@ def prefill_graphs(
         ranks = all_ranks(config) if form == "packed" else 0
         staying += tokens * (qkv_size(language) + query_size(language) + ranks) * dtype_bytes
     step += step // 8 + SEGMENT_BYTES
-    count, of_pieces = most_prefills(lined), most_prefills(tokens) - most_prefills(lined)
+    count, of_pieces = most_prefills(tokens), PIECES_HELD * is_in_pieces(tokens)
     kept = count * PREFILL_GRAPH_BYTES + of_pieces * PIECES_BYTES
     return Cost(
         "graphs of prompts",
         step + staying + kept,
         f"a step of {tokens} tokens, {size_text(step)}; their embeddings, and the pages of {lines} lines, "
         f"{size_text(staying)}; and {size_text(PREFILL_GRAPH_BYTES)} of each of {count} for CUDA"
-        + (f", {size_text(PIECES_BYTES)} of each of {of_pieces} in pieces" if of_pieces else ""),
+        + (f", {size_text(PIECES_BYTES)} of each of {of_pieces} steps in pieces" if of_pieces else ""),
     )
