@@ -188,7 +188,8 @@ class Sizing:
             tokens = steps * costs.LEAST_PREFILL_TOKENS
             return costs.prefill_graphs(self.config, tokens, self.dtype_bytes, self.adapters, self.cache_format)
 
-        most = min(self.largest.step_tokens, costs.most_graph_tokens(self.config.scheme)) // costs.LEAST_PREFILL_TOKENS
+        most = costs.most_graph_tokens(self.config.scheme, self.device.capability)
+        most = min(self.largest.step_tokens, most) // costs.LEAST_PREFILL_TOKENS
         if not (self.graphs and most):
             return
         beyond_bytes = spare_bytes - (PREFILLS_SHARE - 1) * price(1).bytes

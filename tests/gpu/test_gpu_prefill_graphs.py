@@ -69,7 +69,7 @@ def form(request, monkeypatch):
     if request.param == "in pieces":
         for name, number in (("MOST_PREFILL_TOKENS", 63), ("PIECES_STEP", 64)):
             monkeypatch.setattr(graphed, name, number)
-        monkeypatch.setattr(costs, "most_graph_tokens", lambda scheme: STEP_TOKENS)
+        monkeypatch.setattr(costs, "most_graph_tokens", lambda *_: STEP_TOKENS)
     return request.param
 
 

@@ -36,7 +36,7 @@ shares = st.floats(0, 1)
 
 
 def endless(kind="cuda"):
-    return DeviceFacts(kind, "a device", 1 << 50, 1 << 50)
+    return DeviceFacts(kind, "a device", 1 << 50, 1 << 50, (9, 0) if kind == "cuda" else None)
 
 
 def dial(config, share):

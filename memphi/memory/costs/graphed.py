@@ -23,7 +23,8 @@ LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
 """Of a graph of prompts: fewer tokens take no less time, and with more a large card takes longer than their host."""
 MOST_PIECES_TOKENS = 8192
 """Of graphs of pieces, between which attention is launched kernel by kernel: for so many tokens lines are slow.
-They are for weights in e4m3 alone: with others so large a step takes a card longer than its host."""
+They are for weights in e4m3 on the largest cards: elsewhere so large a step takes a card longer than its host."""
+LARGEST_CAPABILITY = ((9, 0), (10, 0))
 PIECES_STEP, PIECES_HELD = 256, 24
 """Their sizes are multiples of so many tokens; and of how many steps they are held at most."""
 PIECES_BYTES = 4 * MIB
@@ -57,9 +58,10 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
     )
 
 
-def most_graph_tokens(scheme: Scheme) -> int:
+def most_graph_tokens(scheme: Scheme, capability: tuple[int, int] | None) -> int:
     """Of a graph of prompts, or of pieces, at most."""
-    return MOST_PIECES_TOKENS if scheme == "fp8" else MOST_PREFILL_TOKENS
+    has_pieces = scheme == "fp8" and capability in LARGEST_CAPABILITY
+    return MOST_PIECES_TOKENS if has_pieces else MOST_PREFILL_TOKENS
 
 
 def is_in_pieces(tokens: int) -> bool:
