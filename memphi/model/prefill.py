@@ -58,6 +58,8 @@ class Mixing:
     out: Tensor
 
 
+DividedLines = tuple[Lines, Division]
+"""Rows in lines, and how their keys are divided for the whole card."""
 Pieces = Generator[Mixing, None, Tensor]
 """What computes a piece of the decoder whenever it is asked for the next attention; the last one gives the states."""
 
@@ -122,16 +124,13 @@ def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: S
     """A layer's attention: what is to be added to the running sum."""
     tokens, paging, room = step.packing.adapter_tokens, step.packing.paging, step.room
     assert paging is not None
-    count, pages, scales = (
-        len(step.packing.positions),
-        step.pool.layer(attention.layer),
-        step.pool.scales(attention.layer),
-    )
+    count, layer = len(step.packing.positions), attention.layer
     made = residual.room_for_bytes(attention.qkv, tokens)
     out = None if room is None else room.qkv
     qkv = attention.qkv.follow(partial(residual.normed, norm, made), count, tokens, made, out)
     del made
-    rotate_and_keep(qkv, *step.rotary, *pages, paging.token_pages, paging.token_offsets, scales)
+    pages, places = step.pool.layer(layer), (paging.token_pages, paging.token_offsets)
+    rotate_and_keep(qkv, *step.rotary, *pages, *places, step.pool.scales(layer))
     if room is None:
         operand = attention.out.operand_for(count, tokens)
         x = qkv.new_empty(count, attention.widths[0]) if operand is None else attention.out.x_of(operand)
@@ -141,7 +140,7 @@ def _attend(attention: SelfAttention, norm: RMSNorm, residual: Residual, step: S
     return attention.out.finish(x, operand, tokens)
 
 
-def mix(mixing: Mixing, packing: Packing, all_lines: Sequence["DividedLines"], pool: KeyValuePool) -> None:
+def mix(mixing: Mixing, packing: Packing, all_lines: Sequence[DividedLines], pool: KeyValuePool) -> None:
     """Compute a layer's attention, of each row by what is for it."""
     attention, layer = mixing.attention, mixing.attention.layer
     pages, scales = pool.layer(layer), pool.scales(layer)
@@ -173,9 +172,6 @@ def _transform(mlp: MLP, norm: RMSNorm, residual: Residual, step: Step) -> Tenso
         return room
 
     return mlp.down.follow(open_gate, count, packing.adapter_tokens, made)
-
-
-DividedLines = tuple[Lines, Division]
 
 
 def divide_lines(model: LanguageModel, packing: Packing) -> tuple[DividedLines, ...]:

@@ -1,6 +1,7 @@
 """Launches that run beside others, where neither fills a card by itself."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,12 +18,13 @@ def beside(device: torch.device) -> Iterator[Callable[[], None]]:
     if device.type != "cuda":
         yield lambda: None
         return
-    stream, other = torch.cuda.current_stream(device), _other_stream(device)
+    stream, other = torch.cuda.current_stream(device), _other_stream(device, threading.get_ident())
     other.wait_stream(stream)
     with torch.cuda.stream(other):
         yield functools.partial(stream.wait_stream, other)
 
 
 @functools.cache
-def _other_stream(device: torch.device) -> torch.cuda.Stream:
+def _other_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """A thread's own: what one captures in a graph, no other may launch on."""
     return torch.cuda.Stream(device)

@@ -138,8 +138,10 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         with beside(operand.device) as join:
             self._narrow(operand, adapter_tokens, ())
             write_share(made[1], columns, list(masks.values()))
-        self.base_weight.multiply_many(self.x_of(operand), made[0], None, in_bytes)
-        join()
+        try:
+            self.base_weight.multiply_many(self.x_of(operand), made[0], None, in_bytes)
+        finally:
+            join()  # Or what is written beside it might be freed before.
         return made
 
     def apply_gated(
