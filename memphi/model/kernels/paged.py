@@ -244,6 +244,45 @@ def _load_turned(
 
 
 @jit
+def _load_newest(
+    qkv: Tile,
+    cos: Tile,
+    sin: Tile,
+    row: Tile,
+    head: Tile,
+    exists: Tile,
+    dims: Tile,
+    part_stride: Tile,
+    stride: Tile,
+    kv_heads: constexpr,
+    group: constexpr,
+    head_dim: constexpr,
+    half: constexpr,
+    parts: constexpr,
+) -> Tile:
+    """Key and value [1, dims] of a row's newest token, of one head, out of the qkv product."""
+    one = tl.zeros([1], tl.int64)
+    lines, heads = row + one, kv_heads * group + head + one
+    there = exists & (dims < head_dim)[None, :]
+    k = _load_turned(qkv, cos, sin, lines, heads, there, dims, part_stride, stride, head_dim, half, parts)
+    source = qkv + lines[:, None] * stride + ((kv_heads + heads) * head_dim)[:, None]
+    return k, load_parts(source + dims[None, :], there, part_stride, parts, cos.dtype.element_ty)
+
+
+@jit
+def _as_kept(k: Tile, v: Tile, like: Tile, limit: constexpr) -> Tile:
+    """A new token's key and value [1, dims] as their page keeps them, the scales of codes, and what they stand for: as
+    such it is seen at once."""
+    kept_k, kept_v, key_scales, value_scales = k, v, k, v
+    if limit:
+        kept_k, key_scales = encode(k, limit)
+        kept_v, value_scales = encode(v, limit)
+        k = decode(kept_k, key_scales.to(tl.float32), like, limit)
+        v = decode(kept_v, value_scales.to(tl.float32), like, limit)
+    return (kept_k, kept_v), (key_scales, value_scales), (k, v)
+
+
+@jit
 def _begin(q: Tile, k: Tile, v: Tile, exists: Tile, scale: Tile, least: constexpr) -> Tile:
     """Softmax as it begins: the largest scores, the totals and sums of values relative to them, of one token [1, dims]
     that every query sees, if it exists.
@@ -497,7 +536,7 @@ def _attend(
     if dependent:
         tl.extra.cuda.gdc_wait()
 
-    group = queries // new_tokens
+    group: constexpr = queries // new_tokens
     new = asked // group  # The new token that each query belongs to.
     tokens, heads = row * new_tokens + new, head * group + asked % group
     exists = (asked < queries)[:, None] & (dims < head_dim)[None, :]
@@ -505,21 +544,11 @@ def _attend(
         # fmt: off
         q = _load_turned(query, cos, sin, tokens, heads, exists, dims, part_stride, query_stride, head_dim, half,
                          query_parts)
-        one = tl.zeros([1], tl.int64)
-        lines, heads = row + one, kv_heads * group + head + one
-        there = has_new & (dims < head_dim)[None, :]
-        new_k = _load_turned(query, cos, sin, lines, heads, there, dims, part_stride, query_stride, head_dim, half,
-                             query_parts)
+        new_k, new_v = _load_newest(query, cos, sin, row, head, has_new, dims, part_stride, query_stride, kv_heads,
+                                    group, head_dim, half, query_parts)
         # fmt: on
-        source = query + lines[:, None] * query_stride + ((kv_heads + heads) * head_dim)[:, None]
-        new_v = load_parts(source + dims[None, :], there, part_stride, query_parts, cos.dtype.element_ty)
-        kept_k, kept_v = new_k, new_v
-        if limit:  # A new token too is seen as it is kept.
-            kept_k, key_scales = encode(new_k, limit)
-            kept_v, value_scales = encode(new_v, limit)
-            new_k = decode(kept_k, key_scales.to(tl.float32), cos, limit)
-            new_v = decode(kept_v, value_scales.to(tl.float32), cos, limit)
-        peaks, totals, sums = _begin(q, new_k, new_v, has_new, scale, least_block)
+        kept, new_scales, seen = _as_kept(new_k, new_v, cos, limit)
+        peaks, totals, sums = _begin(q, seen[0], seen[1], has_new, scale, least_block)
     else:
         source = query + tokens * query_stride + heads * head_dim
         q = tl.load(source[:, None] + dims[None, :], exists, other=0)
@@ -535,10 +564,10 @@ def _attend(
         first += token_block
     if fresh:  # noqa: SIM102 (one is decided when the kernel is compiled)
         if has_new:  # Nobody in this launch reads it there, and what was asked for early comes first.
-            _keep(keys + page * page_stride, kept_k, place, dims, place_stride, head_dim, page_tokens)
-            _keep(values + page * page_stride, kept_v, place, dims, place_stride, head_dim, page_tokens)
+            _keep(keys + page * page_stride, kept[0], place, dims, place_stride, head_dim, page_tokens)
+            _keep(values + page * page_stride, kept[1], place, dims, place_stride, head_dim, page_tokens)
             if limit:
-                word = join(key_scales, value_scales)
+                word = join(new_scales[0], new_scales[1])
                 _keep_word(words + page * word_page_stride, word, place, word_place_stride, page_tokens)
     for start in range(first, end, token_block):
         inside = start + steps < end
