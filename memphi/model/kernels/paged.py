@@ -547,8 +547,8 @@ def _attend(
         new_k, new_v = _load_newest(query, cos, sin, row, head, has_new, dims, part_stride, query_stride, kv_heads,
                                     group, head_dim, half, query_parts)
         # fmt: on
-        kept, new_scales, seen = _as_kept(new_k, new_v, cos, limit)
-        peaks, totals, sums = _begin(q, seen[0], seen[1], has_new, scale, least_block)
+        kept, new_scales, newest = _as_kept(new_k, new_v, cos, limit)
+        peaks, totals, sums = _begin(q, newest[0], newest[1], has_new, scale, least_block)
     else:
         source = query + tokens * query_stride + heads * head_dim
         q = tl.load(source[:, None] + dims[None, :], exists, other=0)
