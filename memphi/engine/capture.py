@@ -78,9 +78,7 @@ class Capture:
         """A graph of a step; None without a GPU. Raises whatever the device raises."""
         if self._stream is None:
             return None
-        self.warm_up(step)
-        # What a run took on this stream would lie there beside what the graph takes.
-        torch.cuda.empty_cache()
+        self._prepare(step)
         graph = torch.cuda.CUDAGraph()
         with self._in_memory() as memory, _captured(graph, memory):
             step.run()
@@ -90,8 +88,7 @@ class Capture:
         """Graphs of a step in pieces, which share what they compute; as `take`."""
         if self._stream is None:
             return None
-        self.warm_up(step)
-        torch.cuda.empty_cache()
+        self._prepare(step)
         taken, pieces, going = GraphOfPieces(), step.pieces(), True
         with self._in_memory() as memory:
             while going:
@@ -110,6 +107,11 @@ class Capture:
         for graph in taken:
             graph.reset()
         self._memory = None
+
+    def _prepare(self, step: Step) -> None:
+        """Warm up, and give back what that took on this stream: it would lie there beside what a graph takes."""
+        self.warm_up(step)
+        torch.cuda.empty_cache()
 
     @contextmanager
     def _in_memory(self) -> Iterator[Any]:

@@ -109,7 +109,7 @@ class Prefills:
 
     def _has_room(self, key: Key) -> bool:
         steps = self._held.steps if self._held else {}
-        alike = sum(costs.is_in_pieces(other[0]) == costs.is_in_pieces(key[0]) for other in steps)
+        alike = sum(costs.is_in_pieces(tokens) == costs.is_in_pieces(key[0]) for tokens, *_ in steps)
         return key in steps or alike < costs.most_held(key[0], self._most_tokens)
 
     def _step(self, key: Key) -> tuple[PrefillStep, Graph | None]:

@@ -36,7 +36,7 @@ class Step:
     packing: Packing
     rotary: tuple[Tensor, Tensor]
     pool: KeyValuePool
-    room: "Room | None" = None
+    room: "Room | None"
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,8 @@ def compute(
     """
     if frequencies is None:
         frequencies = rotary_frequencies(model.config, embeddings.device)
-    lines = divide_lines(model, packing)  # This, and masks, before `make_rotary`, which is not launched dependently.
-    packing.adapter_tokens.make_masks(len(packing.positions), embeddings.device)
-    pieces = in_pieces(model, embeddings, Step(packing, make_rotary(model, packing, frequencies), pool))
+    lines = divide_lines(model, packing)  # Before `_tabulate`, as masks are.
+    pieces = in_pieces(model, embeddings, packing, pool, frequencies)
     while True:
         try:
             mix(next(pieces), packing, lines, pool)
@@ -111,9 +110,17 @@ def compute(
             return cast(Tensor, end.value)
 
 
-def in_pieces(model: LanguageModel, embeddings: Tensor, step: Step) -> Pieces:
+def in_pieces(
+    model: LanguageModel,
+    embeddings: Tensor,
+    packing: Packing,
+    pool: KeyValuePool,
+    frequencies: Tensor,
+    room: Room | None = None,
+) -> Pieces:
     """`compute`, but that whoever asks for the pieces computes attention."""
-    residual = Residual(embeddings)
+    packing.adapter_tokens.make_masks(len(packing.positions), embeddings.device)
+    residual, step = Residual(embeddings), Step(packing, _tabulate(model, packing, frequencies), pool, room)
     for layer in cast(Iterable[DecoderLayer], model.layers):
         residual.delta = yield from _attend(layer.attention, layer.attention_norm, residual, step)
         residual.delta = _transform(layer.mlp, layer.mlp_norm, residual, step)
@@ -187,8 +194,9 @@ def divide_lines(model: LanguageModel, packing: Packing) -> tuple[DividedLines, 
     return tuple(divided)
 
 
-def make_rotary(model: LanguageModel, packing: Packing, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all tokens."""
+def _tabulate(model: LanguageModel, packing: Packing, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all tokens; not launched dependently, so that kernels after it may read what was made before
+    it without waiting."""
     config, weight = model.config, model.norm.weight
     cos, sin = (weight.new_empty(len(packing.positions), 1, config.rotary_dim) for _ in range(2))
     tabulate(packing.positions, packing.long, frequencies, config.rope_scale, cos, sin)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from memphi.memory.costs import (
-    MOST_PREFILL_TOKENS,
     PREFILL_LINE_TOKENS,
     PREFILL_ROW_TOKENS,
     is_in_pieces,
+    most_prefill_lines,
     prefill_lines,
 )
 from memphi.model.adapters import AdapterTokens
 from memphi.model.decode import ADAPTERS
 from memphi.model.language import DecoderLayer, KeyValuePool, LanguageModel
-from memphi.model.prefill import DividedLines, Mixing, Room, Step, compute, divide_lines, in_pieces, make_rotary, mix
+from memphi.model.prefill import DividedLines, Mixing, Room, compute, divide_lines, in_pieces, mix
 from memphi.model.rotary import rotary_frequencies
 from memphi.model.rows import Lines, Packing, Paging, Row, cut_lines, lay_out, pack
 from memphi.model.upload import Staging
@@ -30,7 +30,7 @@ class PrefillInputs:
     what attention between pieces reads and writes."""
 
     def __init__(self, model: LanguageModel, tokens: int, page_tokens: int) -> None:
-        weight, lines = model.norm.weight, prefill_lines(min(tokens, MOST_PREFILL_TOKENS))
+        weight, lines = model.norm.weight, most_prefill_lines(tokens)
         self.page_tokens = page_tokens
         self._most_pages = -(-PREFILL_ROW_TOKENS // page_tokens)
         self.staging = Staging(
@@ -168,18 +168,7 @@ class PieceStep(PrefillStep):
     Rows of many tokens are taken as a whole there, which in lines would take longer.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        pool: KeyValuePool,
-        inputs: PrefillInputs,
-        tokens: int,
-        adapters: Collection[str] = (),
-        by_all: bool = False,
-    ) -> None:
-        super().__init__(model, pool, inputs, tokens, adapters, by_all)
-        self._room = inputs.room(tokens, adapters)
-        self._rows: tuple[Packing, Sequence[DividedLines]] | None = None
+    _rows: tuple[Packing, Sequence[DividedLines]] | None = None
 
     def fill(self, rows: Sequence[Row], embeddings: Tensor) -> None:
         super().fill(rows, embeddings)
@@ -193,9 +182,8 @@ class PieceStep(PrefillStep):
     def pieces(self) -> Generator[Mixing, None, None]:
         """Compute a piece whenever it is asked for the next attention, and the last, with `states`, at the end."""
         packing, inputs = self._packing, self._inputs
-        packing.adapter_tokens.make_masks(self._tokens, self.states.device)
-        step = Step(packing, make_rotary(self._model, packing, inputs.frequencies), self._pool, self._room)
-        states = yield from in_pieces(self._model, self.states, step)
+        room = inputs.room(self._tokens, packing.adapter_tokens)
+        states = yield from in_pieces(self._model, self.states, packing, self._pool, inputs.frequencies, room)
         self.states.copy_(states)
 
     def mix(self, mixing: Mixing) -> None:

@@ -23,7 +23,8 @@ LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
 """Of a graph of prompts: fewer tokens take no less time, and with more a large card takes longer than their host."""
 MOST_PIECES_TOKENS = 8192
 """Of graphs of pieces, between which attention is launched kernel by kernel: for so many tokens lines are slow.
-They are for weights in e4m3 on the largest cards: elsewhere so large a step takes a card longer than its host."""
+They are for weights in e4m3 on the largest cards, of which an H200 was tried: elsewhere so large a step takes a card
+longer than its host."""
 LARGEST_CAPABILITY = ((9, 0), (10, 0))
 PIECES_STEP, PIECES_HELD = 256, 24
 """Their sizes are multiples of so many tokens; and of how many steps they are held at most."""
@@ -74,6 +75,11 @@ def prefill_lines(tokens: int) -> int:
     return 0 if is_in_pieces(tokens) else -(-tokens // PREFILL_LINE_TOKENS) + _most_rows(tokens)
 
 
+def most_prefill_lines(tokens: int) -> int:
+    """The most lines that any graph of up to so many tokens has."""
+    return prefill_lines(min(tokens, MOST_PREFILL_TOKENS))
+
+
 def _most_rows(tokens: int) -> int:
     return min(tokens // TOKENS_A_ROW, PREFILL_ROWS)
 
@@ -103,15 +109,12 @@ def prefill_size(rows: Sequence[tuple[int, int]], most_tokens: int) -> int:
     if not 0 < tokens <= most_tokens:
         return 0
     size = prefill_bucket(tokens, most_tokens)
-    return size if is_in_pieces(size) or lines_up(rows, most_tokens) else 0
+    return size if is_in_pieces(size) or _line_up(rows, size) else 0
 
 
-def lines_up(rows: Sequence[tuple[int, int]], most_tokens: int) -> bool:
-    """Whether a graph with all rows in lines, of those up to so many tokens, takes rows of (new tokens, past)."""
-    tokens = sum(new for new, _ in rows)
-    if tokens > most_tokens or len(rows) > _most_rows(prefill_bucket(tokens, most_tokens)):
-        return False
-    if max(new + past for new, past in rows) > PREFILL_ROW_TOKENS:
+def _line_up(rows: Sequence[tuple[int, int]], size: int) -> bool:
+    """Whether a graph of so many tokens with all rows in lines has room for them."""
+    if len(rows) > _most_rows(size) or max(new + past for new, past in rows) > PREFILL_ROW_TOKENS:
         return False
     return sum(_line_keys(*row) for row in rows) <= PREFILL_LINE_KEYS
 
@@ -127,7 +130,7 @@ def prefill_graphs(
 ) -> Cost:
     """Steps of up to so many tokens of prompts in CUDA graphs: the tensors of the largest, and what CUDA keeps."""
     language, lined = config.language, min(tokens, MOST_PREFILL_TOKENS)
-    lines, pages = prefill_lines(lined), -(-PREFILL_ROW_TOKENS // page_tokens(cache_format))
+    lines, pages = most_prefill_lines(tokens), -(-PREFILL_ROW_TOKENS // page_tokens(cache_format))
     programs = GRAPH_PROGRAMS // language.kv_heads
     # As `kernel_step` knows them, whose lines are shorter and which divides them among as many programs.
     shorter = PREFILL_LINE_TOKENS // LINE_TOKENS * (lines + programs) - programs

@@ -29,10 +29,9 @@ MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch; or as they are, where a card has units for them."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
-ADDED_TILE, FEW_ADDED_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 64, 3, 4), (64, 64, 32, 2, 4)
-"""Rows, outputs, columns, stages and warps of a program that makes what adapters add to a product; the same for up to
-FEW_ADDED_ROWS, and of numbers of 32 bits."""
-FEW_ADDED_ROWS = 256
+ADDED_TILE, SHARE_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 64, 3, 4), (64, 64, 32, 2, 4)
+"""Rows, outputs, columns, stages and warps of a program that adds adapters to a product of many rows, or writes their
+share of one of up to 256; and the same of numbers of 32 bits."""
 LEAST_SHARE = 768
 """Inputs of a part, where a product is divided."""
 FETCHED_BYTES = 128
@@ -141,7 +140,7 @@ def _launch_share(y: Tensor, columns: Columns, uses: Sequence[Tensor | None], ad
     rows, n_out = y.shape
     added, places, ranks = column_arguments(y, columns)
     first, last = uses[0], uses[-1]
-    tile = FEW_ADDED_TILE if rows <= FEW_ADDED_ROWS else ADDED_TILE
+    tile = ADDED_TILE if adds else SHARE_TILE
     block_rows, block_out, block_ranks, stages, warps = tile if y.itemsize <= 2 else WIDE_ADDED_TILE
     _add_to[(-(-n_out // block_out), -(-rows // block_rows))](
         *(y, *added, y if first is None else first, y if last is None else last),

@@ -43,8 +43,8 @@ BLOCK = (2, 1024, 4)
 TILE, TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
 """Rows, outputs, inputs of 2 bytes, stages and warps of a program on tensor cores, each of whose warps has inputs
 of its own: the best that were measured on an H200 at 64 rows."""
-MANY_TILE, SMALL_TILE = (32, 16, 64, 3, 4), (16, 16, 128, 2, 4)
-"""The same from MANY_ROWS on, at 256 rows; and where a program has less room."""
+SMALL_TILE, MANY_TILE_OF_CODES = (16, 16, 128, 2, 4), (32, 16, 64, 3, 4)
+"""The same from MANY_ROWS on, at 256 rows; the former also where a program has less room."""
 LARGE_TILE, WIDE_LARGE_TILE = (128, 64, 64, 4, 4), (64, 32, 64, 2, 4)
 """The same beyond MOST_ROWS, where all warps have the same inputs; and of numbers of 32 bits."""
 MANY_ROWS = 129
@@ -163,7 +163,7 @@ def choose_tile(rows: int, itemsize: int, is_coded: bool, on: tuple[int, int]) -
     elif itemsize > 2 or on not in ROOMY_CAPABILITY:
         tile = SMALL_TILE
     elif rows >= MANY_ROWS:
-        tile = MANY_TILE
+        tile = MANY_TILE_OF_CODES if is_coded else SMALL_TILE
     block_rows, block_out, block_in, stages, warps = tile
     return block_rows, block_out, block_in // (4 if itemsize > 2 else 1), stages, warps
 
