@@ -23,6 +23,9 @@ class PlainPrefills(Prefills):
     def ready(self, rows):
         assert self.can_compute(rows)
 
+    def is_ready(self, rows):
+        return self.can_compute(rows)
+
     @torch.inference_mode()
     def compute(self, rows, embeddings):
         assert self.can_compute(rows)
@@ -59,6 +62,15 @@ class PlainGraphs(Graphs):
         self.decoded.append(len(rows))
         self.behind += any(isinstance(number, Chosen) for number in ids)
         return Decoded(logits, chosen)
+
+    def chosen(self, places):
+        self.behind += 1
+        return self._chosen[places]
+
+    def note_chosen(self, ids, behind):
+        before = torch.zeros(0, dtype=torch.int64) if self._chosen is None else self._chosen[:behind]
+        self._chosen = torch.cat((before, ids))
+        return self._chosen
 
     def drop(self):
         dropped, self._chosen = self._chosen is not None, None

@@ -62,7 +62,7 @@ class Graphs:
         self.allowed = True
         """Whether steps go here; not while memory is short."""
         self._model, self._pool, self._forbidden = model, pool, forbidden
-        self._most_rows = most_rows
+        self.most_rows = most_rows
         self._most_pages = -(-most_tokens // pool.page_tokens)
         self._capture = Capture(model.device, capture)
         self.prefills = Prefills(model, pool, prefill_tokens, self._capture)
@@ -77,7 +77,7 @@ class Graphs:
 
     def can_decode(self, adapters: Collection[str | None], rows: int) -> bool:
         """Whether so many rows under these adapters, each of one new token, can be decoded here now."""
-        return self._takes(adapters) and rows <= self._most_rows
+        return self._takes(adapters) and rows <= self.most_rows
 
     def can_prefill(self, rows: Sequence[Row]) -> bool:
         """Whether rows of any number of new tokens can be computed here now."""
@@ -94,7 +94,7 @@ class Graphs:
     @torch.inference_mode()
     def ready(self, rows: Sequence[Row]) -> None:
         """Capture what `decode` needs for such rows, if it is not there. Raises whatever the device raises."""
-        self._step(_rounded_up(len(rows), self._most_rows), self._adapters(rows))
+        self._step(_rounded_up(len(rows), self.most_rows), self._adapters(rows))
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> Decoded:
@@ -103,13 +103,26 @@ class Graphs:
         Raises whatever the device raises, of a capture too.
         """
         assert self._held is not None or not any(isinstance(number, Chosen) for number in ids), "nothing was chosen"
-        step, graph = self._step(_rounded_up(len(rows), self._most_rows), self._adapters(rows))
+        step, graph = self._step(_rounded_up(len(rows), self.most_rows), self._adapters(rows))
         step.fill(rows, ids)
         if graph is None:
             step.run()
         else:
             graph.replay()
         return Decoded(step.logits[: len(rows)], step.chosen[: len(rows)])
+
+    @torch.inference_mode()
+    def chosen(self, places: Tensor) -> Tensor:
+        """What the call before chose in these places [n] int64, which nobody waits for."""
+        assert self._held is not None, "nothing was chosen"
+        return self._held.buffers.inputs.chosen[places]
+
+    @torch.inference_mode()
+    def note_chosen(self, ids: Tensor, behind: int) -> Tensor:
+        """Let ids stand behind so many that `decode` chose, where the call after finds them; returns all of them."""
+        chosen, count = self._hold().buffers.inputs.chosen, behind + len(ids)
+        chosen[behind:count] = ids
+        return chosen[:count]
 
     @torch.inference_mode()
     def rehearse(self) -> bool:
@@ -156,14 +169,14 @@ class Graphs:
 
     def _all_keys(self) -> Iterator[tuple[int, Adapters]]:
         """Every graph that a step can need, those of few rows first."""
-        counts = sorted({_rounded_up(1 << power, self._most_rows) for power in range(self._most_rows.bit_length() + 1)})
+        counts = sorted({_rounded_up(1 << power, self.most_rows) for power in range(self.most_rows.bit_length() + 1)})
         names = get_args(AdapterName) if self._model.adapter_form == "packed" else ()
         used = chain.from_iterable(combinations(names, number) for number in range(len(names) + 1))
         return product(counts, map(frozenset, used))
 
     def _hold(self) -> _Held:
         if self._held is None:
-            buffers = Buffers(self._model.language, self._pool, self._most_rows, self._most_pages)
+            buffers = Buffers(self._model.language, self._pool, self.most_rows, self._most_pages)
             self._held = _Held(buffers)
         return self._held
 

@@ -258,7 +258,7 @@ class Loop:
     def _launch_behind(self, flight: Flight) -> None:
         """Launch the step behind one in flight; where that fails it is forgotten, and planned again in its turn."""
         plan = self.scheduler.plan_ahead(flight.plan)
-        if plan is None:
+        if plan is None or not self.runner.can_launch(plan):
             return
         try:
             self._flight = attempt(lambda: self.runner.launch(plan, flight))

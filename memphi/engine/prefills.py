@@ -49,6 +49,10 @@ class Prefills:
         key = self._key(rows)
         return key is not None and key in self._needed and self._has_room(key)
 
+    def is_ready(self, rows: Sequence[Row]) -> bool:
+        """Whether the graph of such rows is there."""
+        return self._held is not None and self._key(rows) in self._held.steps
+
     def miss(self, rows: Sequence[Row]) -> bool:
         """Note that such rows were computed elsewhere; whether they are for a graph another time."""
         key = self._key(rows)

@@ -27,8 +27,10 @@ from memphi.model.rows import Row
 from memphi.model.upload import upload
 from memphi.request import SamplingParams
 from memphi.sampling.grammar import allows
-from memphi.sampling.sampler import Choice, Draw, sample
+from memphi.sampling.sampler import Choice, Draw, likeliest, sample
 
+UNKNOWN = (0,)
+"""Stands for an id that the step before chooses."""
 UNREACHED = Draw(SamplingParams(), ())
 """Stands for a place that no answer gets to."""
 
@@ -38,8 +40,10 @@ class Flight:
     """A step that was launched, and that the host goes on without."""
 
     plan: StepPlan
+    choosing: Sequence[PlannedRow]
+    """The rows that an id is chosen for."""
     chosen: Tensor
-    """[rows] int64 on the host, in memory of its own."""
+    """[choosing rows] int64 on the host, in memory of its own."""
     arrived: torch.cuda.Event | None
     """When it is there; None: it is."""
 
@@ -47,13 +51,13 @@ class Flight:
         """Wait for the ids that were chosen; those of rows that stand no more are left out."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        chosen = zip(self.plan.rows, self.chosen.tolist(), strict=True)
+        chosen = zip(self.choosing, self.chosen.tolist(), strict=True)
         return StepResult({row.sequence.id: [number] for row, number in chosen if row.stands})
 
-    def chosen_for(self, plan: StepPlan) -> list[Chosen]:
-        """The ids that the rows of the step behind it begin with, as far as anybody knows them yet."""
-        places = {row.sequence: place for place, row in enumerate(self.plan.rows)}
-        return [Chosen(places[row.sequence]) for row in plan.rows]
+    def places_of(self, rows: Sequence[PlannedRow]) -> list[int]:
+        """Where it chooses the ids of these rows of the step behind it."""
+        places = {row.sequence: place for place, row in enumerate(self.choosing)}
+        return [places[row.sequence] for row in rows]
 
 
 class Runner:
@@ -93,18 +97,26 @@ class Runner:
             return reduce(_join, (self._run_rows(part) for part in _parts(plan, self.model.adapters_at_once)))
 
     def _run_rows(self, plan: StepPlan) -> StepResult:
-        divided = self._divide(plan)
-        if divided is not None:
+        divided = self._divide(plan.rows)
+        if divided is None:
+            self._miss(plan.rows)
+        else:
             plan = replace(plan, rows=(*divided.answers, *divided.prompts))
             self._capture(divided)  # What that takes is no part of a step's.
         with self.gauge.watching(*self._price(plan, divided)):
             return self._compute(plan, divided)
 
     def can_launch(self, plan: StepPlan) -> bool:
-        """Whether a step needs nobody but the device to choose its ids: graphs do it, and all rows are plain."""
-        if plan.slices or self.graphs is None or not self._can_decode(plan.rows):
+        """Whether a step needs nobody but the device to choose its ids: graphs do it, those of prompts are there, and
+        all rows that choose are plain.
+        """
+        divided = None if plan.slices else self._divide(_by_adapter(plan).rows)
+        if divided is None or self.graphs is None or len(divided.choosing) > self.graphs.most_rows:
             return False
-        return all(map(_is_plain, plan.rows))
+        prompts = divided.prompts
+        if prompts and (any(row.drafts for row in prompts) or not self.graphs.prefills.is_ready(_rows(prompts))):
+            return False
+        return all(row.follows or _is_plain(row) for row in divided.choosing)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
@@ -115,17 +127,20 @@ class Runner:
         """
         assert self.graphs is not None
         plan = _by_adapter(plan)
-        ids = [number for row in plan.rows for number in row.ids] if before is None else before.chosen_for(plan)
+        divided = self._divide(plan.rows)
+        assert divided is not None, "graphs do not take such rows"
         with current(self.model.device):
             self._map_pages(plan)
-            self.graphs.ready(_rows(plan.rows))
-            with self.gauge.watching(*price_choice()):
-                chosen = self.graphs.decode(_rows(plan.rows), ids).chosen
+            self._capture(divided)
+            with self.gauge.watching(
+                *(self._price(plan, replace(divided, answers=())) if divided.prompts else price_choice())
+            ):
+                chosen = self._chosen_of_graphs(divided, before)
             told = chosen.to("cpu", non_blocking=True, copy=True)  # Pinned, where there is a GPU.
             arrived = torch.cuda.Event() if chosen.is_cuda else None
             if arrived is not None:
                 arrived.record()
-            return Flight(plan, told, arrived)
+            return Flight(plan, divided.choosing, told, arrived)
 
     def rehearse(self) -> bool:
         """Get the kernels of a graph that no step has needed yet ready; whether there was one.
@@ -152,25 +167,27 @@ class Runner:
         kernels = model.uses_kernels and self.pool is not None
         return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels, kept)
 
-    def _divide(self, plan: StepPlan) -> "Divided | None":
-        """The rows as graphs take them; None where they do not, which graphs note.
+    def _divide(self, rows: Sequence[PlannedRow]) -> "Divided | None":
+        """The rows as graphs take them; None where they do not.
 
         Answers go along with prompts where that graph has room for them, since each reads all weights.
         """
         graphs = self.graphs
-        if graphs is None:
+        if graphs is None or not rows:
             return None
-        if self._can_decode(plan.rows):
-            return Divided(plan.rows, ())
-        if graphs.can_prefill(_rows(plan.rows)):
-            return Divided((), plan.rows)
-        answers = tuple(row for row in plan.rows if _goes_on(row))
-        prompts = tuple(row for row in plan.rows if not _goes_on(row))
+        if self._can_decode(rows):
+            return Divided(rows, ())
+        if graphs.can_prefill(_rows(rows)):
+            return Divided((), rows)
+        answers, prompts = _apart(rows)
         if answers and prompts and self._can_decode(answers) and graphs.can_prefill(_rows(prompts)):
             return Divided(answers, prompts)
-        if not graphs.miss(_rows(plan.rows)):
-            graphs.miss(_rows(prompts))
         return None
+
+    def _miss(self, rows: Sequence[PlannedRow]) -> None:
+        """Have graphs note what they did not take."""
+        if self.graphs is not None and not self.graphs.miss(_rows(rows)):
+            self.graphs.miss(_rows(_apart(rows)[1]))
 
     def _capture(self, divided: "Divided") -> None:
         """Have the graphs that a step needs."""
@@ -240,18 +257,45 @@ class Runner:
 
     def _logits_of_graphs(self, divided: "Divided") -> Tensor:
         """The same, those of answers first."""
-        graphs, model, found = self.graphs, self.model, list[Tensor]()
+        graphs, found = self.graphs, list[Tensor]()
         assert graphs is not None
         if answers := divided.answers:
             found.append(graphs.decode(_rows(answers), [number for row in answers for number in row.ids]).logits)
-        if prompts := divided.prompts:
-            hidden = graphs.prefills.compute(_rows(prompts), model.embed(self._ids(prompts), _media(prompts)))
-            places = upload(np.array(_places(prompts), dtype=np.int64), model.device)
-            found.append(model.language.logits(hidden[places]))
+        if divided.prompts:
+            found.append(self._logits_of_prompts(divided.prompts))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _ids(self, rows: Sequence[PlannedRow]) -> Tensor:
-        return upload(np.array([number for row in rows for number in row.ids], dtype=np.int64), self.model.device)
+    def _chosen_of_graphs(self, divided: "Divided", before: Flight | None) -> Tensor:
+        """The likeliest ids there, [places], where the next step finds them."""
+        graphs, answers = self.graphs, divided.answers
+        assert graphs is not None
+        if answers:
+            chosen = graphs.decode(_rows(answers), _first_ids(answers, before)).chosen
+        if divided.prompts:
+            firsts = likeliest(self._logits_of_prompts(divided.prompts, before), self.forbidden)
+            chosen = graphs.note_chosen(firsts, behind=len(answers))
+        return chosen
+
+    def _logits_of_prompts(self, prompts: Sequence[PlannedRow], before: Flight | None = None) -> Tensor:
+        graphs, model = self.graphs, self.model
+        assert graphs is not None
+        hidden = graphs.prefills.compute(_rows(prompts), model.embed(self._ids(prompts, before), _media(prompts)))
+        places = upload(np.array(_places(prompts), dtype=np.int64), model.device)
+        logits: Tensor = model.language.logits(hidden[places])
+        return logits
+
+    def _ids(self, rows: Sequence[PlannedRow], before: Flight | None = None) -> Tensor:
+        """All that the rows compute; of those that follow a step in flight, what that chooses."""
+        known = [number for row in rows for number in (UNKNOWN if row.follows else row.ids)]
+        ids = upload(np.array(known, dtype=np.int64), self.model.device)
+        following = [(row, end - 1) for row, end in zip(rows, _ends(rows), strict=True) if row.follows]
+        if following:
+            assert before is not None, "nobody knows such ids"
+            assert self.graphs is not None
+            places = before.places_of([row for row, _ in following])
+            at, chosen_at = (upload(np.array(some), ids.device) for some in ([place for _, place in following], places))
+            ids[at] = self.graphs.chosen(chosen_at)
+        return ids
 
 
 @dataclass(frozen=True)
@@ -263,10 +307,27 @@ class Divided:
     prompts: Sequence[PlannedRow]
     """Answers may be among them."""
 
+    @property
+    def choosing(self) -> Sequence[PlannedRow]:
+        """The rows that an id is chosen for, in their order."""
+        return [*self.answers, *(row for row in self.prompts if row.samples)]
+
 
 def _goes_on(row: PlannedRow) -> bool:
     """Whether a row computes the newest id of an answer and nothing else."""
     return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens
+
+
+def _apart(rows: Sequence[PlannedRow]) -> tuple[Sequence[PlannedRow], Sequence[PlannedRow]]:
+    """Answers that go on, and all others."""
+    return tuple(row for row in rows if _goes_on(row)), tuple(row for row in rows if not _goes_on(row))
+
+
+def _first_ids(answers: Sequence[PlannedRow], before: Flight | None) -> list[int | Chosen]:
+    """The ids that answers begin with, as far as anybody knows them yet."""
+    following = [row for row in answers if row.follows]
+    chosen = iter(before.places_of(following) if before else ())
+    return [Chosen(next(chosen)) if row.follows else row.ids[0] for row in answers]
 
 
 def _is_plain(row: PlannedRow) -> bool:

@@ -4,7 +4,7 @@ One rule for prefill and decode: a row computes its next n uncomputed tokens; de
 first everywhere: the oldest never waits for a newer one, and the newest is the one that is paused, so nobody starves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,26 @@ class StepLimits:
 
     def units(self, kind: MediaKind) -> int:
         return self.crops if kind == "image" else self.windows
+
+
+@dataclass  # Not frozen, though nobody changes it: one is made for every row of every step, three times as fast so.
+class _Place:
+    """How far a sequence is, or will be once the step in flight has landed."""
+
+    sequence: Running
+    computed: int
+    tokens: int
+    """Ids that are known, or will be by then."""
+
+    @property
+    def pending(self) -> int:
+        """Ids that are not computed."""
+        return self.tokens - self.computed
+
+    @property
+    def follows(self) -> bool:
+        """Whether its newest id is not known yet."""
+        return self.tokens > len(self.sequence.ids)
 
 
 @dataclass(frozen=True)
@@ -157,27 +177,40 @@ class Scheduler:
 
     def plan_step(self) -> StepPlan:
         """Choose the rows and the attachments of the next step; pauses the newest sequences where pages run out."""
-        if self.paged:
-            self._reserve_growth()
-        return StepPlan(tuple(self._plan_rows()), tuple(self._plan_slices()))
+        if not self.paged:
+            return StepPlan(tuple(self._plan_whole_rows()), tuple(self._plan_slices()))
+        self._reserve_growth()
+        running = self._in(State.RUNNING)
+        for sequence in running:
+            if not sequence.pages:
+                self._share_prefix(sequence)
+        places = [_Place(sequence, sequence.computed, len(sequence.ids)) for sequence in running]
+        return StepPlan(tuple(self._plan_rows(places, self._most_drafts(places))), tuple(self._plan_slices()))
 
     def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The step behind one that is still computed, in which every row is the newest id of an answer.
+        """The step behind one that is still computed, whose rows that reach their ends choose an id each.
 
-        None where integers do not tell it: somebody else is to be served, drafts may pay, a sequence crosses into the
-        long regime, or one would have to be paused. An answer that ends by what it says has a row here in vain, which
-        `StepPlan.standing` leaves out.
+        None where integers do not tell it: something is to be encoded, drafts may pay, a sequence crosses into the long
+        regime, one would have to be paused, or begins with what is computed just now. An answer that ends by what it
+        says has a row here in vain, which `StepPlan.standing` leaves out.
         """
+        flying = {row.sequence: row for row in plan.rows if row.stands}
         running = self._in(State.RUNNING)
-        if self._in(State.ENCODING) or set(running) != {row.sequence for row in plan.rows if row.stands}:
+        fresh = [sequence for sequence in running if not sequence.pages]
+        if self._in(State.ENCODING) or any(self._finds_more(sequence, flying.values()) for sequence in fresh):
             return None
-        going = [s for s in running if s.answer_tokens + 1 < s.max_tokens]
-        most_drafts = self._most_drafts(going, [])
-        if not going or any(self._crosses(s, len(s.ids) + 1) or self._draft(s, most_drafts) for s in going):
+        for sequence in fresh:
+            self._share_prefix(sequence)
+        places = [_place_behind(sequence, flying.get(sequence)) for sequence in running]
+        going = [place for place in places if not (place.follows and _is_last(place.sequence))]
+        if any(place.follows and self._crosses(place.sequence, place.tokens) for place in going):
             return None
-        if not all(self._grow(s, len(s.ids) + 1) for s in going):
+        most_drafts = self._most_drafts(going)
+        if not going or any(self._draft(place.sequence, most_drafts) for place in going):
             return None
-        return StepPlan(tuple(self._row(s, s.computed + 1, 1) for s in going))
+        if not all(self._grow(place.sequence, place.tokens) for place in going):
+            return None
+        return StepPlan(tuple(self._plan_rows(going, most_drafts=0)))
 
     def upcoming_pages(self, plan: StepPlan) -> list[int]:
         """The pages that the prompts in the step behind one that is still computed are likely to begin."""
@@ -216,38 +249,31 @@ class Scheduler:
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
-    def _plan_rows(self) -> Iterator[PlannedRow]:
-        running = self._in(State.RUNNING)
-        if not self.paged:
-            yield from self._plan_whole_rows(running)
-            return
-        for sequence in running:
-            if not sequence.pages:
-                self._share_prefix(sequence)
-        decoding = [s for s in running if s.pending == 1]
-        prefilling = [s for s in running if s.pending > 1]
-        most_drafts = self._most_drafts(running, prefilling)
-        for sequence in decoding:
-            yield self._row(sequence, sequence.computed, 1, self._draft(sequence, most_drafts))
+    def _plan_rows(self, places: Sequence[_Place], most_drafts: int) -> Iterator[PlannedRow]:
+        decoding = [place for place in places if place.pending == 1]
+        prefilling = [place for place in places if place.pending > 1]
+        for place in decoding:
+            yield self._row(place, 1, self._draft(place.sequence, most_drafts))
         shares = not _is_burst(len(prefilling), len(decoding))
         room = self.limits.shared_step_tokens if shares else self.limits.step_tokens
         # One token at least: however many decode, the oldest prompt waits for none of them.
         room = max(min(room, self.limits.step_tokens - len(decoding)), 1)
-        for sequence, tokens in _divide(prefilling, room):
-            yield self._row(sequence, sequence.computed, tokens)
+        for place, tokens in _divide(prefilling, room):
+            yield self._row(place, tokens)
 
-    def _plan_whole_rows(self, running: Sequence[Running]) -> Iterator[PlannedRow]:
+    def _plan_whole_rows(self) -> Iterator[PlannedRow]:
         """Rows computed from their beginning, as many as a step holds: the oldest, then those with the least answer."""
-        room = self.limits.step_tokens
+        running, room = self._in(State.RUNNING), self.limits.step_tokens
         for sequence in [*running[:1], *sorted(running[1:], key=lambda s: (s.answer_tokens, s.id))]:
             if len(sequence.ids) <= room:
                 room -= len(sequence.ids)
                 yield PlannedRow(sequence, 0, len(sequence.ids))
 
-    def _row(self, sequence: Running, past: int, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
+    def _row(self, place: _Place, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
         tokens += len(drafts)
+        sequence, past = place.sequence, place.computed
         self.reservations.hold(sequence, self.reservations.pages_for(past + tokens))
-        return PlannedRow(sequence, past, tokens, sequence.pages, drafts)
+        return PlannedRow(sequence, past, tokens, sequence.pages, drafts, place.follows, sequence.losses)
 
     def _commit_row(self, row: PlannedRow, result: StepResult) -> bool:
         sequence = row.sequence
@@ -284,6 +310,7 @@ class Scheduler:
     def _cross(self, sequence: Running) -> None:
         """Go over to the long rope factors: what the pages hold is void, so the sequence is computed anew."""
         sequence.long, sequence.computed, sequence.keys = True, 0, []
+        sequence.losses += 1
         if self.paged:
             self.reservations.give_back(sequence)
 
@@ -297,9 +324,10 @@ class Scheduler:
 
     # --- drafts -----------------------------------------------------------------------------------------------------
 
-    def _most_drafts(self, running: Sequence[Running], prefilling: Sequence[Running]) -> int:
+    def _most_drafts(self, places: Sequence[_Place]) -> int:
         """How many each row may have; none while prompts are computed, which keep a device busy and are learnt."""
-        most = min(self.limits.draft_tokens, self.limits.step_tokens) // max(len(running), 1) - 1
+        most = min(self.limits.draft_tokens, self.limits.step_tokens) // max(len(places), 1) - 1
+        prefilling = [place.sequence for place in places if place.pending > 1]
         for sequence in prefilling if most > 0 else ():
             assert sequence.drafts is not None
             sequence.drafts.learn(sequence.ids)
@@ -329,18 +357,32 @@ class Scheduler:
     # --- pages by content -------------------------------------------------------------------------------------------
 
     def _share_prefix(self, sequence: Running) -> None:
-        """Take the pages of a known beginning; at least one token is left, since only computing gives logits."""
-        if not sequence.keys:
-            marks = _marks(sequence)
-            sequence.keys = page_keys(self._root(sequence), sequence.ids, marks, self.reservations.pages.page_tokens)
-        whole = sequence.keys[: (len(sequence.ids) - 1) // self.reservations.pages.page_tokens]
-        known = whole[: self.reservations.pages.match(whole)]
+        """Take the pages of a known beginning."""
+        shared = self._sharable(sequence)
+        known = shared[: self.reservations.pages.match(shared)]
         if known:
             self.reservations.share(sequence, known)
             sequence.computed = len(known) * self.reservations.pages.page_tokens
             self.stats.shared_tokens += sequence.computed
         if sequence.cached_tokens is None:  # Later it may find what it left itself, when it was paused.
             sequence.cached_tokens = sequence.computed
+
+    def _sharable(self, sequence: Running) -> Sequence[bytes]:
+        """The names of the pages that it may find; at least one token is left, since only computing gives logits."""
+        if not sequence.keys:
+            marks = _marks(sequence)
+            sequence.keys = page_keys(self._root(sequence), sequence.ids, marks, self.reservations.pages.page_tokens)
+        return sequence.keys[: (len(sequence.ids) - 1) // self.reservations.pages.page_tokens]
+
+    def _finds_more(self, sequence: Running, flying: Iterable[PlannedRow]) -> bool:
+        """Whether what comes after the pages that a sequence finds now is computed by one of these rows."""
+        shared, size = self._sharable(sequence), self.reservations.pages.page_tokens
+        next_keys = shared[self.reservations.pages.match(shared) :][:1]
+        return any(
+            key in row.sequence.keys[row.past // size : (row.past + row.tokens) // size]
+            for key in next_keys
+            for row in flying
+        )
 
     def _register_pages(self, sequence: Running, past: int) -> None:
         """Offer the pages that a row has filled to sequences that begin alike."""
@@ -401,6 +443,7 @@ class Scheduler:
         for entry in sequence.entries:
             self.media.release(entry)
         sequence.entries, sequence.prompt, sequence.keys, sequence.computed = [], None, [], 0
+        sequence.losses += 1
 
 
 def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelConfig) -> int:
@@ -409,6 +452,18 @@ def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelCon
         return sequence.footprint.images[index].crops
     frames = sequence.footprint.clips[index].frames
     return -(-frames // (config.audio.window_tokens * config.audio.compression))
+
+
+def _place_behind(sequence: Running, row: PlannedRow | None) -> _Place:
+    """Where a sequence will be behind a step in which it has this row, if any."""
+    if row is None:
+        return _Place(sequence, sequence.computed, len(sequence.ids))
+    return _Place(sequence, row.past + row.tokens, len(sequence.ids) + row.samples)
+
+
+def _is_last(sequence: Running) -> bool:
+    """Whether the next id ends an answer by its length."""
+    return sequence.answer_tokens + 1 >= sequence.max_tokens
 
 
 def _is_burst(prompts: int, answers: int) -> bool:
@@ -432,7 +487,7 @@ def _marks(sequence: Running) -> list[MediaMark]:
     ]
 
 
-def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running, int]]:
+def _divide(prefilling: Sequence[_Place], room: int) -> Iterator[tuple[_Place, int]]:
     """Share a step's prompt tokens: half for the oldest at least, the rest for the shortest, which end soon.
 
     What little is left at the end begins no prompt: attention over a past, and reading it again, would cost more.
@@ -441,13 +496,13 @@ def _divide(prefilling: Sequence[Running], room: int) -> Iterator[tuple[Running,
         return
     oldest, *others = prefilling
     little = room // LITTLE_SHARE
-    others.sort(key=lambda s: (s.pending, s.id))
-    wanted = sum(s.pending for s in others)
+    others.sort(key=lambda place: (place.pending, place.sequence.id))
+    wanted = sum(place.pending for place in others)
     first = min(oldest.pending, max(room - wanted, -(-room // 2)))
     yield oldest, first
     room -= first
-    for sequence in others:
-        tokens = min(sequence.pending, room)
-        if tokens == sequence.pending or tokens > little:
-            yield sequence, tokens
+    for place in others:
+        tokens = min(place.pending, room)
+        if tokens == place.pending or tokens > little:
+            yield place, tokens
             room -= tokens

@@ -39,6 +39,8 @@ class Sequence:
     """The prompt, then the answer so far; empty until prepared."""
     computed: int = 0
     """How many ids the pages hold."""
+    losses: int = 0
+    """How often it lost its pages: what was planned for it before counts for nothing."""
     long: bool = False
     """The rope regime of those pages."""
     pages: tuple[int, ...] = ()

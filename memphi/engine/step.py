@@ -22,11 +22,15 @@ class PlannedRow:
     """All that the sequence holds, perhaps more than these; empty where nothing is cached: then the row is whole."""
     drafts: tuple[int, ...] = ()
     """Guesses of what follows the last known id; then the row ends with them."""
+    follows: bool = False
+    """Whether its one id is what the step before chooses: when it was planned, nobody knew that yet."""
+    losses: int = 0
+    """The sequence's, when it was planned."""
 
     @property
     def samples(self) -> bool:
         """Whether the row reaches the last known id, so that the next one can be chosen."""
-        return self.past + self.tokens == len(self.sequence.ids) + len(self.drafts)
+        return self.follows or self.past + self.tokens == len(self.sequence.ids) + len(self.drafts)
 
     @property
     def scored(self) -> int:
@@ -36,7 +40,8 @@ class PlannedRow:
     @property
     def stands(self) -> bool:
         """Whether its sequence is still where the row begins: it has not ended, been paused or gone another way."""
-        return self.sequence.state is State.RUNNING and self.sequence.computed == self.past
+        sequence = self.sequence
+        return sequence.state is State.RUNNING and (sequence.computed, sequence.losses) == (self.past, self.losses)
 
     def begun_pages(self, page_tokens: int) -> tuple[int, ...]:
         """The pages whose first token the row writes: the only ones that may have no memory behind them yet.

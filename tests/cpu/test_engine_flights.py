@@ -16,10 +16,11 @@ from tests.scenes import GREEDY, Stage, alone, conversation, lively_model, mixed
 LONG = replace(GREEDY, max_tokens=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _plain_graphs():
+@pytest.fixture(scope="module", autouse=True, params=[0, 4096], ids=["answers", "prompts too"])
+def _plain_graphs(request):
+    """Graphs of answers alone, and of prompts as well, whose steps fly likewise."""
     with pytest.MonkeyPatch.context() as patch:
-        use_plain_graphs(patch)
+        use_plain_graphs(patch, prefill_tokens=request.param)
         yield
 
 

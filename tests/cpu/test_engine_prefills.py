@@ -77,6 +77,26 @@ def test_answers_go_along_with_prompts(engine_of, long):
     assert any(1 in tokens and max(tokens) > 1 for tokens in prefills_of(staged).computed)
 
 
+def test_prompts_fly(engine_of, long, monkeypatch):
+    """From the second time on steps of prompts are launched behind others; what they choose, answers begin with."""
+    monkeypatch.setattr(graphed, "PREFILL_ROWS", 2)  # So that answers soon go in their own.
+    staged, behind = engine_of(step_tokens=40), []
+    launch = staged.loop.runner.launch
+
+    def note(plan, before=None):
+        rows = plan.rows if before is not None else ()
+        prompts, answers = (any((row.tokens > 1) == wanted for row in rows) for wanted in (True, False))
+        firsts = any(row.follows and not row.sequence.answer_tokens for row in rows)
+        behind.append((prompts, answers, firsts))
+        return launch(plan, before)
+
+    monkeypatch.setattr(staged.loop.runner, "launch", note)
+    for _ in range(3):
+        assert again(staged, mixed_requests(LONG)) == long
+    assert {(True, True, True), (False, True, False)} <= set(behind)
+    staged.check_empty()
+
+
 def test_more_answers_than_a_graph_of_prompts_takes_go_in_their_own(engine_of, long, monkeypatch):
     monkeypatch.setattr(graphed, "PREFILL_ROWS", 2)
     staged = engine_of()

@@ -207,8 +207,8 @@ class Device:
             assert self.mapped.issuperset(used), "a page has no memory"
         # Everything is read before anything is written: a step's rows do not see each other.
         starts = [self._chain(row) for row in plan.rows]
-        chosen = before.sampled if before else {}
-        known = [[*row.sequence.ids, *chosen.get(row.sequence.id, ()), *row.drafts] for row in plan.rows]
+        chosen = [before.sampled[row.sequence.id] if row.follows else () for row in plan.rows]
+        known = [[*row.sequence.ids, *some, *row.drafts] for row, some in zip(plan.rows, chosen, strict=True)]
         links = [self._compute(*some) for some in zip(plan.rows, starts, known, strict=True)]
         return StepResult(
             {
@@ -287,7 +287,9 @@ class World:
     ahead: int = 0
     """Steps that were planned behind another in flight."""
     flies: bool = False
-    """Whether steps of answers are launched, and heard of a round later with the next one on its way."""
+    """Whether steps are launched, and heard of a round later with the next one on its way."""
+    grounded: int = 10**9
+    """One in so many of these steps is not launched: there is no graph for it."""
     flight: tuple[StepPlan, StepResult] | None = None
     right: float = 0.8
     """How often a guess is right, where there are drafts."""
@@ -414,7 +416,7 @@ class World:
         result = self.device.run(plan)
         if fault == "after":
             return plan
-        if self.flies and plan.rows and not plan.slices and all(_goes_on(row) for row in plan.rows):
+        if self._can_launch(plan):
             self.flight = plan, result
         else:
             self._commit(plan, result)
@@ -427,12 +429,18 @@ class World:
         self.check()
         if ahead is not None:
             self._check_ahead(plan, ahead)
+        if ahead is not None and self._can_launch(ahead):
             self.ahead += 1
             ran = self.device.run(ahead, result) if fault != "before" else None
             if fault not in ("before", "after"):
                 self.flight = ahead, ran
         if fault != "landing":
             self._commit(plan.standing(), result)
+
+    def _can_launch(self, plan):
+        if not (self.flies and plan.rows and self.scheduler.paged) or plan.slices:
+            return False
+        return self.operations % self.grounded != 0 and not any(row.drafts for row in plan.rows)
 
     def _commit(self, plan, result):
         sampling = {row.sequence.id for row in plan.rows if row.samples}
@@ -491,34 +499,48 @@ class World:
         self._check_slices(plan)
 
     def _check_ahead(self, plan, ahead):
-        """Each row is the next of one that is computed now; nobody is left out but for an end that is known."""
-        running = [s for s in self.scheduler.sequences if s.state is State.RUNNING]
-        assert {s.id for s in running} == {row.sequence.id for row in plan.standing().rows}
-        going = {s.id for s in running if s.answer_tokens + 1 < s.max_tokens}
-        assert sorted(going) == sorted(row.sequence.id for row in ahead.rows)
+        """Each row begins where the step in flight leaves it; no answer is left out but for an end that is known."""
+        places = self._places_behind(plan)
+        assert next(iter(places)) in [row.sequence for row in ahead.rows], "the oldest waits"
         for row in ahead.rows:
             sequence, alone = row.sequence, self.expected[row.sequence.id]
-            assert (row.past, row.tokens, row.drafts) == (sequence.computed + 1, 1, ())
-            assert row.past == len(sequence.ids)
-            assert sequence.long == self.scheduler.config.language.is_long(row.past + 1)
-            assert not row.stands
+            computed, tokens = places[sequence]
+            assert (row.past, row.drafts, row.follows) == (computed, (), tokens > len(sequence.ids))
+            assert 1 <= row.tokens <= tokens - computed
+            assert sequence.long == self.scheduler.config.language.is_long(tokens)
             self._check_pages(row, alone)
+        self._check_room(ahead, {sequence: tokens - computed for sequence, (computed, tokens) in places.items()})
+
+    def _places_behind(self, plan):
+        """How much of each sequence is computed, and known, once a step has landed; of those that then go on."""
+        rows, places = {row.sequence: row for row in plan.standing().rows}, {}
+        for sequence in (s for s in self.scheduler.sequences if s.state is State.RUNNING):
+            row, known = rows.get(sequence), len(sequence.ids)
+            computed = sequence.computed if row is None else row.past + row.tokens
+            ends = computed == known and sequence.answer_tokens + 1 == sequence.max_tokens
+            if not ends:
+                places[sequence] = computed, known + (computed == known)
+        return places
 
     def _check_rows(self, plan):
-        limits, running = self.scheduler.limits, [s for s in self.scheduler.sequences if s.state is State.RUNNING]
-        served = [row.sequence for row in plan.rows]
-        assert len({s.id for s in served}) == len(served)
-        assert all(s in running for s in served)
+        running = [s for s in self.scheduler.sequences if s.state is State.RUNNING]
         for row in plan.rows:
             self._check_row(row)
         if not self.scheduler.paged:
-            assert sum(row.tokens for row in plan.rows) <= limits.step_tokens
-            return
-        self._check_drafts(plan, running)
-        decoding = {s.id for s in running if s.pending == 1}
-        assert decoding == {row.sequence.id for row in plan.rows if row.sequence.pending == 1}
+            assert sum(row.tokens for row in plan.rows) <= self.scheduler.limits.step_tokens
+        else:
+            self._check_drafts(plan, running)
+            self._check_room(plan, {sequence: sequence.pending for sequence in running})
+
+    def _check_room(self, plan, pending):
+        """Every answer has a row, and prompts have the room that there is; pending: the ids of each to be computed."""
+        limits, served = self.scheduler.limits, [row.sequence for row in plan.rows]
+        assert len({s.id for s in served}) == len(served)
+        assert all(s in pending for s in served)
+        decoding = {s.id for s, tokens in pending.items() if tokens == 1}
+        assert decoding <= {s.id for s in served}
         prefilled = sum(row.tokens for row in plan.rows if row.sequence.id not in decoding)
-        prompts = len(running) - len(decoding)
+        prompts = len(pending) - len(decoding)
         shares = len(decoding) >= prompts * (8 if prompts >= 4 else 1)
         room = limits.shared_step_tokens if shares else limits.step_tokens
         # One at least, however many decode: the oldest waits for nobody.
@@ -583,8 +605,3 @@ class World:
             assert oldest in [piece.sequence for piece in plan.slices]
         else:
             assert oldest in [row.sequence for row in plan.rows]
-
-
-def _goes_on(row):
-    """Whether a row is the newest id of an answer and nothing else."""
-    return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens

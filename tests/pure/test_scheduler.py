@@ -48,8 +48,8 @@ def short_stretch():
 FAULTS = ("before", "after", "landing")
 
 
-def world(flies=False, **settings):
-    return World(make_scheduler(**settings), flies=flies)
+def world(flies=False, grounded=10**9, **settings):
+    return World(make_scheduler(**settings), flies=flies, grounded=grounded)
 
 
 # --- anything at any time -------------------------------------------------------------------------------------------
@@ -92,14 +92,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         paged=st.sampled_from([True, True, True, False]),
         short_tokens=st.sampled_from([30, 32, 100]),
         flies=st.booleans(),
+        grounded=st.sampled_from([2, 7, 10**9]),
     )
-    def start(self, pages, limits, media_bytes, paged, short_tokens, flies):
+    def start(self, pages, limits, media_bytes, paged, short_tokens, flies, grounded):
         if not paged:
             limits = replace(limits, step_tokens=120)
         config = make_config(short_tokens)
-        self.world = world(
-            flies and paged, config=config, pages=pages, limits=limits, media_bytes=media_bytes, paged=paged
-        )
+        settings = {"config": config, "pages": pages, "limits": limits, "media_bytes": media_bytes, "paged": paged}
+        self.world = world(flies and paged, grounded, **settings)
 
     def pick(self, data):
         return data.draw(st.sampled_from(self.world.scheduler.sequences))
@@ -196,8 +196,8 @@ def some_world(chance, paged, flies=False):
     shared, drafts = min(tokens, chance.choice((2, 8))), chance.choice((0, 12, 40))
     limits = StepLimits(chance.choice((3, 6, 9)), tokens, shared, 3, 2, drafts)
     config = make_config(short_tokens=chance.choice((30, 32)))
-    pages = chance.choice((40, 64, 96))
-    return world(flies, config=config, pages=pages, limits=limits, media_bytes=40, paged=paged)
+    pages, grounded = chance.choice((40, 64, 96)), chance.choice((3, 8, 10**9))
+    return world(flies, grounded, config=config, pages=pages, limits=limits, media_bytes=40, paged=paged)
 
 
 @pytest.mark.parametrize(
@@ -683,12 +683,81 @@ def planned_ahead(some):
 
 
 def test_answers_fly_from_step_to_step():
-    """Every step but the first of answers, and none beyond an end that is known, is launched behind another."""
+    """Every step but the first, and none beyond an end that is known, is launched behind another."""
     lone = world(flies=True)
     lone.arrive(text(6, max_tokens=20, ignore_eos=True))
     lone.drain()
-    assert lone.ahead == 18  # One token from the prompt, one from the first flight.
+    assert lone.ahead == 19
     assert lone.device.computed_tokens == 6 + 19
+
+
+def in_flight(some):
+    """The rows of the step in flight: whose they are, where they begin, their tokens, and whether they follow."""
+    return [(row.sequence.id, row.past, row.tokens, row.follows) for row in some.flight[0].rows]
+
+
+def test_prompts_fly_beside_answers():
+    """A long prompt in parts, another beside it, and what each chooses first: nothing waits for what was heard."""
+    some = world(flies=True, limits=replace(LIMITS, step_tokens=16, shared_step_tokens=8))
+    for n, case in enumerate((6, 27, 7)):
+        some.arrive(text(case, n, max_tokens=9, ignore_eos=True))
+    seen = []
+    while some.scheduler.sequences:
+        some.step()
+        seen += [in_flight(some)] if some.flight else []
+    assert seen[:4] == [
+        [(0, 0, 6, False), (2, 0, 7, False), (1, 0, 3, False)],
+        [(0, 6, 1, True), (2, 7, 1, True), (1, 3, 8, False)],
+        [(0, 7, 1, True), (2, 8, 1, True), (1, 11, 8, False)],
+        [(0, 8, 1, True), (2, 9, 1, True), (1, 19, 8, False)],
+    ]
+    assert len(seen) == some.ahead + 1
+    some.check_end()
+
+
+def test_an_answer_of_one_token_ends_with_its_prompt():
+    some = world(flies=True)
+    some.arrive(text(8, max_tokens=1))
+    some.step()
+    assert planned_ahead(some) is None
+    second = some.arrive(text(8, 1, max_tokens=2, ignore_eos=True))
+    some.step()
+    assert in_flight(some) == [(second.id, 0, 8, False)]
+    some.drain()
+    assert some.device.computed_tokens == 8 + 8 + 1
+
+
+def test_who_begins_alike_waits_for_what_it_will_find():
+    """Two whole pages of what is computed in flight; who finds no more of that than is there does not wait."""
+    some = world(flies=True)
+    some.arrive(text(12, max_tokens=9, ignore_eos=True))
+    some.step()
+    alike = some.arrive(text(11, max_tokens=9, ignore_eos=True))
+    some.step()
+    assert alike.cached_tokens == 8
+    assert some.ahead == 0
+    other = some.arrive(text(12, 1, max_tokens=9, ignore_eos=True))
+    some.step()
+    assert in_flight(some)[-1] == (other.id, 0, 12, False)
+    some.drain()
+    assert some.device.computed_tokens == 12 + 3 + 12 + 3 * 8
+
+
+def test_who_comes_back_to_where_a_row_in_flight_begins_gets_nothing_of_it():
+    """It was paused meanwhile, and its pages are others."""
+    some = world(flies=True)
+    some.arrive(text(8, max_tokens=9, ignore_eos=True))
+    some.step()
+    second = some.arrive(text(8, 1, max_tokens=9, ignore_eos=True))
+    some.step()
+    assert in_flight(some) == [(0, 8, 1, True), (second.id, 0, 8, False)]
+    assert some.flight[0].rows[1].stands
+    some.scheduler.pause(second)
+    some.preparing += [(s, some.cases[s.id].prompt) for s in some.scheduler.admit()]
+    some.all_prepared()
+    assert (second.state, second.computed) == (State.RUNNING, 0)
+    assert not some.flight[0].rows[1].stands
+    some.drain()
 
 
 def test_an_answer_that_ends_by_its_length_has_no_row_in_vain():
@@ -724,9 +793,9 @@ def test_whoever_is_to_be_served_comes_next():
     some.preparing += [(s, some.cases[s.id].prompt) for s in some.scheduler.admit()]
     assert planned_ahead(some) == [first.id]  # It is still being prepared.
     some.all_prepared()
-    assert planned_ahead(some) is None
-    plan = some.step()
-    assert [row.tokens for row in plan.rows] == [1, 8]
+    assert planned_ahead(some) == [first.id, 1]
+    some.step()
+    assert [row.tokens for row in some.flight[0].rows] == [1, 8]
     some.arrive(text(5, media=IMAGES[:1], max_tokens=5))
     some.preparing += [(s, some.cases[s.id].prompt) for s in some.scheduler.admit()]
     some.step(prepare=False)
