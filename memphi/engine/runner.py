@@ -132,9 +132,7 @@ class Runner:
         with current(self.model.device):
             self._map_pages(plan)
             self._capture(divided)
-            with self.gauge.watching(
-                *(self._price(plan, replace(divided, answers=())) if divided.prompts else price_choice())
-            ):
+            with self.gauge.watching(*self._price_flight(plan, divided)):
                 chosen = self._chosen_of_graphs(divided, before)
             told = chosen.to("cpu", non_blocking=True, copy=True)  # Pinned, where there is a GPU.
             arrived = torch.cuda.Event() if chosen.is_cuda else None
@@ -166,6 +164,10 @@ class Runner:
             return price_graphs(divided.answers, divided.prompts, model.config, model.dtype.itemsize, kept)
         kernels = model.uses_kernels and self.pool is not None
         return price_rows(plan, model.config, model.dtype.itemsize, masked, model.adapter_form, kernels, kept)
+
+    def _price_flight(self, plan: StepPlan, divided: "Divided") -> tuple[str, int]:
+        """The same of a step that is only launched: graphs choose answers' ids themselves."""
+        return self._price(plan, replace(divided, answers=())) if divided.prompts else price_choice()
 
     def _divide(self, rows: Sequence[PlannedRow]) -> "Divided | None":
         """The rows as graphs take them; None where they do not.
@@ -315,7 +317,7 @@ class Divided:
 
 def _goes_on(row: PlannedRow) -> bool:
     """Whether a row computes the newest id of an answer and nothing else."""
-    return row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens
+    return row.follows or (row.tokens == row.scored == 1 and row.past >= row.sequence.footprint.prompt_tokens)
 
 
 def _apart(rows: Sequence[PlannedRow]) -> tuple[Sequence[PlannedRow], Sequence[PlannedRow]]:

@@ -49,18 +49,14 @@ class _Place:
 
     sequence: Running
     computed: int
-    tokens: int
-    """Ids that are known, or will be by then."""
+    pending: int
+    """Ids that are known, or will be by then, and not computed."""
+    follows: bool = False
+    """Whether its newest id is what that step chooses."""
 
     @property
-    def pending(self) -> int:
-        """Ids that are not computed."""
-        return self.tokens - self.computed
-
-    @property
-    def follows(self) -> bool:
-        """Whether its newest id is not known yet."""
-        return self.tokens > len(self.sequence.ids)
+    def tokens(self) -> int:
+        return self.computed + self.pending
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class Scheduler:
         for sequence in running:
             if not sequence.pages:
                 self._share_prefix(sequence)
-        places = [_Place(sequence, sequence.computed, len(sequence.ids)) for sequence in running]
+        places = [_Place(sequence, sequence.computed, sequence.pending) for sequence in running]
         return StepPlan(tuple(self._plan_rows(places, self._most_drafts(places))), tuple(self._plan_slices()))
 
     def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -457,8 +453,11 @@ def media_units(sequence: Running, kind: MediaKind, index: int, config: ModelCon
 def _place_behind(sequence: Running, row: PlannedRow | None) -> _Place:
     """Where a sequence will be behind a step in which it has this row, if any."""
     if row is None:
-        return _Place(sequence, sequence.computed, len(sequence.ids))
-    return _Place(sequence, row.past + row.tokens, len(sequence.ids) + row.samples)
+        return _Place(sequence, sequence.computed, sequence.pending)
+    computed = row.past + row.tokens
+    return (
+        _Place(sequence, computed, 1, True) if row.samples else _Place(sequence, computed, len(sequence.ids) - computed)
+    )
 
 
 def _is_last(sequence: Running) -> bool:

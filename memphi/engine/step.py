@@ -41,7 +41,8 @@ class PlannedRow:
     def stands(self) -> bool:
         """Whether its sequence is still where the row begins: it has not ended, been paused or gone another way."""
         sequence = self.sequence
-        return sequence.state is State.RUNNING and (sequence.computed, sequence.losses) == (self.past, self.losses)
+        stays = sequence.state is State.RUNNING and sequence.losses == self.losses
+        return stays and sequence.computed == self.past
 
     def begun_pages(self, page_tokens: int) -> tuple[int, ...]:
         """The pages whose first token the row writes: the only ones that may have no memory behind them yet.
