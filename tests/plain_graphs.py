@@ -46,6 +46,10 @@ class PlainGraphs(Graphs):
         """How many of them went on from what the one before chose."""
         self._chosen: torch.Tensor | None = None
 
+    @property
+    def has_chosen(self):
+        return self._chosen is not None
+
     def _takes(self, adapters):
         return self.allowed
 

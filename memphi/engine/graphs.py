@@ -75,6 +75,11 @@ class Graphs:
         """Whether there is something to drop."""
         return self._held is not None or self.prefills.are_held
 
+    @property
+    def has_chosen(self) -> bool:
+        """Whether what the step before chose is still there: it goes with graphs that are dropped."""
+        return self._held is not None
+
     def can_decode(self, adapters: Collection[str | None], rows: int) -> bool:
         """Whether so many rows under these adapters, each of one new token, can be decoded here now."""
         return self._takes(adapters) and rows <= self.most_rows
@@ -102,7 +107,7 @@ class Graphs:
 
         Raises whatever the device raises, of a capture too.
         """
-        assert self._held is not None or not any(isinstance(number, Chosen) for number in ids), "nothing was chosen"
+        assert self.has_chosen or not any(isinstance(number, Chosen) for number in ids), "nothing was chosen"
         step, graph = self._step(_rounded_up(len(rows), self.most_rows), self._adapters(rows))
         step.fill(rows, ids)
         if graph is None:

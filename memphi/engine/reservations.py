@@ -50,6 +50,7 @@ class Reservations:
 
     def share(self, sequence: Running, keys: Sequence[bytes]) -> None:
         """Take pages whose content exists, in place of promised ones; those in use already are free of charge."""
+        assert len(keys) <= sequence.reserved_pages, "a sequence finds more pages than it was promised"
         used = self.pages.used_pages
         sequence.pages += tuple(self.pages.share(keys))
         newly_used = self.pages.used_pages - used

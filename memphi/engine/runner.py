@@ -107,11 +107,13 @@ class Runner:
             return self._compute(plan, divided)
 
     def can_launch(self, plan: StepPlan) -> bool:
-        """Whether a step needs nobody but the device to choose its ids: graphs do it, those of prompts are there, and
-        all rows that choose are plain.
+        """Whether a step needs nobody but the device to choose its ids: graphs do it, those of prompts are there, all
+        rows that choose are plain, and what rows follow was not dropped.
         """
         divided = None if plan.slices else self._divide(_by_adapter(plan).rows)
         if divided is None or self.graphs is None or len(divided.choosing) > self.graphs.most_rows:
+            return False
+        if not self.graphs.has_chosen and any(row.follows for row in plan.rows):
             return False
         prompts = divided.prompts
         if prompts and (any(row.drafts for row in prompts) or not self.graphs.prefills.is_ready(_rows(prompts))):
@@ -282,22 +284,22 @@ class Runner:
         graphs, model = self.graphs, self.model
         assert graphs is not None
         hidden = graphs.prefills.compute(_rows(prompts), model.embed(self._ids(prompts, before), _media(prompts)))
-        places = upload(np.array(_places(prompts), dtype=np.int64), model.device)
-        logits: Tensor = model.language.logits(hidden[places])
+        logits: Tensor = model.language.logits(hidden[self._upload(_places(prompts))])
         return logits
 
     def _ids(self, rows: Sequence[PlannedRow], before: Flight | None = None) -> Tensor:
         """All that the rows compute; of those that follow a step in flight, what that chooses."""
-        known = [number for row in rows for number in (UNKNOWN if row.follows else row.ids)]
-        ids = upload(np.array(known, dtype=np.int64), self.model.device)
-        following = [(row, end - 1) for row, end in zip(rows, _ends(rows), strict=True) if row.follows]
+        ids = self._upload([number for row in rows for number in (UNKNOWN if row.follows else row.ids)])
+        following = {end - 1: row for row, end in zip(rows, _ends(rows), strict=True) if row.follows}
         if following:
-            assert before is not None, "nobody knows such ids"
             assert self.graphs is not None
-            places = before.places_of([row for row, _ in following])
-            at, chosen_at = (upload(np.array(some), ids.device) for some in ([place for _, place in following], places))
-            ids[at] = self.graphs.chosen(chosen_at)
+            assert before is not None, "nobody knows such ids"
+            chosen = self.graphs.chosen(self._upload(before.places_of(list(following.values()))))
+            ids[self._upload(list(following))] = chosen
         return ids
+
+    def _upload(self, numbers: Sequence[int]) -> Tensor:
+        return upload(np.array(numbers, dtype=np.int64), self.model.device)
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ class Scheduler:
         for sequence in [*running[:1], *sorted(running[1:], key=lambda s: (s.answer_tokens, s.id))]:
             if len(sequence.ids) <= room:
                 room -= len(sequence.ids)
-                yield PlannedRow(sequence, 0, len(sequence.ids))
+                yield PlannedRow(sequence, 0, len(sequence.ids), losses=sequence.losses)
 
     def _row(self, place: _Place, tokens: int, drafts: tuple[int, ...] = ()) -> PlannedRow:
         tokens += len(drafts)
@@ -455,9 +455,8 @@ def _place_behind(sequence: Running, row: PlannedRow | None) -> _Place:
     if row is None:
         return _Place(sequence, sequence.computed, sequence.pending)
     computed = row.past + row.tokens
-    return (
-        _Place(sequence, computed, 1, True) if row.samples else _Place(sequence, computed, len(sequence.ids) - computed)
-    )
+    pending = 1 if row.samples else len(sequence.ids) - computed
+    return _Place(sequence, computed, pending, follows=row.samples)
 
 
 def _is_last(sequence: Running) -> bool:

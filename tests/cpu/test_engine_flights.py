@@ -317,7 +317,8 @@ def test_another_error_fails_those_in_flight_and_nobody_else(flying, expected):
     struck.check_empty()
 
 
-def test_graphs_that_are_dropped_in_flight(flying, long):
+def test_graphs_that_are_dropped_in_flight(flying, long, caplog):
+    """What they chose went with them: nothing is launched behind, and nothing fails."""
     dropped, rounds = flying(), 0
     for request in mixed_requests(LONG):
         dropped.submit(request)
@@ -328,6 +329,7 @@ def test_graphs_that_are_dropped_in_flight(flying, long):
             graphs_of(dropped).allowed = rounds % 2 == 0
             graphs_of(dropped).drop()
     assert [dropped.result(i).ids for i in range(5)] == long
+    assert not caplog.records
 
 
 @torch.inference_mode()
