@@ -50,6 +50,9 @@ class PlainGraphs(Graphs):
     def has_chosen(self):
         return self._chosen is not None
 
+    def is_ready(self, rows):
+        return self.has_chosen
+
     def _takes(self, adapters):
         return self.allowed
 

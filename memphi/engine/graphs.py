@@ -96,10 +96,14 @@ class Graphs:
         """Whether steps under these adapters go here now: those that are not packed do not."""
         return self.allowed and not (self._model.adapter_form == "plain" and any(adapters))
 
+    def is_ready(self, rows: Sequence[Row]) -> bool:
+        """Whether what `decode` needs for such rows is there."""
+        return self._held is not None and self._key(rows) in self._held.steps
+
     @torch.inference_mode()
     def ready(self, rows: Sequence[Row]) -> None:
         """Capture what `decode` needs for such rows, if it is not there. Raises whatever the device raises."""
-        self._step(_rounded_up(len(rows), self.most_rows), self._adapters(rows))
+        self._step(*self._key(rows))
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row], ids: Sequence[int | Chosen]) -> Decoded:
@@ -108,7 +112,7 @@ class Graphs:
         Raises whatever the device raises, of a capture too.
         """
         assert self.has_chosen or not any(isinstance(number, Chosen) for number in ids), "nothing was chosen"
-        step, graph = self._step(_rounded_up(len(rows), self.most_rows), self._adapters(rows))
+        step, graph = self._step(*self._key(rows))
         step.fill(rows, ids)
         if graph is None:
             step.run()
@@ -185,9 +189,10 @@ class Graphs:
             self._held = _Held(buffers)
         return self._held
 
-    def _adapters(self, rows: Sequence[Row]) -> Adapters:
-        """Those in use; the merged one is part of the weights."""
-        return frozenset() if self._model.merged else frozenset(row.adapter for row in rows if row.adapter)
+    def _key(self, rows: Sequence[Row]) -> tuple[int, Adapters]:
+        """The graph's for such rows, by the adapters in use; the merged one is part of the weights."""
+        used = () if self._model.merged else (row.adapter for row in rows if row.adapter)
+        return _rounded_up(len(rows), self.most_rows), frozenset(used)
 
 
 def _rounded_up(count: int, most: int) -> int:

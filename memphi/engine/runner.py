@@ -107,18 +107,26 @@ class Runner:
             return self._compute(plan, divided)
 
     def can_launch(self, plan: StepPlan) -> bool:
-        """Whether a step needs nobody but the device to choose its ids: graphs do it, those of prompts are there, all
-        rows that choose are plain, and what rows follow was not dropped.
+        """Whether a step needs nobody but the device to choose its ids: graphs that are there do it, and all rows that
+        choose are plain, and without drafts.
         """
         divided = None if plan.slices else self._divide(_by_adapter(plan).rows)
         if divided is None or self.graphs is None or len(divided.choosing) > self.graphs.most_rows:
             return False
-        if not self.graphs.has_chosen and any(row.follows for row in plan.rows):
+        are_plain = all(row.follows or (_is_plain(row) and not row.drafts) for row in divided.choosing)
+        return are_plain and self._are_there(self.graphs, divided)
+
+    def _are_there(self, graphs: Graphs, divided: "Divided") -> bool:
+        """Whether graphs of prompts are there; and those of answers behind a step in flight, with what it chose.
+
+        So nobody who is in that waits for a capture.
+        """
+        answers, prompts = divided.answers, divided.prompts
+        if prompts and not graphs.prefills.is_ready(_rows(prompts)):
             return False
-        prompts = divided.prompts
-        if prompts and (any(row.drafts for row in prompts) or not self.graphs.prefills.is_ready(_rows(prompts))):
-            return False
-        return all(row.follows or _is_plain(row) for row in divided.choosing)
+        if not any(row.follows for row in divided.choosing):
+            return True
+        return graphs.is_ready(_rows(answers)) if answers else graphs.has_chosen
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:

@@ -332,6 +332,29 @@ def test_graphs_that_are_dropped_in_flight(flying, long, caplog):
     assert not caplog.records
 
 
+def test_nobody_in_flight_waits_for_a_capture(flying, monkeypatch):
+    """A graph for fewer rows is captured with nothing in flight, and then they fly again."""
+    captured, first, behind = set(), [], []
+    monkeypatch.setattr(PlainGraphs, "ready", lambda self, rows: captured.add(len(rows)))
+    monkeypatch.setattr(PlainGraphs, "is_ready", lambda self, rows: len(rows) in captured)
+    requests = [replace(r, sampling=replace(LONG, max_tokens=9 + 7 * i)) for i, r in enumerate(mixed_requests())]
+    ending = flying()
+    launch = ending.loop.runner.launch
+
+    def note(plan, before=None):
+        if all(row.follows for row in plan.rows):
+            behind.append((len(plan.rows), len(plan.rows) in captured))
+        elif before is None:
+            first.append(len(plan.rows))
+        return launch(plan, before)
+
+    ending.loop.runner.launch = note
+    ending.answer(requests)
+    assert {1, 2, 3, 4} <= {rows for rows, _ in behind} & set(first)
+    assert all(was_there for _, was_there in behind)
+    ending.check_empty()
+
+
 @torch.inference_mode()
 def test_what_a_flight_brings_is_its_own(flying):
     """The next step's choice does not change what the one before told."""
