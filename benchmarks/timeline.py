@@ -152,7 +152,7 @@ def watched() -> Iterator[Record]:
 
     with (
         patch.object(Runner, "run", lambda self, plan: note(self, plan, run)),
-        patch.object(Runner, "launch", lambda self, plan, before=None: note(self, plan, launch, before)),
+        patch.object(Runner, "launch", lambda self, plan, *rest: note(self, plan, launch, *rest)),
         patch.object(Flight, "land", note_wait),
     ):
         yield record

@@ -185,7 +185,7 @@ class Loop:
             events += self._land(flight)
         plan = None if self._flight is not None else self.scheduler.plan_step()
         if plan:
-            events += self._launch(plan) if self.runner.can_launch(plan) else self._run(plan)
+            events += self._begin_step(plan)
         elif flight is None:
             self._waiting_since = None
         self.stalled = self._waiting_since is not None or not (admitted or ready or flight or plan)
@@ -241,11 +241,12 @@ class Loop:
             error = too_little("this request's attachments", torch.device("cpu"), ANSWERING_ADVICE)
         return [self._fail(sequence, error if isinstance(error, Exception) else RuntimeError(str(error)))]
 
-    def _run(self, plan: StepPlan) -> list[Event]:
+    def _begin_step(self, plan: StepPlan) -> list[Event]:
+        """Launch a step, or else run it."""
+        divided = self.runner.divide_for_launch(plan)
+        if divided is not None:
+            return self._try(plan, lambda: self.runner.launch(plan, divided), self._let_fly)
         return self._try(plan, lambda: self.runner.run(plan), lambda result: self._commit(plan, result))
-
-    def _launch(self, plan: StepPlan) -> list[Event]:
-        return self._try(plan, lambda: self.runner.launch(plan), self._let_fly)
 
     def _land(self, flight: Flight) -> list[Event]:
         """Hear what a step brought, with the next one already on its way, if there can be one."""
@@ -258,10 +259,11 @@ class Loop:
     def _launch_behind(self, flight: Flight) -> None:
         """Launch the step behind one in flight; where that fails it is forgotten, and planned again in its turn."""
         plan = self.scheduler.plan_ahead(flight.plan)
-        if plan is None or not self.runner.can_launch(plan):
+        divided = None if plan is None else self.runner.divide_for_launch(plan)
+        if plan is None or divided is None:
             return
         try:
-            self._flight = attempt(lambda: self.runner.launch(plan, flight))
+            self._flight = attempt(lambda: self.runner.launch(plan, divided, flight))
         except Exception as error:
             logging.getLogger(__name__).warning("a step could not be launched behind another: %s", error)
 

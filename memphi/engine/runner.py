@@ -3,9 +3,9 @@
 What a step does the scheduler has decided; doing the same step again changes nothing, so a failed one may be repeated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import accumulate, takewhile
 
 import numpy as np
@@ -19,6 +19,7 @@ from memphi.engine.gauge import Gauge
 from memphi.engine.graphs import Graphs
 from memphi.engine.prices import price_choice, price_graphs, price_rows, price_slices
 from memphi.engine.recovery import is_out_of_memory
+from memphi.engine.sequence import Sequence as Running
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
 from memphi.model.decode import Chosen
@@ -54,10 +55,10 @@ class Flight:
         chosen = zip(self.choosing, self.chosen.tolist(), strict=True)
         return StepResult({row.sequence.id: [number] for row, number in chosen if row.stands})
 
-    def places_of(self, rows: Sequence[PlannedRow]) -> list[int]:
-        """Where it chooses the ids of these rows of the step behind it."""
-        places = {row.sequence: place for place, row in enumerate(self.choosing)}
-        return [places[row.sequence] for row in rows]
+    @cached_property
+    def places(self) -> Mapping[Running, int]:
+        """Where the id of each sequence is chosen, for the step behind it."""
+        return {row.sequence: place for place, row in enumerate(self.choosing)}
 
 
 class Runner:
@@ -106,15 +107,15 @@ class Runner:
         with self.gauge.watching(*self._price(plan, divided)):
             return self._compute(plan, divided)
 
-    def can_launch(self, plan: StepPlan) -> bool:
-        """Whether a step needs nobody but the device to choose its ids: graphs that are there do it, and all rows that
-        choose are plain, and without drafts.
+    def divide_for_launch(self, plan: StepPlan) -> "Divided | None":
+        """A step's rows for `launch`, where nobody but the device is needed to choose its ids, or None: graphs that are
+        there do it, and all rows that choose are plain, and without drafts.
         """
         divided = None if plan.slices else self._divide(_by_adapter(plan).rows)
         if divided is None or self.graphs is None or len(divided.choosing) > self.graphs.most_rows:
-            return False
+            return None
         are_plain = all(row.follows or (_is_plain(row) and not row.drafts) for row in divided.choosing)
-        return are_plain and self._are_there(self.graphs, divided)
+        return divided if are_plain and self._are_there(self.graphs, divided) else None
 
     def _are_there(self, graphs: Graphs, divided: "Divided") -> bool:
         """Whether graphs of prompts are there; and those of answers behind a step in flight, with what it chose.
@@ -129,16 +130,12 @@ class Runner:
         return graphs.is_ready(_rows(answers)) if answers else graphs.has_chosen
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
-        """Begin such a step and do not wait for it; raises whatever the device raises.
+    def launch(self, plan: StepPlan, divided: "Divided", before: Flight | None = None) -> Flight:
+        """Begin a step that `divide_for_launch` divided and do not wait for it; raises whatever the device raises.
 
         `before` is the step that is still in flight where this one goes on from what that chooses. All of it is on
         one stream: pages that are freed meanwhile may be written once more, and whoever gets them writes after that.
         """
-        assert self.graphs is not None
-        plan = _by_adapter(plan)
-        divided = self._divide(plan.rows)
-        assert divided is not None, "graphs do not take such rows"
         with current(self.model.device):
             self._map_pages(plan)
             self._capture(divided)
@@ -185,7 +182,7 @@ class Runner:
         Answers go along with prompts where that graph has room for them, since each reads all weights.
         """
         graphs = self.graphs
-        if graphs is None or not rows:
+        if graphs is None:
             return None
         if self._can_decode(rows):
             return Divided(rows, ())
@@ -302,8 +299,8 @@ class Runner:
         if following:
             assert self.graphs is not None
             assert before is not None, "nobody knows such ids"
-            chosen = self.graphs.chosen(self._upload(before.places_of(list(following.values()))))
-            ids[self._upload(list(following))] = chosen
+            places = [before.places[row.sequence] for row in following.values()]
+            ids[self._upload(list(following))] = self.graphs.chosen(self._upload(places))
         return ids
 
     def _upload(self, numbers: Sequence[int]) -> Tensor:
@@ -337,9 +334,7 @@ def _apart(rows: Sequence[PlannedRow]) -> tuple[Sequence[PlannedRow], Sequence[P
 
 def _first_ids(answers: Sequence[PlannedRow], before: Flight | None) -> list[int | Chosen]:
     """The ids that answers begin with, as far as anybody knows them yet."""
-    following = [row for row in answers if row.follows]
-    chosen = iter(before.places_of(following) if before else ())
-    return [Chosen(next(chosen)) if row.follows else row.ids[0] for row in answers]
+    return [Chosen(before.places[row.sequence]) if before and row.follows else row.ids[0] for row in answers]
 
 
 def _is_plain(row: PlannedRow) -> bool:

@@ -191,9 +191,9 @@ class Scheduler:
         says has a row here in vain, which `StepPlan.standing` leaves out.
         """
         flying = {row.sequence: row for row in plan.rows if row.stands}
-        running = self._in(State.RUNNING)
+        running, filling = self._in(State.RUNNING), self._filling(flying.values())
         fresh = [sequence for sequence in running if not sequence.pages]
-        if self._in(State.ENCODING) or any(self._finds_more(sequence, flying.values()) for sequence in fresh):
+        if self._in(State.ENCODING) or any(self._next_key(sequence) in filling for sequence in fresh):
             return None
         for sequence in fresh:
             self._share_prefix(sequence)
@@ -370,15 +370,16 @@ class Scheduler:
             sequence.keys = page_keys(self._root(sequence), sequence.ids, marks, self.reservations.pages.page_tokens)
         return sequence.keys[: (len(sequence.ids) - 1) // self.reservations.pages.page_tokens]
 
-    def _finds_more(self, sequence: Running, flying: Iterable[PlannedRow]) -> bool:
-        """Whether what comes after the pages that a sequence finds now is computed by one of these rows."""
-        shared, size = self._sharable(sequence), self.reservations.pages.page_tokens
-        next_keys = shared[self.reservations.pages.match(shared) :][:1]
-        return any(
-            key in row.sequence.keys[row.past // size : (row.past + row.tokens) // size]
-            for key in next_keys
-            for row in flying
-        )
+    def _next_key(self, sequence: Running) -> bytes | None:
+        """The name of the first page that it does not find now; None: it finds all."""
+        shared = self._sharable(sequence)
+        found = self.reservations.pages.match(shared)
+        return shared[found] if found < len(shared) else None
+
+    def _filling(self, rows: Iterable[PlannedRow]) -> set[bytes]:
+        """The names of the pages that rows fill, as far as they are known."""
+        size = self.reservations.pages.page_tokens
+        return {key for row in rows for key in row.sequence.keys[row.past // size : (row.past + row.tokens) // size]}
 
     def _register_pages(self, sequence: Running, past: int) -> None:
         """Offer the pages that a row has filled to sequences that begin alike."""

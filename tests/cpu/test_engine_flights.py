@@ -109,9 +109,9 @@ def test_others_who_draw_or_ask_for_more_are_heard_at_once(model, tokenizer, fly
     mixed = flying()
     launch = mixed.loop.runner.launch
 
-    def note(plan, *before):
+    def note(plan, *rest):
         launched.update(row.sequence.id for row in plan.rows)
-        return launch(plan, *before)
+        return launch(plan, *rest)
 
     mixed.loop.runner.launch = note
     assert [r.ids for r in mixed.answer(requests)] == [r.ids for r in wanted]
@@ -278,8 +278,8 @@ def test_a_step_that_cannot_be_launched_behind_is_planned_again(flying, long, er
     struck, raised = flying(), []
     launch = struck.loop.runner.launch
 
-    def strike(plan, before=None):
-        flight = launch(plan, before)
+    def strike(plan, divided, before=None):
+        flight = launch(plan, divided, before)
         if before is not None and len(raised) < 5:
             raised.append(plan)
             raise error()  # When the device has done it already.
@@ -341,12 +341,12 @@ def test_nobody_in_flight_waits_for_a_capture(flying, monkeypatch):
     ending = flying()
     launch = ending.loop.runner.launch
 
-    def note(plan, before=None):
+    def note(plan, divided, before=None):
         if all(row.follows for row in plan.rows):
             behind.append((len(plan.rows), len(plan.rows) in captured))
         elif before is None:
             first.append(len(plan.rows))
-        return launch(plan, before)
+        return launch(plan, divided, before)
 
     ending.loop.runner.launch = note
     ending.answer(requests)

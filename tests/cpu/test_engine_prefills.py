@@ -83,12 +83,12 @@ def test_prompts_fly(engine_of, long, monkeypatch):
     staged, behind = engine_of(step_tokens=40), []
     launch = staged.loop.runner.launch
 
-    def note(plan, before=None):
+    def note(plan, divided, before=None):
         rows = plan.rows if before is not None else ()
         prompts, answers = (any((row.tokens > 1) == wanted for row in rows) for wanted in (True, False))
         firsts = any(row.follows and not row.sequence.answer_tokens for row in rows)
         behind.append((prompts, answers, firsts))
-        return launch(plan, before)
+        return launch(plan, divided, before)
 
     monkeypatch.setattr(staged.loop.runner, "launch", note)
     for _ in range(3):

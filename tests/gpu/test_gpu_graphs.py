@@ -213,9 +213,9 @@ def test_the_host_is_a_step_behind(stage, expected, monkeypatch):
     lone, heard = stage(), []
     launch, land = Runner.launch, Flight.land
 
-    def note_launch(self, plan, before=None):
+    def note_launch(self, plan, divided, before=None):
         heard.append("behind" if before is not None else "first")
-        return launch(self, plan, before)
+        return launch(self, plan, divided, before)
 
     monkeypatch.setattr(Runner, "launch", note_launch)
     monkeypatch.setattr(Flight, "land", lambda self: heard.append("heard") or land(self))
