@@ -248,6 +248,24 @@ def test_ids_go_from_step_to_step_without_the_host(device):
     torch.testing.assert_close(whole(model, pool), whole(model, expected), rtol=1e-5, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_ids_that_others_chose_stand_behind_a_steps_own(device):
+    """There the next step finds them, of answers or of prompts; they go with graphs that are dropped."""
+    model = make_model(device)
+    graphs = Graphs(model, filled_pool(model, device), 4, MOST_PAGES * PAGE_TOKENS, capture=False)
+    rows, more = make_rows(2), make_rows(3)
+    assert not graphs.has_chosen
+    own = graphs.decode(rows, [5, 6]).chosen.tolist()
+    assert (graphs.is_ready(rows), graphs.is_ready(more)) == (True, False)
+    assert graphs.note_chosen(torch.tensor([7, 9], device=device), behind=2).tolist() == [*own, 7, 9]
+    assert graphs.chosen(torch.tensor([3, 0], device=device)).tolist() == [9, own[0]]
+    found = graphs.decode(rows, [Chosen(3), Chosen(2)]).logits.clone()
+    assert torch.equal(found, graphs.decode(rows, [9, 7]).logits)
+    assert not torch.equal(found, graphs.decode(rows, [7, 9]).logits)
+    assert graphs.drop()
+    assert (graphs.has_chosen, graphs.is_ready(rows)) == (False, False)
+
+
 # --- the engine ----------------------------------------------------------------------------------------------------
 
 
