@@ -190,7 +190,7 @@ def without_kernels() -> Iterator[Launches]:
         stack.callback(forget, modules)
         for module in modules:
             for name, value in vars(module).copy().items():
-                if type(value).__name__ == "JITFunction":
+                if isinstance(value, launch.Kernel):
                     stack.enter_context(patch.object(module, name, launches))
                 elif name in like_a_gpu and module is not launch:
                     stack.enter_context(patch.object(module, name, like_a_gpu[name]))

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from memphi.model.kernels.launch import compile_ahead
+
 
 class Step(Protocol):
     """What a graph can hold: it computes what was filled in before, over tensors that stay where they are."""
@@ -72,6 +74,7 @@ class Capture:
         """Run a step that does nothing: kernels are compiled and loaded, and libraries take their work space."""
         with self._on_stream():
             step.clear()
+            compile_ahead(step.run, self._device)
             step.run()
 
     def take(self, step: Step) -> Graph | None:

@@ -5,14 +5,16 @@ What a step does the scheduler has decided; doing the same step again changes no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from itertools import accumulate, takewhile
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
+from memphi.config import AdapterName
 from memphi.engine.device import current
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
@@ -23,6 +25,7 @@ from memphi.engine.sequence import Sequence as Running
 from memphi.engine.step import PlannedRow, StepPlan, StepResult
 from memphi.errors import RequestError
 from memphi.model.decode import Chosen
+from memphi.model.kernels.launch import compile_ahead
 from memphi.model.phi4mm import Phi4MM
 from memphi.model.rows import Row
 from memphi.model.upload import upload
@@ -32,6 +35,9 @@ from memphi.sampling.sampler import Choice, Draw, likeliest, sample
 
 UNKNOWN = (0,)
 """Stands for an id that the step before chooses."""
+READY_ROWS = (14, 0), (30, 0), (50, 0), (300, 0), (5, 40)
+"""New tokens and past of rows whose kernels are got ready: most others have the same, prompts of up to 16, 32, 64 and
+more tokens, and drafts. None has a past that torch would read."""
 UNREACHED = Draw(SamplingParams(), ())
 """Stands for a place that no answer gets to."""
 
@@ -85,6 +91,8 @@ class Runner:
         self.graphs = graphs
         self._upcoming = upcoming
         self._encoders = Encoders(model)
+        self._unready = _adapters_ahead(model)
+        """The adapters, or none, of rows whose kernels nobody has got ready."""
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -147,15 +155,34 @@ class Runner:
                 arrived.record()
             return Flight(plan, divided.choosing, told, arrived)
 
+    def get_ready(self) -> bool:
+        """Get the kernels of a first prompt and of its answer ready; whether there are any.
+
+        Raises whatever the device raises.
+        """
+        return self.rehearse() and self.graphs is not None and self.graphs.rehearse()
+
+    @torch.inference_mode()
     def rehearse(self) -> bool:
-        """Get the kernels of a graph that no step has needed yet ready; whether there was one.
+        """Get the kernels of rows or of a graph that no step has needed yet ready; whether there were any.
 
         Raises whatever the device raises.
         """
         if self.graphs is None:
             return False
         with current(self.model.device):
-            return self.graphs.rehearse()
+            if not self._unready:
+                return self.graphs.rehearse()
+            compile_ahead(partial(self._compute_rows, self._unready.pop(0)), self.model.device)
+            return True
+
+    def _compute_rows(self, adapter: str | None) -> None:
+        """Rows one after another, of any ids, in any pages."""
+        assert self.pool is not None
+        for tokens, past in READY_ROWS:
+            pages = tuple(range(-(-(past + tokens) // self.pool.page_tokens)))
+            row = Row(tokens, past, adapter, pages=pages)
+            self.model(self._upload([0] * tokens), [row], cache=self.pool)
 
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
@@ -305,6 +332,14 @@ class Runner:
 
     def _upload(self, numbers: Sequence[int]) -> Tensor:
         return upload(np.array(numbers, dtype=np.int64), self.model.device)
+
+
+def _adapters_ahead(model: Phi4MM) -> list[str | None]:
+    """The adapters that a row may use whenever it comes, or none."""
+    if model.merged is not None:
+        return [model.merged]
+    are_there = model.adapter_form == "packed" and model.adapters_at_once is None
+    return [None, *(get_args(AdapterName) if are_there else ())]
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ pytestmark = [
 ]
 
 
-def make_model(dtype=torch.float32, scheme="bf16"):
-    model = lively_model(tiny_config(1024, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192)).to(dtype)
+def make_model(dtype=torch.float32, scheme="bf16", hidden_size=1024):
+    model = lively_model(tiny_config(hidden_size, 4, 8, 2, 2048, short_tokens=4096, max_tokens=8192)).to(dtype)
     model.quantise(scheme)
     model.keep_adapters(packed=True, merge=None)
     return model.to(DEVICE)
@@ -172,6 +172,21 @@ def test_a_mixed_batch_equals_each_alone(stage, expected, monkeypatch):
     assert together.ids(mixed_requests(LONG)) == expected
     assert sum(decoded) > 20 * len(expected)  # How many at once, the speed of this machine tells.
     together.check_empty()
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "fp8"])
+def test_a_first_answer_waits_for_no_kernel(tokenizer, monkeypatch, scheme):
+    """Of a model whose sizes no other test has."""
+    knobs = pytest.importorskip("triton").knobs
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **known: compiled.append(known["fn"].name))
+    model = make_model(torch.bfloat16, scheme, hidden_size=768)
+    fresh = Stage(model, tokenizer, memory_bytes=DIAL_BYTES, speculation=False)
+    fresh.loop.get_ready()
+    assert len(compiled) > 10
+    compiled.clear()
+    assert len(fresh.ids(mixed_requests(LONG)[:1])[0]) == LONG.max_tokens
+    assert not compiled
 
 
 def plain_numbers(found, forbidden):

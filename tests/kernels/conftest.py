@@ -14,6 +14,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OUTSIDE = {
     "test_compile.py",
+    "test_compile_ahead.py",
     "test_compile_coded.py",
     "test_compile_skinny.py",
     "test_interpreter.py",

@@ -10,6 +10,8 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,17 +41,30 @@ DEPENDENT_CAPABILITY = (9, 0)
 """Since when a kernel may start while the one before it still runs (programmatic dependent launch)."""
 
 
+_compiles_alone = ContextVar("compiles_alone", default=False)
+"""Whether kernels that are launched here and now are compiled and not run."""
+
+
+class Kernel(triton.JITFunction if triton else object):  # type: ignore[misc]  # Triton may be absent
+    """A kernel, compiled at its first launch, or by `compile_ahead`."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.run, grid=grid, warmup=_compiles_alone.get())
+
+
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401
-    """Triton's form of a kernel, compiled at its first launch; the function as it is where there is no Triton.
+    """Triton's form of a kernel; the function as it is where there is no Triton.
 
     It is compiled anew where a number becomes 1 or a multiple of 16, or is one no longer.
     """
-    return triton.jit(function) if triton else function
+    return jit_for_any()(function)
 
 
 def jit_for_any(*numbers: str) -> Callable[[Callable[..., Any]], Any]:
     """The same, but whatever these are: counts that hardly come twice, as of a prompt's tokens."""
-    return functools.partial(triton.jit, do_not_specialize=numbers) if triton else lambda function: function
+    if triton is None:
+        return lambda function: function
+    return functools.partial(triton.jit if is_interpreted() else Kernel, do_not_specialize=numbers)
 
 
 def is_interpreted() -> bool:
@@ -85,6 +100,38 @@ def why_not_built() -> str | None:
     paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
     found = Path(paths["include"], "Python.h").exists() or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
     return None if found else f"Triton needs Python's C headers in {paths['include']}: install python3-dev"
+
+
+def compile_ahead(run: Callable[[], object], device: torch.device) -> None:
+    """Have the kernels that `run` launches compiled and loaded, one on each core of the host, and run none of them.
+
+    Once on a machine each takes up to seconds. What else `run` does is done, with whatever stands where kernels would
+    have written: where it reads and writes must not depend on that. What cannot be compiled is left to who launches it.
+    """
+    if not is_available(device) or is_interpreted():
+        return
+    with _Compiler(device) as compiler, triton.AsyncCompileMode(compiler, ignore_errors=True):
+        token = _compiles_alone.set(True)
+        try:
+            run()
+        finally:
+            _compiles_alone.reset(token)
+
+
+class _Compiler(ThreadPoolExecutor):
+    """What is to compile kernels in it also loads them, and builds what launches them."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, compile_it: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]  # Triton gives no more
+        return super().submit(_load, compile_it)
+
+
+def _load(compile_it: Callable[[], Any]) -> Any:  # noqa: ANN401
+    kernel = compile_it()
+    kernel.run  # noqa: B018  # Is loaded when it is first asked for.
+    return kernel
 
 
 @functools.cache
