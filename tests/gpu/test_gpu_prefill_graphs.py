@@ -5,6 +5,7 @@ import torch
 
 from memphi.engine.graphs import Graphs
 from memphi.engine.prefills import Prefills
+from memphi.engine.runner import Runner
 from memphi.memory import costs
 from memphi.memory.costs import graphed
 from memphi.model.kernels.launch import is_available
@@ -160,6 +161,25 @@ def test_a_mixed_batch_again_and_again_equals_each_alone(stage, expected, comput
         together.scheduler.reservations.pages.drop_idle()
     assert len(computed) > 2
     together.check_empty()
+
+
+@pytest.mark.usefixtures("form")
+def test_steps_of_prompts_fly(stage, expected, monkeypatch):
+    """They are launched behind another that is still in flight, and change no answer."""
+    flown, launch = [], Runner.launch
+
+    def note(self, plan, divided, before=None):
+        if before is not None:
+            flown.append(sum(row.tokens for row in divided.prompts))
+        return launch(self, plan, divided, before)
+
+    monkeypatch.setattr(Runner, "launch", note)
+    flying = stage(**ROOMY, step_tokens=128)
+    for _ in range(4):
+        assert flying.ids(mixed_requests(LONG)) == expected
+        flying.scheduler.reservations.pages.drop_idle()
+    assert max(flown) > 64
+    flying.check_empty()
 
 
 def test_a_capture_without_memory_costs_no_answer(stage, expected, monkeypatch, form):
