@@ -23,9 +23,11 @@ LEAST_PREFILL_TOKENS, MOST_PREFILL_TOKENS = 64, 2048
 """Of a graph of prompts: fewer tokens take no less time, and with more a large card takes longer than their host."""
 MOST_PIECES_TOKENS = 8192
 """Of graphs of pieces, between which attention is launched kernel by kernel: for so many tokens lines are slow.
-They are for weights in e4m3 on the largest cards, of which an H200 was tried: elsewhere so large a step takes a card
-longer than its host."""
+They are for the largest cards, of which an H200 was tried: elsewhere so large a step takes a card longer than its
+host."""
 LARGEST_CAPABILITY = ((9, 0), (10, 0))
+PIECES_SCHEMES = ("fp8", "int8")
+"""Where they take less: in 16 bits, and in int4, a step without a graph knows which adapter's tokens lie where."""
 PIECES_STEP, PIECES_HELD = 256, 24
 """Their sizes are multiples of so many tokens; and of how many steps they are held at most."""
 PIECES_BYTES = 4 * MIB
@@ -61,7 +63,7 @@ def graphs(config: ModelConfig, rows: int, tokens: int, dtype_bytes: int, form: 
 
 def most_graph_tokens(scheme: Scheme, capability: tuple[int, int] | None) -> int:
     """Of a graph of prompts, or of pieces, at most."""
-    has_pieces = scheme == "fp8" and capability in LARGEST_CAPABILITY
+    has_pieces = scheme in PIECES_SCHEMES and capability in LARGEST_CAPABILITY
     return MOST_PIECES_TOKENS if has_pieces else MOST_PREFILL_TOKENS
 
 
