@@ -1,8 +1,6 @@
 """Devices and number formats by the names that people give them."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,8 +9,6 @@ from memphi.errors import DeviceError
 from memphi.memory import costs
 from memphi.memory.devices import DeviceFacts, this_machine
 from memphi.memory.learned import key_of, recall
-from memphi.model.kernels.gate import gate
-from memphi.model.kernels.launch import compile_ahead
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 
@@ -45,29 +41,6 @@ def find_device(name: str) -> torch.device:
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a device the current one, on which Triton launches and whatever names no device is made."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def starting_libraries(device: torch.device) -> Iterator[None]:
-    """Have cuBLAS and Triton start beside what is done in here, mostly waiting: they take half a second at first use.
-
-    What fails is left to who uses them.
-    """
-    thread = threading.Thread(target=_start_libraries, args=(device,), name="memphi-libraries")
-    if device.type == "cuda":
-        thread.start()
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            thread.join()
-
-
-def _start_libraries(device: torch.device) -> None:
-    with suppress(Exception), current(device), torch.inference_mode():
-        x = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
-        torch.mm(x, x)
-        compile_ahead(lambda: gate(x, x[:, :8]), device)
 
 
 def find_dtype(name: str) -> torch.dtype:

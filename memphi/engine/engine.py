@@ -19,15 +19,7 @@ from memphi.checkpoint.locate import locate
 from memphi.checkpoint.random import random_model
 from memphi.checkpoint.reader import Progress
 from memphi.config import DEFAULT_MODEL, EngineConfig
-from memphi.engine.device import (
-    DtypeName,
-    cap_allocator,
-    current,
-    device_facts,
-    find_device,
-    find_dtype,
-    starting_libraries,
-)
+from memphi.engine.device import DtypeName, cap_allocator, current, device_facts, find_device, find_dtype
 from memphi.engine.elastic import Elastic
 from memphi.engine.facade import DeviceEngine, EngineState, Facade
 from memphi.engine.gauge import Gauge
@@ -269,9 +261,9 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     config = read_config(location.folder)
     plan = make_plan(config, device_facts(where), loading.config, number.itemsize)
     cap_allocator(where, plan.budget_bytes - plan.context_bytes)
+    tokenizer = Tokenizer.from_folder(location.folder)
     packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
-    with current(where), told_plainly("the model", where, LOADING_ADVICE), starting_libraries(where):
-        tokenizer = Tokenizer.from_folder(location.folder)
+    with current(where), told_plainly("the model", where, LOADING_ADVICE):
         if location.random:
             network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)
         else:
