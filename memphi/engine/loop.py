@@ -199,15 +199,8 @@ class Loop:
         """
         if time.monotonic() - self._worked_at < QUIET_SECONDS or self.has_work or self._elastic.is_crowded():
             return False
-        return self._try_ahead(self.runner.rehearse)
-
-    def get_ready(self) -> None:
-        """Get the kernels compiled that a first request needs; what fails is told, and tried again by its steps."""
-        self._try_ahead(self.runner.get_ready)
-
-    def _try_ahead(self, prepare: Callable[[], bool]) -> bool:
         try:
-            done = attempt(prepare)
+            done = attempt(self.runner.rehearse)
         except Exception as error:
             logging.getLogger(__name__).warning("kernels could not be compiled ahead: %s", error)
             return False

@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from itertools import accumulate, takewhile
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memphi.cache.pool import PagePool
-from memphi.config import AdapterName
 from memphi.engine.device import current
 from memphi.engine.encoders import Encoders
 from memphi.engine.gauge import Gauge
@@ -36,8 +34,8 @@ from memphi.sampling.sampler import Choice, Draw, likeliest, sample
 UNKNOWN = (0,)
 """Stands for an id that the step before chooses."""
 READY_ROWS = (14, 0), (30, 0), (50, 0), (300, 0), (5, 40)
-"""New tokens and past of rows whose kernels are got ready: most others have the same, prompts of up to 16, 32, 64 and
-more tokens, and drafts. None has a past that torch would read."""
+"""New tokens and past of rows whose kernels an idle engine gets ready: most others without an adapter have the same,
+prompts of up to 16, 32, 64 and more tokens, and drafts. None has a past that torch would read."""
 UNREACHED = Draw(SamplingParams(), ())
 """Stands for a place that no answer gets to."""
 
@@ -91,8 +89,7 @@ class Runner:
         self.graphs = graphs
         self._upcoming = upcoming
         self._encoders = Encoders(model)
-        self._unready = _adapters_ahead(model)
-        """The adapters, or none, of rows whose kernels nobody has got ready."""
+        self._unready = list(READY_ROWS)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -155,16 +152,9 @@ class Runner:
                 arrived.record()
             return Flight(plan, divided.choosing, told, arrived)
 
-    def get_ready(self) -> bool:
-        """Get the kernels of a first prompt and of its answer ready; whether there are any.
-
-        Raises whatever the device raises.
-        """
-        return self.rehearse() and self.graphs is not None and self.graphs.rehearse()
-
     @torch.inference_mode()
     def rehearse(self) -> bool:
-        """Get the kernels of rows or of a graph that no step has needed yet ready; whether there were any.
+        """Get the kernels of a kind of row or of a graph that no step has needed yet ready; whether there was one.
 
         Raises whatever the device raises.
         """
@@ -173,16 +163,15 @@ class Runner:
         with current(self.model.device):
             if not self._unready:
                 return self.graphs.rehearse()
-            compile_ahead(partial(self._compute_rows, self._unready.pop(0)), self.model.device)
+            compile_ahead(partial(self._compute_row, *self._unready.pop(0)), self.model.device)
             return True
 
-    def _compute_rows(self, adapter: str | None) -> None:
-        """Rows one after another, of any ids, in any pages."""
+    def _compute_row(self, tokens: int, past: int) -> None:
+        """A row of any ids, in any pages."""
         assert self.pool is not None
-        for tokens, past in READY_ROWS:
-            pages = tuple(range(-(-(past + tokens) // self.pool.page_tokens)))
-            row = Row(tokens, past, adapter, pages=pages)
-            self.model(self._upload([0] * tokens), [row], cache=self.pool)
+        pages = tuple(range(-(-(past + tokens) // self.pool.page_tokens)))
+        row = Row(tokens, past, self.model.merged, pages=pages)
+        self.model(self._upload([0] * tokens), [row], cache=self.pool)
 
     def _encode(self, plan: StepPlan) -> None:
         for kind in ("image", "audio"):
@@ -332,14 +321,6 @@ class Runner:
 
     def _upload(self, numbers: Sequence[int]) -> Tensor:
         return upload(np.array(numbers, dtype=np.int64), self.model.device)
-
-
-def _adapters_ahead(model: Phi4MM) -> list[str | None]:
-    """The adapters that a row may use whenever it comes, or none."""
-    if model.merged is not None:
-        return [model.merged]
-    are_there = model.adapter_form == "packed" and model.adapters_at_once is None
-    return [None, *(get_args(AdapterName) if are_there else ())]
 
 
 @dataclass(frozen=True)

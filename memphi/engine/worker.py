@@ -69,7 +69,6 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
     closed = busy = rehearsing = False
     with current(loop.runner.model.device), ExitStack() as stack:
         stack.callback(gc.unfreeze)  # Also where the loop fails.
-        loop.get_ready()
         while not closed:
             messages = _take(inbox, waits=loop.stalled and not rehearsing)
             rehearsing = not messages and loop.stalled and loop.rehearse()

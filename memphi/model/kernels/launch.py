@@ -122,10 +122,16 @@ class _Compiler(ThreadPoolExecutor):
     """What is to compile kernels in it also loads them, and builds what launches them."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
+        super().__init__(os.cpu_count(), initializer=_go_to, initargs=(device,))
 
     def submit(self, compile_it: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]  # Triton gives no more
         return super().submit(_load, compile_it)
+
+
+def _go_to(device: torch.device) -> None:
+    """Make a device this thread's own; one without a number is."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _load(compile_it: Callable[[], Any]) -> Any:  # noqa: ANN401
