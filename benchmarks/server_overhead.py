@@ -39,7 +39,7 @@ from memphi.request import Delta, FinishReason, Request, SamplingParams
 from memphi.server.app import make_app
 from memphi.server.service import ServedEngine
 from memphi.server.serving import Server, address_of, bind
-from memphi.server.settings import Limits, ServerSettings
+from memphi.server.settings import ServerSettings
 from tests.server.fakes import FakeEngine
 
 CORES_PER_CLIENT, MOST_CLIENTS = 4, 4
@@ -118,8 +118,7 @@ class Run:
 def compare(engine: ServedEngine, sizes: Sizes) -> dict[str, Any]:
     """Take the same streams from an engine directly and over HTTP, in turns, so that a busy machine slows both."""
     endless = Endless(engine)
-    settings = ServerSettings("model", limits=Limits(key_requests=2 * sizes.streams))
-    with listening(make_app(endless, settings)) as port:
+    with listening(make_app(endless, ServerSettings("model"))) as port:
         ways: dict[str, Callable[[Sizes], Run]] = {
             "direct": lambda few: take(endless, few),
             "http": lambda few: fetch(port.url, few),

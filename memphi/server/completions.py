@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
@@ -20,7 +21,7 @@ from memphi.server.answers import Answer, Work, accept, unless_left
 from memphi.server.bodies import JsonRoute
 from memphi.server.errors import ApiError
 from memphi.server.fields import SamplingFields, as_list
-from memphi.server.logprobs import plain_logprobs
+from memphi.server.logprobs import TextOffsets, plain_logprobs
 from memphi.server.service import Service, service_of
 from memphi.server.stream import STREAMED, Chunk, event_stream, json_response
 
@@ -50,10 +51,21 @@ class CompletionRequest(SamplingFields):
             raise ApiError.wrong("memphi.each", "needs attachments, which only chat completions have")
 
     def requests(self, on_pressure: OnPressure) -> list[Request]:
-        """What the engine is asked, one request for each prompt; on_pressure where the body does not say."""
+        """What the engine is asked, one request for each prompt; on_pressure where the body does not say.
+
+        Under a seed that the body gives each prompt is answered as it is alone, also one that comes twice.
+        """
         sampling = self.sampling(self.max_tokens or USUAL_TOKENS, self.logprobs, self.own_grammar)
-        pressure = self.memphi.on_pressure or on_pressure
-        return [Request((Message("user", (text,)),), sampling, pressure, raw=True) for text in self.prompt]
+        pressure, apart = self.memphi.on_pressure or on_pressure, self.choices if self.seed is None else 0
+        return [
+            Request(
+                (Message("user", (text,)),),
+                replace(sampling, seed=(sampling.seed + place * apart) % 2**64),
+                pressure,
+                raw=True,
+            )
+            for place, text in enumerate(self.prompt)
+        ]
 
 
 @router.post("/v1/completions", responses=STREAMED)
@@ -91,8 +103,7 @@ class Reply:
         self._body = body
         self._work = work
         self._tokenizer = service.engine.tokenizer
-        self._told = [0 for _ in work.runs]
-        """Characters told of each choice; what logprobs count from."""
+        self._offsets = [TextOffsets(self._tokenizer) for _ in work.runs]
 
     async def whole(self) -> Chunk:
         """The response to who waits for all of it; raises ApiError where an answer fails."""
@@ -121,19 +132,17 @@ class Reply:
     def _choice(self, number: int, answer: Answer) -> Chunk:
         """An answer, or what has come of it since the last time."""
         reason = answer.finish_reason
-        logprobs = self._logprobs(number, answer.logprobs)
-        self._told[number] += len(answer.text)
         return {
             "index": number,
             "text": answer.text,
-            "logprobs": logprobs,
+            "logprobs": self._logprobs(number, answer.logprobs),
             "finish_reason": None if reason is None else reason.value,
         }
 
     def _logprobs(self, number: int, logprobs: list[TokenLogprob]) -> Chunk | None:
         if self._body.logprobs is None:
             return None
-        return plain_logprobs(logprobs, self._tokenizer, self._told[number])
+        return plain_logprobs(logprobs, self._tokenizer, self._offsets[number])
 
     def _news(self) -> Chunk:
         return self._work.news(self._body.ignored())

@@ -105,12 +105,15 @@ class CalledFunction(Fields):
     name: str
     arguments: str
     """A JSON object, as text."""
+    parsed_arguments: Annotated[Any, IGNORED] = None
+    """As OpenAI's client adds them, and `parsed` and `index` below."""
 
 
 class ToolCall(Fields):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: Annotated[int | None, IGNORED] = None
 
 
 class SystemMessage(Fields):
@@ -133,6 +136,7 @@ class AssistantMessage(Fields):
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
     annotations: Annotated[list[Any] | None, IGNORED] = None
+    parsed: Annotated[Any, IGNORED] = None
     memphi: Annotated[dict[str, Any] | None, IGNORED] = None
     name: Annotated[str | None, IGNORED] = None
     audio: None = None
@@ -143,6 +147,7 @@ class ToolMessage(Fields):
     role: Literal["tool"]
     content: TextContent
     tool_call_id: str
+    name: Annotated[str | None, IGNORED] = None
 
 
 AnyMessage = Annotated[

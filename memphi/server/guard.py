@@ -190,15 +190,23 @@ class Door:
             yield
             return
         self._service.check_open()  # Before its body is read.
-        most = self._service.settings.limits.key_requests
-        if self._open[key] >= most:
-            message = f"{most} requests are open already, the most that one key may have; send this one again later"
-            raise ApiError.later(429, message, "too_many_requests")
+        if self._open[key] >= (most := self._most_open()):
+            reason = (
+                "the most that one key may have" if len(self._keys) > 1 else "as many as have places here (--queue)"
+            )
+            raise ApiError.later(
+                429, f"{most} requests are open already, {reason}; send this one again later", "too_many_requests"
+            )
         self._open[key] += 1
         try:
             yield
         finally:
             self._open[key] -= 1
+
+    def _most_open(self) -> int:
+        """Requests of one key at once, of several; else of all, of which each asks for one answer at least."""
+        service = self._service
+        return service.settings.limits.key_requests if len(self._keys) > 1 else service.most_answers
 
 
 class Uploads:

@@ -1,7 +1,7 @@
 """How likely tokens were, in the two forms that OpenAI has for it."""
 
+import codecs
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from memphi.inputs.tokenizer import Tokenizer
@@ -23,16 +23,29 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dic
     }
 
 
-def plain_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
-    """As plain completions have it; offset is how many characters came before."""
+class TextOffsets:
+    """Where the tokens of one answer begin in its text, in characters, of which each counts once it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._count = 0
+
+    def take(self, token: int) -> int:
+        """Where the answer's next token begins."""
+        offset = self._count
+        self._count += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return offset
+
+
+def plain_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer, offsets: TextOffsets) -> dict[str, Any]:
+    """As plain completions have it, of an answer's next tokens."""
     shown = [item for item in logprobs if tokenizer.token_bytes(item.id)]
-    texts = [_text(item.id, tokenizer) for item in shown]
-    offsets = list(accumulate(map(len, texts), initial=offset))[: len(texts)]
     return {
-        "tokens": texts,
+        "tokens": [_text(item.id, tokenizer) for item in shown],
         "token_logprobs": [item.logprob for item in shown],
         "top_logprobs": [{_text(token, tokenizer): logprob for token, logprob in item.top} for item in shown],
-        "text_offset": offsets,
+        "text_offset": [offsets.take(item.id) for item in shown],
     }
 
 

@@ -98,6 +98,11 @@ class Service:
         return sum(engine.plan.rows for engine in self.engine.engines)
 
     @property
+    def most_answers(self) -> int:
+        """How many answers run or wait at most."""
+        return self.rows + self.settings.limits.queue
+
+    @property
     def page_tokens(self) -> int:
         """Tokens of a page, by which prices are told; of the first device, should cards differ."""
         return self.engine.engines[0].plan.page_tokens
@@ -127,7 +132,7 @@ class Service:
         self._check_queue(answers)
 
     def _check_queue(self, answers: int) -> None:
-        most = self.rows + self.settings.limits.queue
+        most = self.most_answers
         if answers > most:
             advice = f"at most {most} may be asked for: n, times the prompts or the attachments answered one by one"
             message = f"the request asks for {answers} answers and this server has places for {most}; {advice}"

@@ -24,7 +24,7 @@ class Limits:
     queue: int = 256
     """Answers that wait while as many run as the engines' plans have rows."""
     key_requests: int = 128
-    """Open requests of one key, or of all where there are no keys."""
+    """Open requests of one key, where there are several."""
 
     @property
     def media(self) -> MediaLimits:

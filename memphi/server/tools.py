@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from memphi.errors import RequestError
 from memphi.request import Grammar
+from memphi.sampling.grammar import JSON_SPACE
 from memphi.sampling.stop import overlap
 from memphi.server.errors import ApiError
 from memphi.server.fields import Fields
@@ -42,7 +43,8 @@ class FunctionFields(Fields):
     description: str | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
     strict: bool | None = None
-    """The arguments are held to their schema in any case."""
+    """The arguments are held to their schema in any case; what of it cannot be held to token by token is refused where
+    this is true, and else left to the model, which is shown all of it."""
 
 
 class FunctionType(Fields):
@@ -149,13 +151,15 @@ def _text_or_calls(otherwise: Grammar | None) -> str:
     if otherwise is None:
         return r"/(.|\n)*/ calls?"
     schema = {"type": "object"} if otherwise.kind == "json_object" else json.loads(otherwise.source)
-    return f"%json {json.dumps(schema)} | calls"
+    held = {**schema, "x-guidance": {"whitespace_pattern": JSON_SPACE}}
+    return f"%json {json.dumps(held)} | calls"
 
 
 def _call_rules(place: int, function: FunctionFields) -> Iterator[str]:
     head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
     yield f'call_{place}: {head} arguments_{place} "}}"'
-    yield f"arguments_{place}: %json " + json.dumps({**_schema(function), "x-guidance": WRITING})
+    guidance = {**WRITING, "lenient": not function.strict}
+    yield f"arguments_{place}: %json " + json.dumps({**_schema(function), "x-guidance": guidance})
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

@@ -150,6 +150,11 @@ class TranscriptionFields(AudioFields):
         words = ", ".join(self.keywords)
         return f"{super().question} These words may be said: {words}" if words else super().question
 
+    def ignored(self) -> list[str]:
+        languages = {"language": self.language, "languages[]": self.languages}
+        told = self.response_format == "verbose_json"
+        return [*super().ignored(), *(name for name, given in languages.items() if given and not told)]
+
     def check(self) -> None:
         """Raise ApiError for fields that do not go together."""
         times, form = self.timestamp_granularities, self.response_format

@@ -45,6 +45,14 @@ def test_several_prompts_have_several_answers_each(client, fake):
     assert {request.sampling.max_tokens for request in fake.requests} == {3}
 
 
+def test_the_same_prompt_twice_is_drawn_anew_without_a_seed(client, fake):
+    complete(client, ["a", "a"], n=2, temperature=1)
+    assert len({request.sampling.seed for request in fake.requests}) == 4
+    fake.requests.clear()
+    complete(client, ["a", "a"], n=2, temperature=1, seed=5)
+    assert [request.sampling.seed for request in fake.requests] == [5, 6, 5, 6]
+
+
 def test_a_stream(client):
     *chunks, last = chunks_of(complete(client, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "It is a fake."
@@ -73,6 +81,20 @@ def test_logprobs_count_characters(client, fake):
     assert fake.requests[0].sampling.top_logprobs == 2
     told = [chunk["choices"][0]["logprobs"] for chunk in chunks_of(complete(client, logprobs=2, stream=True))]
     assert {name: [one for part in told for one in part[name]] for name in expected} == expected
+
+
+def test_offsets_count_whole_characters_however_the_text_is_shown(client, fake):
+    """Text comes later than its tokens where a character has several, or a stop string might begin."""
+    tokens = [fake.tokenizer.encode_text(text) for text in ("a", "\N{PARTY POPPER}", "b")]
+    ids = [number for each in tokens for number in each]
+    assert len(tokens[1]) > 1, "the character should be in pieces"
+    deltas = [Delta("", (number,), logprobs=(TokenLogprob(number, -0.5),)) for number in ids]
+    deltas.append(Delta("a\N{PARTY POPPER}b", (), FinishReason.STOP))
+    fake.worker.say = lambda request: deltas
+    expected = [0, *[1] * len(tokens[1]), 2]
+    assert complete(client, logprobs=0).json()["choices"][0]["logprobs"]["text_offset"] == expected
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks_of(complete(client, logprobs=0, stream=True))]
+    assert [place for part in told for place in part["text_offset"]] == expected
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ HOME = "http://localhost:8000"
 BODY = 1000
 
 
-def make_app(key_requests=128, **settings):
+def make_app(key_requests=128, queue=256, **settings):
     """A guarded app with a few routes; `app.state.gate` lets /wait go on."""
     app = FastAPI()
     service = Service(
         SimpleNamespace(engines=()),
-        ServerSettings("demo", limits=Limits(body_bytes=BODY, key_requests=key_requests), **settings),
+        ServerSettings("demo", limits=Limits(body_bytes=BODY, key_requests=key_requests, queue=queue), **settings),
     )
     app.state.service, app.state.gate, app.state.entered = service, threading.Event(), threading.Semaphore(0)
 
@@ -270,8 +270,18 @@ def test_each_key_has_its_own_places():
     assert client.post("/echo/a", headers=bearer("first")).status_code == 200
 
 
+@pytest.mark.parametrize("keys", [(), ("only",)])
+def test_who_shares_them_with_nobody_has_all_places(keys):
+    app, headers = make_app(key_requests=1, queue=2, api_keys=keys), bearer("only")
+    with client_of(app) as client, waiting(app, client, headers, 2):
+        response = client.post("/echo/a", headers=headers)
+        assert "2 requests are open already, as many as have places here (--queue)" in sentence(
+            response, 429, "too_many_requests"
+        )
+
+
 def test_places_are_given_back_whatever_happened():
-    client = client_of(make_app(key_requests=1), raise_server_exceptions=False)
+    client = client_of(make_app(queue=1), raise_server_exceptions=False)
     for path in ("/fail", "/nowhere", "/echo/a"):
         client.post(path)
     client.post("/echo/a", content=b"x" * (BODY + 1))
@@ -445,7 +455,7 @@ def test_a_stream_is_passed_on_piece_by_piece():
 
         return StreamingResponse(pieces())
 
-    guard(app, Service(SimpleNamespace(), ServerSettings("demo")))
+    guard(app, Service(SimpleNamespace(engines=()), ServerSettings("demo")))
 
     async def receive():
         return next(received, None) or await asyncio.Event().wait()
@@ -477,7 +487,7 @@ def flood():
 
         return EventStream(pieces())
 
-    guard(app, Service(SimpleNamespace(), ServerSettings("demo")))
+    guard(app, Service(SimpleNamespace(engines=()), ServerSettings("demo")))
     with listening(app) as url:
         yield int(url.rpartition(":")[2]), stopped
 

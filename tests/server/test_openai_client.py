@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from functools import partial
 from typing import Literal
 
 import openai
@@ -222,6 +223,25 @@ def test_tools(client):
     messages = [*HELLO, choice.message, *results]
     after = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS, tool_choice="none", **SHORT)
     assert after.choices[0].message.tool_calls is None
+
+
+class Light(BaseModel):
+    on: bool
+
+
+def test_what_the_clients_own_helpers_add_to_messages_may_be_sent_back(client):
+    parse = partial(client.chat.completions.parse, model="demo", messages=HELLO, max_tokens=120)
+    told = parse(response_format=Light).choices[0].message
+    assert isinstance(told.parsed, Light)
+    tools = [openai.pydantic_function_tool(Light)]
+    calling = parse(tools=tools, tool_choice="required", parallel_tool_calls=False).choices[0].message
+    (call,) = calling.tool_calls
+    assert isinstance(call.function.parsed_arguments, Light)
+    grown = {**call.model_dump(), "index": 0}  # As pieces of a stream have it.
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done", "name": "Light"}
+    for messages in ([told], [calling, result], [{"role": "assistant", "tool_calls": [grown]}, result]):
+        after = client.chat.completions.create(model="demo", messages=[*HELLO, *messages, *HELLO], **SHORT)
+        assert after.model_extra["memphi"]["ignored"]
 
 
 def test_tools_in_a_stream(url):

@@ -238,6 +238,28 @@ def test_calls_are_held_to_the_schema_of_their_tool(client, fake, grammars, fiel
     assert [text for text in stopped if holds(grammars, grammar, text)] == []
 
 
+LOOSE = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}}}
+TAGGED, MISSHAPEN = (f'{{"name": "get_time", "arguments": {{"tags": {tags}}}}}' for tags in ('["a", "a"]', '"a"'))
+
+
+def test_what_of_a_schema_cannot_be_held_to_is_left_to_the_model_unless_it_is_strict(client, fake, grammars):
+    assert ask(client, tools=[taking(LOOSE)], tool_choice="required").status_code == 200
+    assert holds(grammars, fake.requests[0].sampling.grammar, called(TAGGED))
+    assert not holds(grammars, fake.requests[0].sampling.grammar, called(MISSHAPEN))
+    strict = taking(LOOSE)
+    strict["function"]["strict"] = True
+    words = refused(ask(client, tools=[strict]), 400, "tools[0].function.parameters")
+    assert "uniqueItems" in words
+
+
+def test_json_beside_tools_has_no_more_white_space_than_without_them(client, fake, grammars):
+    for tools in ([], TOOLS):
+        ask(client, tools=tools, response_format={"type": "json_object"})
+        grammar = fake.requests[-1].sampling.grammar
+        assert holds(grammars, grammar, '{\n  "a": 1\n}')
+        assert not holds(grammars, grammar, '{\n\n\n"a": 1}')
+
+
 # --- calls found in what it says -------------------------------------------------------------------------------------
 
 

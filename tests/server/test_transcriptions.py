@@ -182,7 +182,9 @@ def test_formats(client, form, begins):
     ],
 )
 def test_the_language_is_told_where_the_client_knows_it(client, fake, fields, language):
-    assert post(client, response_format="verbose_json", **fields).json()["language"] == language
+    told = post(client, response_format="verbose_json", **fields).json()
+    assert (told["language"], told["memphi"]["ignored"]) == (language, [])
+    assert post(client, **fields).json()["memphi"]["ignored"] == list(fields)  # Which json has no place for.
     assert fake.requests[0].messages[0].content[1] == CARD_PROMPT
 
 
