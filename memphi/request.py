@@ -125,7 +125,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        counts = (self.max_tokens, self.top_k, self.top_logprobs, self.seed, *(number for number, _ in self.logit_bias))
         rules = (
+            (
+                all(number is None or isinstance(number, int) for number in counts),
+                "max_tokens, top_k, top_logprobs, seed and the ids of logit_bias must be whole numbers",
+            ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0.0 <= self.temperature <= 100.0, "temperature must lie between 0 and 100"),
             (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
@@ -141,6 +146,7 @@ class SamplingParams:
             ),
             (0 <= self.seed < 2**64, "seed must lie between 0 and 2**64 - 1"),
             (not isinstance(self.stop, str), f"stop must be a tuple of strings, as in stop=({self.stop!r},)"),
+            (all(isinstance(each, str) for each in self.stop), "stop must be a tuple of strings, not of other things"),
             (all(self.stop), "stop strings must not be empty"),
         )
         for holds, message in rules:

@@ -1,6 +1,7 @@
 """Devices and number formats by the names that people give them."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -78,3 +79,14 @@ def cap_allocator(device: torch.device, n_bytes: int | None) -> None:
         # Unlike the rest of torch, this call takes no device without a number.
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(share, index)
+
+
+@contextmanager
+def capping_allocator(device: torch.device, n_bytes: int) -> Iterator[None]:
+    """Cap it from here on; where what is done in here fails it has all again, for the process goes on without it."""
+    cap_allocator(device, n_bytes)
+    try:
+        yield
+    except BaseException:
+        cap_allocator(device, None)
+        raise

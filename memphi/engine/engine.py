@@ -19,7 +19,7 @@ from memphi.checkpoint.locate import locate
 from memphi.checkpoint.random import random_model
 from memphi.checkpoint.reader import Progress
 from memphi.config import DEFAULT_MODEL, EngineConfig
-from memphi.engine.device import DtypeName, cap_allocator, current, device_facts, find_device, find_dtype
+from memphi.engine.device import DtypeName, capping_allocator, current, device_facts, find_device, find_dtype
 from memphi.engine.elastic import Elastic
 from memphi.engine.facade import DeviceEngine, EngineState, Facade
 from memphi.engine.gauge import Gauge
@@ -260,10 +260,10 @@ def load_parts(loading: Loading, progress: Progress | None = None) -> Parts:
     backend = select_attention(loading.attention)
     config = read_config(location.folder)
     plan = make_plan(config, device_facts(where), loading.config, number.itemsize)
-    cap_allocator(where, plan.budget_bytes - plan.context_bytes)
     tokenizer = Tokenizer.from_folder(location.folder)
     packed, merge, kept = plan.adapters == "packed", loading.config.merge, (plan.scheme, plan.placement)
-    with current(where), told_plainly("the model", where, LOADING_ADVICE):
+    cap = capping_allocator(where, plan.budget_bytes - plan.context_bytes)
+    with current(where), told_plainly("the model", where, LOADING_ADVICE), cap:
         if location.random:
             network = random_model(config, where, number, 0, backend, progress, packed, merge, *kept)
         else:

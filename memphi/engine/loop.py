@@ -187,7 +187,7 @@ class Loop:
         if plan:
             events += self._begin_step(plan)
         elif flight is None:
-            self._waiting_since = None
+            events += self._wait_for_pages()
         self.stalled = self._waiting_since is not None or not (admitted or ready or flight or plan)
         self._note_state()
         return events
@@ -302,6 +302,17 @@ class Loop:
         newest = _sequences(plan)[-1]
         return [self._fail(newest, too_little("this request", self.runner.model.device, ANSWERING_ADVICE))]
 
+    def _wait_for_pages(self) -> list[Event]:
+        """Where others on the card left too few pages to let anybody in, wait, or give up who has waited longest."""
+        waiting = [sequence for sequence in self.scheduler.sequences if sequence.state is State.WAITING]
+        is_shut_out = waiting and not self.scheduler.active and self._elastic.is_crowded()
+        if is_shut_out and self._is_patient():
+            return []
+        self._waiting_since = None
+        if not is_shut_out:
+            return []
+        return [self._fail(waiting[0], too_little("this request", self.runner.model.device, ANSWERING_ADVICE))]
+
     def _is_patient(self) -> bool:
         """Whether there is time left to wait; the first time that is told and counted."""
         if self._waiting_since is None:
@@ -314,7 +325,11 @@ class Loop:
 
     def _advance(self, answer: _Answer, events: list[Event]) -> None:
         """Turn what an answer got into text, and add what its caller hears of it."""
-        delta = answer.advance()
+        try:
+            delta = answer.advance()
+        except Exception as error:
+            events.append(self._fail(answer.sequence, error))
+            return
         if delta.text or delta.finish_reason is not None:
             events.append(Event(answer.sequence.id, delta=delta))
         if delta.finish_reason is not None:

@@ -227,7 +227,11 @@ class Scheduler:
 
     def _reserve_first(self, sequence: Running) -> bool:
         reservations = self.reservations
-        return not self.paged or reservations.reserve(sequence, reservations.pages_for(stretched(sequence)))
+        if self.paged:
+            return reservations.reserve(sequence, reservations.pages_for(stretched(sequence)))
+        # Where there are no pages, nothing else bounds the embeddings that are held.
+        tokens = sum(_media_tokens(each) for each in (*self.active, sequence))
+        return not self.active or tokens * self._embedding_bytes <= self.media.limit_bytes
 
     def _reserve_growth(self) -> None:
         """Promise every running sequence the pages that its next tokens need, oldest first."""
@@ -476,6 +480,10 @@ def _is_burst(prompts: int, answers: int) -> bool:
 def _never_drafted(prompt: Prompt, config: ModelConfig) -> frozenset[int]:
     """Ids that end an answer, and those that attachments stand on."""
     return frozenset(config.stop_token_ids) | {prompt.ids[span.start] for span in prompt.spans}
+
+
+def _media_tokens(sequence: Running) -> int:
+    return sequence.footprint.image_tokens + sequence.footprint.audio_tokens
 
 
 def _marks(sequence: Running) -> list[MediaMark]:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -149,7 +149,10 @@ class _Errand:
     """Whose it is, by its place among the workers."""
     begun: bool = False
     """Whether anything of the answer has been heard: then nobody else can give it."""
-    moved: bool = False
+    asked: set[int] = field(default_factory=set)
+    """The places that it was handed to."""
+    lost: bool = False
+    """Whether one of them was lost, and it with that."""
     cancelled: bool = False
 
     @cached_property
@@ -208,6 +211,7 @@ class Spread:
         self._open[number] = errand
         for place in ranked:
             errand.place = place
+            errand.asked.add(place)
             self._waiting[place][number] = errand.prompt_tokens + ANSWER_TOKENS
             try:
                 self._workers[place].submit(errand.submission, partial(self._hear, errand))
@@ -265,16 +269,19 @@ class Spread:
     def _may_move(self, errand: _Errand, error: Exception | None) -> bool:
         """Whether another may answer what this one has lost, or has no room for now.
 
-        Only once: it may be the request itself that ends whoever computes it.
+        What was lost only once: it may be the request itself that ends whoever computes it.
         """
-        return isinstance(error, LostError | BusyError) and not (errand.begun or errand.moved or errand.cancelled)
+        is_lost = isinstance(error, LostError)
+        if errand.begun or errand.cancelled or (is_lost and errand.lost):
+            return False
+        errand.lost |= is_lost
+        return is_lost or isinstance(error, BusyError)
 
     def _move(self, errand: _Errand) -> bool:
-        """Ask another; whether one takes it."""
-        errand.moved = True
-        others = [place for place in range(len(self._workers)) if place != errand.place and self._fits(errand, place)]
+        """Ask another that has not been asked; whether one takes it."""
+        others = [place for place in range(len(self._workers)) if place not in errand.asked]
         try:
-            self._send(errand, others)
+            self._send(errand, [place for place in others if self._fits(errand, place)])
         except WorkerError:
             return False
         return True

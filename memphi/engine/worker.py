@@ -58,6 +58,7 @@ class ThreadWorker:
             work(self._loop, self._inbox, self.bounds, self._mailboxes.deliver)
         except Exception as error:
             failure = error
+            self._loop.runner.gauge.uncap()  # The cap is the process', which goes on.
         self._mailboxes.shut(stopped(failure, "; load the model again"))
 
 

@@ -111,13 +111,13 @@ def _adjusted(scores: Tensor, draw: Draw) -> Tensor:
         scores = scores.masked_fill(~_unpack(draw.allowed, scores), float("-inf"))
     if sampling.logit_bias:
         numbers, biases = zip(*sampling.logit_bias, strict=True)
-        scores = scores.index_add(0, _ids(numbers, scores), torch.tensor(biases, device=scores.device))
+        scores = scores.index_add(0, _ids(numbers, scores), _numbers(biases, scores))
     if sampling.repetition_penalty != 1.0:
         scores = _penalised(scores, draw.ids, sampling.repetition_penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
         counts = Counter(draw.ids[draw.prompt_tokens :])
         taken = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
-        scores = scores.index_add(0, _ids(list(counts), scores), torch.tensor(taken, device=scores.device), alpha=-1)
+        scores = scores.index_add(0, _ids(list(counts), scores), _numbers(taken, scores), alpha=-1)
     return scores
 
 
@@ -137,6 +137,11 @@ def _penalised(scores: Tensor, ids: Sequence[int], penalty: float) -> Tensor:
 
 def _ids(ids: Sequence[int], scores: Tensor) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=scores.device)
+
+
+def _numbers(numbers: Sequence[float], scores: Tensor) -> Tensor:
+    """As scores are, whole ones too."""
+    return torch.tensor(numbers, dtype=scores.dtype, device=scores.device)
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from memphi.checkpoint.loader import load_model
 from memphi.config import EngineConfig
 from memphi.engine import gauge
 from memphi.engine.engine import Engine, load
-from memphi.errors import DoesNotFitError, RequestError
+from memphi.errors import DoesNotFitError, RequestError, WorkerError
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.rows import Row
@@ -159,4 +159,26 @@ def test_a_closed_engine_leaves_the_device_to_others(folder, monkeypatch):
     closed = engine(folder)
     assert caps[-1] > 0
     closed.close()
+    assert caps[-1] is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), ValueError("a damaged file")])
+def test_a_load_that_fails_leaves_the_device_to_others(folder, monkeypatch, error):
+    caps = []
+    monkeypatch.setattr("memphi.engine.device.cap_allocator", lambda _device, n_bytes: caps.append(n_bytes))
+    monkeypatch.setattr("memphi.engine.engine.load_model", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises((DoesNotFitError, ValueError)):
+        load(str(folder), "cpu")
+    assert caps[0] > 0
+    assert caps[-1] is None
+
+
+def test_an_engine_that_stopped_leaves_the_device_to_others(folder, monkeypatch):
+    caps = []
+    monkeypatch.setattr(gauge, "cap_allocator", lambda _device, n_bytes: caps.append(n_bytes))
+    stopped = engine(folder)
+    monkeypatch.setattr(stopped.loop, "step", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(WorkerError, match="a bug"):
+        stopped.generate(mixed_requests()[0])
+    stopped.close()
     assert caps[-1] is None

@@ -198,6 +198,45 @@ def test_nobody_waits_for_a_neighbour_for_ever(card, monkeypatch):
     assert len(card.stage.result(1).ids) == 30
 
 
+def test_who_needs_more_than_a_neighbour_left_waits_for_it_and_not_for_ever(stage, monkeypatch):
+    """The pool shrinks to what the oldest request has, which then needs another page."""
+    shared = Card(stage(pages=52, speculation=False), monkeypatch)
+    long = shared.stage.submit(Request.ask("word " * 60, sampling=replace(GREEDY, max_tokens=400)))
+    for _ in range(3):
+        shared.stage.step()
+    shared.neighbour_pages = CARD_PAGES - 25
+    while shared.stage.scheduler.active:
+        shared.stage.step()
+    short = shared.stage.submit(SHORT)
+    for _ in range(20):
+        shared.stage.step()
+    assert not shared.stage.ends
+    assert shared.stage.loop.stalled
+    assert shared.stage.loop.stats.rungs[WAITING] == 1
+    monkeypatch.setattr("memphi.engine.loop.PATIENCE_SECONDS", 0.0)
+    shared.stage.run()
+    with pytest.raises(DoesNotFitError, match="too little memory for this request"):
+        shared.stage.result(long)
+    assert len(shared.stage.result(short).ids) == 30
+
+
+def test_who_waits_goes_on_when_the_neighbour_is_gone(stage, monkeypatch, model, tokenizer):
+    shared = Card(stage(pages=52, speculation=False), monkeypatch)
+    request = Request.ask("word " * 60, sampling=replace(GREEDY, max_tokens=400))
+    long = shared.stage.submit(request)
+    for _ in range(3):
+        shared.stage.step()
+    shared.neighbour_pages = CARD_PAGES - 25
+    while shared.stage.scheduler.active:
+        shared.stage.step()
+    for _ in range(5):
+        shared.stage.step()
+    shared.neighbour_pages = 0
+    shared.stage.run()
+    assert shared.stage.result(long).ids == alone(model, tokenizer, [request])[0].ids
+    assert not shared.stage.loop._waiting_since
+
+
 def test_with_a_dial_nobody_waits_for_others(stage):
     dialled = stage()
     assert not dialled.loop._elastic.is_crowded()

@@ -356,6 +356,27 @@ def test_stop_strings_end_an_answer_among_others(model, tokenizer, stage):
     assert all(r.finish_reason is FinishReason.STOP for r in results)
 
 
+def test_an_answer_whose_text_cannot_be_made_fails_alone(model, tokenizer, stage, monkeypatch):
+    expected = [result.ids for result in alone(model, tokenizer, mixed_requests())]
+    together = stage()
+    numbers = [together.submit(request) for request in mixed_requests()]
+    struck = together.loop._answers[numbers[1]]
+    advance = type(struck).advance
+
+    def strike(answer):
+        if answer is struck:
+            raise TypeError("must be str, not int")
+        return advance(answer)
+
+    monkeypatch.setattr(type(struck), "advance", strike)
+    together.run()
+    with pytest.raises(TypeError, match="must be str"):
+        together.result(numbers[1])
+    others = [number for number in numbers if number != numbers[1]]
+    assert [together.result(number).ids for number in others] == [expected[number] for number in others]
+    together.check_empty()
+
+
 def test_pieces_have_all_text_and_all_ids(stage):
     """Ids whose text is held back, as parts of a character or of a stop string, come later and are not lost."""
     streamed = stage()

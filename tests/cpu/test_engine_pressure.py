@@ -236,6 +236,18 @@ def test_without_pages_only_rows_decide(model, tokenizer):
     assert stage.answer([ask([], "refuse")])[0].ids
 
 
+def test_without_pages_no_more_embeddings_are_held_than_were_planned(model, tokenizer):
+    stage = Stage(model, tokenizer, rows=8, kv_cache=False)
+    pictures = [[picture(10 * i + j, 600, 600) for j in range(4)] for i in range(4)]
+    numbers = [stage.submit(Request.ask("x", each, sampling=GREEDY)) for each in pictures]
+    most_bytes = 0
+    while stage.loop.has_work:
+        stage.step()
+        most_bytes = max(most_bytes, stage.scheduler.media.held_bytes)
+    assert all(stage.result(number).ids for number in numbers)
+    assert 0 < most_bytes <= stage.plan.media_bytes
+
+
 def test_callers_hear_a_refusal_and_the_engine_goes_on(engine):
     long = ask([LARGE], sampling=replace(GREEDY, max_tokens=100))
     expected = engine.generate(long)

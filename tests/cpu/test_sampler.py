@@ -100,6 +100,7 @@ def test_a_repetition_penalty_lowers_what_occurred(logits):
 def test_presence_and_frequency_count_in_the_answer_alone():
     flat = torch.tensor([2.0, 1.5, 0.0])
     assert choose(flat, ids=[0, 0, 1], prompt_tokens=2, presence_penalty=2.0) == 0
+    assert choose(flat, ids=[0, 0, 1], prompt_tokens=2, presence_penalty=1, frequency_penalty=1) == 0
     assert choose(flat, ids=[1, 0, 0], prompt_tokens=1, presence_penalty=0.6) == 1
     assert choose(flat, ids=[1, 0, 0], prompt_tokens=1, presence_penalty=0.4) == 0
     assert choose(flat, ids=[0, 1, 0], prompt_tokens=1, frequency_penalty=1.0) == 0
@@ -112,6 +113,7 @@ def test_presence_and_frequency_count_in_the_answer_alone():
 def test_a_bias_is_added_and_nothing_forbidden_comes_back(logits):
     order = logits.argsort(descending=True).tolist()
     assert choose(logits, logit_bias=((order[0], -100.0),)) == order[1]
+    assert choose(logits, logit_bias=((order[0], -100),)) == order[1]
     assert choose(logits, logit_bias=((order[-1], 100.0), (order[5], 50.0))) == order[-1]
     assert choose(logits, forbidden=[order[-1]], logit_bias=((order[-1], 100.0),)) == order[0]
     assert choose(logits, allowed=packed(order[3:5]), logit_bias=((order[-1], 100.0),)) == order[3]

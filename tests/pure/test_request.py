@@ -30,6 +30,23 @@ def test_a_lone_stop_string_is_refused():
         SamplingParams(stop="me")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": 1.0},
+        {"top_k": 5.0},
+        {"top_logprobs": 2.0},
+        {"max_tokens": 8.0},
+        {"logit_bias": ((1.0, 5.0),)},
+        {"stop": (13,)},
+        {"stop": ("a", b"b")},
+    ],
+)
+def test_what_is_no_whole_number_or_no_text_is_refused(wrong):
+    with pytest.raises(RequestError, match=r"must be (whole numbers|a tuple of strings)"):
+        SamplingParams(**wrong)
+
+
 def test_a_footprint_that_was_asked_for_its_tokens_is_the_same_as_before():
     asked, fresh = (Footprint(InputMode.TEXT, 5, (), ()) for _ in range(2))
     assert asked.prompt_tokens == 5

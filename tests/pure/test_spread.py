@@ -201,6 +201,27 @@ def test_it_is_so_only_once(scene):
     assert not scene.spread._open
 
 
+def test_who_may_not_wait_is_asked_of_each_engine_once():
+    scene = Scene(*(FakeWorker() for _ in range(3)))
+    first, places = scene.ask(), []
+    for _ in range(3):
+        assert scene.heard == []
+        places.append(scene.place(first))
+        scene.workers[places[-1]].tell(first, error=BUSY)
+    assert sorted(places) == [0, 1, 2]
+    assert [event.error for event in scene.heard] == [BUSY]
+    assert not scene.spread._open
+
+
+def test_what_was_lost_once_is_not_lost_again_by_way_of_one_that_is_full():
+    scene = Scene(*(FakeWorker() for _ in range(4)))
+    first = scene.ask()
+    for error in (LOST, BUSY, LOST):
+        scene.workers[scene.place(first)].tell(first, error=error)
+    assert [event.error for event in scene.heard] == [LOST]
+    assert [len(worker.given) for worker in scene.workers] == [1, 1, 1, 0]
+
+
 def test_an_answer_that_has_begun_ends_with_its_engine(scene):
     first = scene.ask()
     scene.workers[0].tell(first, delta=PIECE)
