@@ -313,13 +313,13 @@ def _check_tensors(folder: Path, config: ModelConfig) -> int:
     """Compare names and shapes with what the model needs, as loading does; returns how many tensors it reads."""
     import torch
 
-    from memphi.checkpoint.loader import check_tensors, empty_model
+    from memphi.checkpoint.loader import as_stored, check_tensors, empty_model
     from memphi.model.meta import on_meta
 
     stored = find_tensors(folder, config)
     with on_meta():
-        expected = empty_model(config, torch.bfloat16).state_dict()
-    check_tensors(folder, stored, expected)
+        model = empty_model(config, torch.bfloat16)
+    check_tensors(folder, stored, as_stored(model, stored))
     return len(stored)
 
 

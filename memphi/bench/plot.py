@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memphi.bench.table import SOURCE
+from memphi.bench.table import kept_text
 from memphi.errors import RequestError
 from memphi.memory.costs import GIB
 
@@ -120,5 +120,5 @@ def _finish(axes: "Axes", title: str, x: str, y: str, logarithmic: bool = False)
 
 def _name(document: Document) -> str:
     """What tells documents apart."""
-    values = [str(document[name]) for name in SOURCE if name != "scale"]
-    return ", ".join(values) + (f", scaled to {document['scale']:.0%}" if document["scale"] != 1 else "")
+    scaled = f", scaled to {document['scale']:.0%}" if document["scale"] != 1 else ""
+    return f"{document['device']}, {kept_text(document)}{scaled}"

@@ -31,6 +31,7 @@ SIZES = (
     "crops_per_pass",
     "windows_per_pass",
     "pages",
+    "scheme",
     "cache_format",
     "weights_bytes",
 )

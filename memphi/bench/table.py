@@ -12,8 +12,6 @@ from memphi.errors import RequestError
 from memphi.memory.costs import size_text
 
 Document = Mapping[str, Any]
-SOURCE = ("device", "model", "dtype", "scale")
-"""Documents that agree in these are one table."""
 
 
 def text_table(document: Document) -> str:
@@ -43,10 +41,10 @@ def text_table(document: Document) -> str:
 
 
 def markdown_table(documents: Iterable[Document]) -> str:
-    """Documents for a README: a table for each device and model, the newest figure of each workload."""
+    """Documents for a README: a table for each device, model and scheme, the newest figure of each workload."""
     groups: dict[tuple[Any, ...], list[Document]] = {}
     for document in sorted(documents, key=lambda document: document["date"]):
-        groups.setdefault(tuple(document[name] for name in SOURCE), []).append(document)
+        groups.setdefault((document["device"], kept_text(document), document["scale"]), []).append(document)
     return "\n\n".join(_markdown_group(group) for group in groups.values())
 
 
@@ -68,7 +66,20 @@ def card_line(document: Document) -> str:
     """The model, and what its card reaches."""
     card = card_text(Card(**document["card"]))
     weights = size_text(document["plan"]["weights_bytes"])
-    return f"{document['model']} in {document['dtype']}, weights of {weights}; measured here: {card}"
+    return f"{kept_text(document)}, weights of {weights}; measured here: {card}"
+
+
+def kept_text(document: Document) -> str:
+    """The model, and how its weights and its keys and values are kept, as `memphi plan` says it."""
+    plan, dtype = document["plan"] or {}, document["dtype"]
+    scheme = plan.get("scheme") or document.get("engine", {}).get(
+        "scheme", "auto"
+    )  # Older documents have the one asked for.
+    numbers = dtype if scheme in ("auto", "bf16") else f"{scheme} and {dtype}"
+    cache_format = plan.get("cache_format", "plain")
+    return f"{document['model']} in {numbers}" + (
+        "" if cache_format == "plain" else f", keys and values in {cache_format}"
+    )
 
 
 def card_text(card: Card) -> str:

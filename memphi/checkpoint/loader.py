@@ -53,7 +53,7 @@ def load_model(
     stored = find_tensors(folder, config)
     with on_meta():
         model = empty_model(config, dtype, attention)
-    check_tensors(folder, stored, _as_stored(model, stored))
+    check_tensors(folder, stored, as_stored(model, stored))
     if config.scheme != "bf16":
         _refuse_changes(folder, config.scheme, merge, scheme)
     elif scheme is not None:
@@ -74,7 +74,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, attention: Attention | 
     return model
 
 
-def _as_stored(model: Phi4MM, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+def as_stored(model: Phi4MM, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """What the files should hold: the model's tensors, and matrices in 16 bits for those that are stored so."""
     expected = model.state_dict()
     late = {name: weight for name, weight in quantised_weights(model).items() if name in stored}

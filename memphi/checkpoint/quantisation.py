@@ -7,8 +7,10 @@ example texts `calibration`'s.
 
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +28,16 @@ from memphi.checkpoint.layout import find_tensors, read_config
 from memphi.checkpoint.loader import check_tensors, empty_model
 from memphi.checkpoint.names import LAYERS, official_name
 from memphi.checkpoint.reader import DTYPES, Progress, fill_tensors, make_buffer
-from memphi.checkpoint.writer import copy_tokenizer, header_bytes, synced, write_configs, write_json
+from memphi.checkpoint.writer import copy_tokenizer, header_bytes, new_folder, synced, write_configs, write_json
 from memphi.config import ModelConfig, Scheme
 from memphi.errors import CheckpointError
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.model.meta import on_meta
 from memphi.model.quant.swap import checked, pieces, quantised_weights
 from memphi.model.quant.weights import QuantisedWeight
+
+if sys.platform != "win32":
+    import fcntl
 
 REPORT_NAME = "quantisation.json"
 BUFFER_BYTES = 128 * 2**20
@@ -75,19 +80,19 @@ def quantise_folder(
     full disk or a bad tensor never leaves a folder that looks finished; the same call again goes on after the last
     whole shard, unless the source has changed. Returns the errors made, which the folder's quantisation.json has too.
     Raises CheckpointError for a source that cannot be used, is quantised already, holds a number that is infinite or
-    none at all or makes one of the texts, for a folder that exists and is not empty, and if writing fails.
+    none at all or makes one of the texts, for a folder that exists and is not empty, on which a disk is mounted or that
+    another run is writing, and if writing fails.
     """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; a checkpoint is written into a new folder")
+    folder = new_folder(folder)
     run = _Run(source, scheme, torch.device(device), progress or (lambda done, total: None))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        _begin(partial, run.identity)
-        run.check_room(partial)
-        errors = run.write(partial)
-        (partial / _PROGRESS_NAME).unlink()
-        partial.replace(folder)
+        with _alone_in(partial):
+            _begin(partial, run.identity)
+            run.check_room(partial)
+            errors = run.write(partial)
+            partial.replace(folder)
+        (folder / _PROGRESS_NAME).unlink()
     except OSError as wrong:
         raise CheckpointError(
             f"{folder} cannot be written: {wrong.strerror or wrong}; what is done lies in {partial}, and the same "
@@ -96,16 +101,36 @@ def quantise_folder(
     return errors
 
 
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Make the folder to write into, and keep others out; raises CheckpointError where one is at it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another run is writing {partial}; wait until it ends, or end it") from None
+        except OSError:  # Some disks know no locks.
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def _begin(partial: Path, identity: Mapping[str, object]) -> None:
-    """Make the folder to write into; what an earlier run left is kept if it was about the same."""
+    """What an earlier run left is kept if it was about the same."""
     progress = partial / _PROGRESS_NAME
     try:
         if json.loads(progress.read_text()) == identity:
             return
     except (OSError, ValueError):
         pass
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for file in partial.iterdir():
+        file.unlink()
     write_json(progress, identity)
 
 
@@ -146,6 +171,8 @@ class _Run:
 
     def check_room(self, partial: Path) -> None:
         """Raise CheckpointError for a disk that has too little room for what is still to be written."""
+        for unfinished in partial.glob("*.unfinished"):
+            unfinished.unlink()
         written = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         needed = sum(tensor.nbytes for names in self._shards for tensor in self._planned(names).values()) - written
         free = shutil.disk_usage(partial).free

@@ -56,14 +56,26 @@ def write_checkpoint(
         _write_shards(tensors, partial, shard_bytes)
 
 
+def new_folder(folder: Path) -> Path:
+    """Where a folder is to lie, whatever links lead there; raises CheckpointError where none can take its name."""
+    folder = folder.resolve()
+    try:
+        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as wrong:
+        raise CheckpointError(f"{folder} cannot be written: {wrong.strerror or wrong}") from wrong
+    if is_taken:
+        raise CheckpointError(f"{folder} exists and is not empty; a checkpoint is written into a new folder")
+    if folder.is_mount():
+        raise CheckpointError(f"{folder} is where a disk is mounted; give a folder in it")
+    return folder
+
+
 @contextmanager
 def _finished_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes its name only when all went well."""
-    folder = folder.absolute()
+    folder = new_folder(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists and is not empty; a checkpoint is written into a new folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial

@@ -101,8 +101,8 @@ def _facts(device: str, gpu: str | None, memory_bytes: int | None) -> "DeviceFac
     """The device to plan for; raises DeviceError where there is none of that kind."""
     from memphi.memory.devices import DeviceFacts, find_card, present_card, this_machine
 
-    kind = device.partition(":")[0]
-    if kind not in ("auto", "cuda", "cpu", "mps"):
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cuda", "cpu", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
         raise DeviceError(f"{device!r} is no device; use auto, cuda, cuda:0, cpu or mps")
     if gpu is not None and kind in ("cpu", "mps"):
         raise DeviceError(f"--device {device} is no card, and --gpu names a card; leave --device out, or --gpu")
@@ -112,12 +112,13 @@ def _facts(device: str, gpu: str | None, memory_bytes: int | None) -> "DeviceFac
         return replace(this_machine(), kind="mps", name="this machine's GPU")
     if gpu is not None:
         return find_card(gpu)
-    if (card := present_card()) is not None:
+    if (card := present_card(int(number or 0))) is not None:
         return card
     if memory_bytes is not None:
         return DeviceFacts("cuda", "a GPU", memory_bytes, memory_bytes)
     if kind == "cuda":
-        raise DeviceError("nvidia-smi shows no card here; name one with --gpu, or give --memory")
+        which = f"no {device}" if number else "no card"
+        raise DeviceError(f"nvidia-smi shows {which} here; name one with --gpu, or give --memory")
     return this_machine()
 
 
@@ -231,10 +232,9 @@ class _Verdict:
     def _with_more_memory(self, needed: int) -> str | None:
         """The smallest dial under which it fits, in tenths of a GiB."""
         from memphi.engine.pressure import bounds_of
-        from memphi.memory.devices import DeviceFacts
         from memphi.memory.planner import make_plan
 
-        endless = DeviceFacts(self.facts.kind, self.facts.name, LARGEST_DEVICE_BYTES, LARGEST_DEVICE_BYTES)
+        endless = replace(self.facts, total_bytes=LARGEST_DEVICE_BYTES, free_bytes=LARGEST_DEVICE_BYTES)
         tenth = (1 << 30) // 10 + 1
 
         def fits(tenths: int) -> bool:

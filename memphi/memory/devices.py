@@ -136,10 +136,11 @@ def _suggestion(text: str) -> str:
     return f"{alike}give its memory with --memory"
 
 
-def present_card() -> DeviceFacts | None:
-    """The NVIDIA card that a program here would use first, as nvidia-smi sees it; None without one."""
+def present_card(number: int = 0) -> DeviceFacts | None:
+    """The NVIDIA card that is cuda:number to a program here, as nvidia-smi sees it; None where there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = "0" if visible is None else visible.partition(",")[0].strip()
+    names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
+    index = "".join(names).strip()
     if not index or index.startswith("-"):
         return None
     query = "--query-gpu=name,memory.total,memory.free,compute_cap"

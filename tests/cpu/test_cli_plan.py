@@ -102,6 +102,14 @@ def test_the_map_is_shown_where_weights_are_moved(run):
     assert "where the weights lie" not in run("--memory", "40GiB")[1]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_the_memory_that_would_work_works_on_that_card(run, scheme):
+    asked = ("x", "--gpu", "H100", "--max-tokens", 100_000, "--scheme", scheme)
+    _, _, err = run(*asked, "--memory", "8GiB")
+    advised = re.search(r"--memory (\S+)", err.split("what would work:")[1])
+    assert run(*asked, "--memory", advised[1])[0] == 0
+
+
 def test_the_way_out_keeps_the_scheme(run, picture):
     pictures = ["-a", picture] * 16
     code, _, err = run("--memory", "8GiB", "What?", *pictures)
@@ -166,7 +174,7 @@ def test_the_demo_is_planned_on_this_machine(run):
 
 def test_the_card_that_is_here_is_planned_for(run, monkeypatch):
     card = devices.DeviceFacts("cuda", "NVIDIA Test", 48 * GIB, 40 * GIB, (7, 5))
-    monkeypatch.setattr(devices, "present_card", lambda: card)
+    monkeypatch.setattr(devices, "present_card", lambda number: card)
     code, out, _ = run()
     assert code == 0
     assert "on NVIDIA Test" in out
@@ -182,6 +190,8 @@ def test_the_card_that_is_here_is_planned_for(run, monkeypatch):
         (["--gpu", "RTX 4096"], 4, "close to it are RTX 4090"),
         (["--device", "toaster"], 4, "'toaster' is no device"),
         (["--device", "cuda"], 4, "nvidia-smi shows no card"),
+        (["--device", "cuda:9"], 4, "nvidia-smi shows no cuda:9 here"),
+        (["--device", "cuda:x"], 4, "'cuda:x' is no device"),
         (["--device", "cpu", "--gpu", "H100"], 4, "--gpu names a card; leave --device out, or --gpu"),
         (["--model", "someone/else"], 4, "plan downloads nothing"),
         (["-a", "missing.png"], 4, "missing.png"),

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from memphi import doctor
+from memphi.checkpoint.loader import load_model
+from memphi.checkpoint.quantisation import quantise_folder
 from memphi.cli import main
 from memphi.doctor import CHECKS, Finding, Machine
 from memphi.memory.devices import find_card
@@ -131,6 +134,24 @@ def test_mapping_says_what_is_missing(cuda_build):
     assert finding("mapping", CARD).advice == "pip install cuda-bindings"
     cuda_build.setattr("memphi.cache.pool.why_not_mapped", lambda device: None)
     assert finding("mapping", CARD).status == "ok"
+
+
+def test_an_older_folder_whose_adapters_have_16_bits_is_complete(tmp_path):
+    """They are quantised while they are read."""
+    source, folder = tiny_checkpoint(tmp_path / "model"), tmp_path / "small"
+    quantise_folder(source, folder, "int4")
+    kept = {name: tensor for name, tensor in tensors_of(folder).items() if ".lora_" not in name}
+    wide = {name: tensor for name, tensor in tensors_of(source).items() if ".lora_" in name}
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(kept | wide, folder / "model.safetensors", {"format": "pt"})
+    load_model(folder, "cpu", torch.bfloat16)
+    found = finding("model files", model=str(folder))
+    assert (found.status, found.advice) == ("ok", None), found.found
+
+
+def tensors_of(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_a_folder_with_a_shard_too_few_is_a_failure(tmp_path):

@@ -228,6 +228,54 @@ def test_a_disk_with_too_little_room_is_told_before(source, tmp_path, monkeypatc
         quantise_folder(source, tmp_path / "small", "int8", progress=lambda *_: pytest.fail("began"))
 
 
+def test_what_a_killed_run_had_begun_takes_no_room_from_the_next(source, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        quantise_folder(source, tmp_path / "small", "int8", progress=interrupt_after(0.9))
+    partial = tmp_path / ".small.partial"
+    assert list(partial.glob("*.unfinished"))
+
+    def usage(_):
+        return shutil._ntuple_diskusage(10**9, 10**9, 0 if list(partial.glob("*.unfinished")) else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    quantise_folder(source, tmp_path / "small", "int8")
+    load_model(tmp_path / "small", "cpu", torch.bfloat16)
+
+
+def test_a_second_run_of_the_same_is_kept_out(source, tmp_path):
+    pytest.importorskip("fcntl")
+    quantise_folder(source, tmp_path / "alone", "int8")
+    refusals = []
+
+    def begin_another(done, total):
+        if done > total / 2 and not refusals:
+            with pytest.raises(CheckpointError, match="another run is writing") as refusal:
+                quantise_folder(source, tmp_path / "small", "int8")
+            refusals.append(refusal)
+
+    quantise_folder(source, tmp_path / "small", "int8", progress=begin_another)
+    assert refusals
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
+
+
+def test_a_link_leads_to_where_the_folder_is_written(source, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("empty", "disk"), ("dangling", "later")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        quantise_folder(source, tmp_path / name, "int8")
+        load_model(tmp_path / name, "cpu", torch.bfloat16)
+        assert (tmp_path / name).is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "later", "empty", "dangling"}
+
+
+def test_where_a_disk_is_mounted_nothing_is_begun(source, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "small")
+    with pytest.raises(CheckpointError, match="small is where a disk is mounted; give a folder in it"):
+        quantise_folder(source, tmp_path / "small", "int8", progress=lambda *_: pytest.fail("began"))
+
+
 # --- refused -------------------------------------------------------------------------------------------------------
 
 

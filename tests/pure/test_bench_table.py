@@ -116,6 +116,21 @@ def test_other_devices_get_tables_of_their_own():
     assert markdown_table([document(), document(device="another card")]).count("| work |") == 2
 
 
+def test_other_schemes_and_caches_get_tables_of_their_own_and_are_named():
+    plan = {"weights_bytes": 4 << 30, "cache_format": "plain"}
+    kept = [
+        document(),
+        document(plan=plan | {"scheme": "int4"}),
+        document(plan=plan | {"scheme": "int4", "cache_format": "int8"}),
+        document(plan=plan, engine={"scheme": "fp8"}),
+    ]
+    table = markdown_table(kept)
+    assert table.count("| work |") == 4
+    for says in ("in bf16,", "in int4 and bf16,", "in int4 and bf16, keys and values in int8,", "in fp8 and bf16,"):
+        assert f"random {says} weights of" in table
+    assert text_table(kept[1]).startswith("random in int4 and bf16, weights of 4.0 GiB")
+
+
 def test_the_program_prints_the_table_of_what_bench_wrote(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(document()))
     (tmp_path / "other.json").write_text('{"benchmark": "soak"}')

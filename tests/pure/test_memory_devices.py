@@ -78,6 +78,21 @@ def test_a_hidden_card_is_no_card(monkeypatch, visible):
     assert present_card() is None
 
 
+@pytest.mark.parametrize(
+    ("visible", "number", "asked"), [(None, 0, "0"), (None, 1, "1"), ("3,GPU-5", 1, "GPU-5"), ("3,GPU-5", 2, None)]
+)
+def test_a_card_has_the_number_that_programs_see(monkeypatch, visible, number, asked):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    commands = []
+    answer = said("NVIDIA H100 80GB HBM3, 81559, 81072, 9.0\n")
+    monkeypatch.setattr(devices.subprocess, "run", lambda command, **kept: commands.append(command) or answer())
+    assert (present_card(number) is None) == (asked is None)
+    assert [command[-1] for command in commands] == ([f"--id={asked}"] if asked else [])
+
+
 def test_without_nvidia_smi_there_is_no_card(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError
