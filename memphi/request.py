@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from numbers import Integral
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -128,7 +129,7 @@ class SamplingParams:
         counts = (self.max_tokens, self.top_k, self.top_logprobs, self.seed, *(number for number, _ in self.logit_bias))
         rules = (
             (
-                all(number is None or isinstance(number, int) for number in counts),
+                all(number is None or isinstance(number, Integral) for number in counts),
                 "max_tokens, top_k, top_logprobs, seed and the ids of logit_bias must be whole numbers",
             ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),

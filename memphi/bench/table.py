@@ -71,15 +71,12 @@ def card_line(document: Document) -> str:
 
 def kept_text(document: Document) -> str:
     """The model, and how its weights and its keys and values are kept, as `memphi plan` says it."""
-    plan, dtype = document["plan"] or {}, document["dtype"]
-    scheme = plan.get("scheme") or document.get("engine", {}).get(
-        "scheme", "auto"
-    )  # Older documents have the one asked for.
-    numbers = dtype if scheme in ("auto", "bf16") else f"{scheme} and {dtype}"
+    plan, asked = document["plan"] or {}, document.get("engine", {}).get("scheme", "auto")
+    scheme = plan.get("scheme") or asked  # Older documents have but the one asked for.
+    numbers = document["dtype"] if scheme in ("auto", "bf16") else f"{scheme} and {document['dtype']}"
     cache_format = plan.get("cache_format", "plain")
-    return f"{document['model']} in {numbers}" + (
-        "" if cache_format == "plain" else f", keys and values in {cache_format}"
-    )
+    kept = "" if cache_format == "plain" else f", keys and values in {cache_format}"
+    return f"{document['model']} in {numbers}{kept}"
 
 
 def card_text(card: Card) -> str:

@@ -47,6 +47,11 @@ def test_what_is_no_whole_number_or_no_text_is_refused(wrong):
         SamplingParams(**wrong)
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    sampling = SamplingParams(seed=np.int64(3), top_k=np.int32(2), logit_bias=((np.int64(5), 1),))
+    assert (sampling.seed, sampling.top_k) == (3, 2)
+
+
 def test_a_footprint_that_was_asked_for_its_tokens_is_the_same_as_before():
     asked, fresh = (Footprint(InputMode.TEXT, 5, (), ()) for _ in range(2))
     assert asked.prompt_tokens == 5
