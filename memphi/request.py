@@ -126,6 +126,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in self.logit_bias):
+            raise RequestError("logit_bias must be pairs of an id and what its score gets, as in ((5, 1.0),)")
         counts = (self.max_tokens, self.top_k, self.top_logprobs, self.seed, *(number for number, _ in self.logit_bias))
         rules = (
             (

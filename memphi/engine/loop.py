@@ -211,10 +211,9 @@ class Loop:
         return bool(done)
 
     def close(self) -> list[Event]:
-        """End all requests, and what the allocator is held to."""
+        """End all requests."""
         events = [event for number in list(self._answers) for event in self.cancel(number)]
         self._preparation.close()
-        self.runner.gauge.uncap()
         return events
 
     def _admit(self) -> list[Running]:
@@ -305,12 +304,12 @@ class Loop:
     def _wait_for_pages(self) -> list[Event]:
         """Where others on the card left too few pages to let anybody in, wait, or give up who has waited longest."""
         waiting = [sequence for sequence in self.scheduler.sequences if sequence.state is State.WAITING]
-        is_shut_out = waiting and not self.scheduler.active and self._elastic.is_crowded()
-        if is_shut_out and self._is_patient():
+        if not waiting or self.scheduler.active or not self._elastic.is_crowded():
+            self._waiting_since = None
+            return []
+        if self._is_patient():
             return []
         self._waiting_since = None
-        if not is_shut_out:
-            return []
         return [self._fail(waiting[0], too_little("this request", self.runner.model.device, ANSWERING_ADVICE))]
 
     def _is_patient(self) -> bool:

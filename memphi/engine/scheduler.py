@@ -229,9 +229,10 @@ class Scheduler:
         reservations = self.reservations
         if self.paged:
             return reservations.reserve(sequence, reservations.pages_for(stretched(sequence)))
-        # Where there are no pages, nothing else bounds the embeddings that are held.
-        tokens = sum(_media_tokens(each) for each in (*self.active, sequence))
-        return not self.active or tokens * self._embedding_bytes <= self.media.limit_bytes
+        # Where there are no pages, nothing else bounds the embeddings that are held; alone each request fits.
+        active = self.active
+        tokens = sum(_media_tokens(each) for each in (*active, sequence))
+        return not active or tokens * self._embedding_bytes <= self.media.limit_bytes
 
     def _reserve_growth(self) -> None:
         """Promise every running sequence the pages that its next tokens need, oldest first."""

@@ -258,8 +258,10 @@ class Spread:
         assert errand.place is not None
         if event.delta is None:
             self._waiting[errand.place].pop(event.id, None)
-            if self._may_move(errand, event.error) and self._move(errand):
-                return
+            if self._may_move(errand, event.error):
+                errand.lost |= isinstance(event.error, LostError)
+                if self._move(errand):
+                    return
             self._open.pop(event.id, None)
         elif not errand.begun:
             errand.begun = True
@@ -271,11 +273,9 @@ class Spread:
 
         What was lost only once: it may be the request itself that ends whoever computes it.
         """
-        is_lost = isinstance(error, LostError)
-        if errand.begun or errand.cancelled or (is_lost and errand.lost):
+        if errand.begun or errand.cancelled:
             return False
-        errand.lost |= is_lost
-        return is_lost or isinstance(error, BusyError)
+        return isinstance(error, BusyError) or (isinstance(error, LostError) and not errand.lost)
 
     def _move(self, errand: _Errand) -> bool:
         """Ask another that has not been asked; whether one takes it."""

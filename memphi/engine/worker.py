@@ -58,7 +58,6 @@ class ThreadWorker:
             work(self._loop, self._inbox, self.bounds, self._mailboxes.deliver)
         except Exception as error:
             failure = error
-            self._loop.runner.gauge.uncap()  # The cap is the process', which goes on.
         self._mailboxes.shut(stopped(failure, "; load the model again"))
 
 
@@ -70,6 +69,7 @@ def work(loop: Loop, inbox: Inbox, bounds: Bounds, deliver: Callable[[Sequence[E
     closed = busy = rehearsing = False
     with current(loop.runner.model.device), ExitStack() as stack:
         stack.callback(gc.unfreeze)  # Also where the loop fails.
+        stack.callback(loop.runner.gauge.uncap)
         while not closed:
             messages = _take(inbox, waits=loop.stalled and not rehearsing)
             rehearsing = not messages and loop.stalled and loop.rehearse()

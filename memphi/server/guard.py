@@ -191,12 +191,9 @@ class Door:
             return
         self._service.check_open()  # Before its body is read.
         if self._open[key] >= (most := self._most_open()):
-            reason = (
-                "the most that one key may have" if len(self._keys) > 1 else "as many as have places here (--queue)"
-            )
-            raise ApiError.later(
-                429, f"{most} requests are open already, {reason}; send this one again later", "too_many_requests"
-            )
+            which = "the most that one key may have" if len(self._keys) > 1 else "as many as have places here (--queue)"
+            message = f"{most} requests are open already, {which}; send this one again later"
+            raise ApiError.later(429, message, "too_many_requests")
         self._open[key] += 1
         try:
             yield

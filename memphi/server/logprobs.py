@@ -1,10 +1,9 @@
 """How likely tokens were, in the two forms that OpenAI has for it."""
 
-import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from memphi.inputs.tokenizer import Tokenizer
+from memphi.inputs.tokenizer import TextStream, Tokenizer
 from memphi.request import TokenLogprob
 
 
@@ -27,14 +26,13 @@ class TextOffsets:
     """Where the tokens of one answer begin in its text, in characters, of which each counts once it is whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._text = TextStream(tokenizer)
         self._count = 0
 
     def take(self, token: int) -> int:
         """Where the answer's next token begins."""
         offset = self._count
-        self._count += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        self._count += len(self._text.feed(token))
         return offset
 
 

@@ -38,12 +38,14 @@ def test_a_lone_stop_string_is_refused():
         {"top_logprobs": 2.0},
         {"max_tokens": 8.0},
         {"logit_bias": ((1.0, 5.0),)},
+        {"logit_bias": {1: 5.0}},
+        {"logit_bias": (1, 5.0)},
         {"stop": (13,)},
         {"stop": ("a", b"b")},
     ],
 )
 def test_what_is_no_whole_number_or_no_text_is_refused(wrong):
-    with pytest.raises(RequestError, match=r"must be (whole numbers|a tuple of strings)"):
+    with pytest.raises(RequestError, match=r"must be (whole numbers|a tuple of strings|pairs of an id)"):
         SamplingParams(**wrong)
 
 
