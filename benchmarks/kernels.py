@@ -9,7 +9,7 @@ Usage: python -m benchmarks.kernels --out FILE. Without a GPU, TRITON_INTERPRET=
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -37,7 +37,6 @@ from memphi.memory.costs import SCALE_BYTES
 from memphi.model.kept import quantise
 from memphi.model.kernels import (
     choice,
-    coded,
     codes,
     dequantise,
     division,
@@ -47,6 +46,7 @@ from memphi.model.kernels import (
     norm,
     paged,
     rotary,
+    shares,
     skinny,
 )
 from memphi.model.kernels.coded import Columns
@@ -62,9 +62,15 @@ NARROW_TILES = [
     (64, 16, 64, 2, 8),
 ]
 """Rows, outputs and inputs of a warp of a program that multiplies by an adapter's A, its stages and warps."""
-LARGE_NARROW_TILES = [*product((64, 128), (64,), (64, 128), (3, 4), (4,)), (128, 32, 64, 4, 4), (256, 64, 64, 3, 8)]
+LARGE_NARROW_TILES = [
+    (128, 64, 64, 4, 4),
+    (128, 128, 64, 3, 8),
+    (128, 128, 64, 5, 8),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+]
 """The same for many rows, with the inputs of all warps."""
-ADDED_TILES = [(128, 64, 64, 2, 4), (128, 64, 64, 3, 4), (128, 64, 128, 3, 4), (128, 128, 64, 3, 4), (64, 64, 64, 3, 4)]
+ADDED_TILES = [(128, 64, 64, 3, 4), (128, 128, 64, 3, 8), (128, 256, 64, 3, 8), (64, 128, 64, 4, 4), (64, 64, 64, 3, 4)]
 """Rows, outputs, columns, stages and warps of a program that adds adapters to a product."""
 
 
@@ -296,11 +302,33 @@ def narrow_case(rows: int, n_in: int, is_coded: bool, sizes: Sizes, device: torc
     def launches(run: Callable[..., None]) -> list[Launch]:
         return [partial(run, x, parts) for x, parts in sets]
 
+    def wide_first(x: Tensor, parts: Sequence[narrow.Narrow], run: Callable[..., None]) -> None:
+        """With both As, which follow each other, made 16 bits before, as packed adapters are."""
+        first, wide = parts[0], x.new_empty(n_out, n_in)
+        assert first.a_scale is not None
+        codes, scale = first.a.as_strided(wide.shape, wide.stride()), first.a_scale.as_strided((n_out,), (1,))
+        dequantise.dequantise(codes, scale, wide)
+        parts = [replace(part, a=a, a_scale=None) for part, a in zip(parts, wide.split(sizes.ranks), strict=True)]
+        run(x, parts)
+
+    def by_spans(x: Tensor, parts: Sequence[narrow.Narrow]) -> None:
+        """By torch's products, of the rows of each adapter."""
+        for number, part in enumerate(parts, 1):
+            span = slice(-(-number * rows // 3), -(-(number + 1) * rows // 3))
+            narrow.plain_narrow(x[span], [replace(part, uses=None, t=part.t[span])])
+
     ways = {"plain": launches(narrow.plain_narrow), "as chosen": launches(narrow.narrow)}
-    if rows > skinny.VECTOR_ROWS:
+    if rows > narrow.MOST_ROWS:
+        ways["codes as they are"] = ways.pop("as chosen")
+        ways["as chosen, by masks"] = launches(partial(wide_first, run=narrow.narrow))
+        ways["as chosen, by spans"] = launches(partial(wide_first, run=by_spans))
+        for tile in LARGE_NARROW_TILES:
+            run = partial(wide_first, run=partial(with_constant, narrow, "ROOMY_TILE", tile, narrow.narrow))
+            ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
+    elif rows > skinny.VECTOR_ROWS:
         all_rows = partial(with_constant, narrow, "vector_rows")
         ways["number by number"] = launches(partial(all_rows, lambda *_: rows, narrow.narrow))
-        for tile in NARROW_TILES if rows <= narrow.MOST_ROWS else LARGE_NARROW_TILES:
+        for tile in NARROW_TILES:
             on_tiles = partial(with_constant, narrow, "choose_tile", lambda *_, tile=tile: tile, narrow.narrow)
             run = partial(all_rows, lambda *_: 0, on_tiles)
             ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
@@ -328,8 +356,8 @@ def added_case(rows: int, n_out: int, sizes: Sizes, device: torch.device) -> Cas
             part.mul_(mask[:, None])
         sets.append((make(rows, n_out), Columns(codes, scale, (t[:, :border], t[:, border:]))))
     found = [y.clone() for y, _ in (sets[0], sets[0])]
-    coded.plain_add_to(found[0], sets[0][1])
-    coded.add_to(found[1], sets[0][1], masks)
+    shares.plain_add_to(found[0], sets[0][1])
+    shares.add_to(found[1], sets[0][1], masks)
 
     def by_spans(y: Tensor, columns: Columns) -> None:
         """With every B made wide first, and torch's products."""
@@ -341,9 +369,9 @@ def added_case(rows: int, n_out: int, sizes: Sizes, device: torch.device) -> Cas
     def launches(run: Callable[..., None]) -> list[Launch]:
         return [partial(run, y, columns) for y, columns in sets]
 
-    ways = {"as chosen": launches(partial(coded.add_to, uses=masks)), "by spans": launches(by_spans)}
+    ways = {"as chosen": launches(partial(shares.add_to, uses=masks)), "by spans": launches(by_spans)}
     for tile in ADDED_TILES:
-        run = partial(with_constant, coded, "ADDED_TILE", tile, partial(coded.add_to, uses=masks))
+        run = partial(with_constant, shares, "ADDED_TILE", tile, partial(shares.add_to, uses=masks))
         ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
     return Case("add_to", f"{rows} rows, {n_out}", n_bytes, error_of(found[1:], found[:1]), ways)
 

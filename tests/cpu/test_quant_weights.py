@@ -181,14 +181,15 @@ def test_one_block_is_there_at_a_time(monkeypatch):
     assert peak.bytes == 2**20 * x.itemsize
 
 
-@given(rows=st.integers(1, 20_000), columns=st.integers(1, 20_000_000))
+@given(rows=st.integers(0, 20_000), columns=st.integers(1, 20_000_000))
 def test_blocks_cover_all_rows_and_begin_where_cards_multiply_fast(rows, columns):
     most, even = weights.DEQUANTISED_NUMBERS, weights.EVEN_ROWS
     cuts = list(weights.blocks(rows, columns))
-    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
-    assert cuts[-1][1] == rows
+    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts)][: len(cuts)]
+    assert [last for _, last in cuts][-1:] == [rows][:rows]
     assert all(last - first == 1 or 0 < (last - first) * columns <= most for first, last in cuts)
     assert most // columns < even or all(first % even == 0 for first, _ in cuts)
+    assert not cuts or most // columns < even or sum(last - first for first, last in cuts[:1]) - rows / len(cuts) < even
 
 
 @SCHEMES

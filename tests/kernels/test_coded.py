@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, parts, rounding
+from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, parts, rounding, shares
 from memphi.model.kernels.coded import Columns
 from memphi.model.kernels.gate import plain_gate
 from memphi.model.quant import swap
@@ -164,12 +164,12 @@ def test_adapters_added_to_many_rows(device, rows, used, ranks, border, gap, dty
     for t, mask in zip(columns.t, masks, strict=True):
         t.mul_(1 if mask is None else mask[:, None])
     share, expected_share = (torch.full((rows, n_out), torch.nan, device=device, dtype=dtype) for _ in range(2))
-    coded.plain_add_to(expected[:, :n_out], columns)
-    coded.plain_write_share(expected_share, columns)
+    shares.plain_add_to(expected[:, :n_out], columns)
+    shares.plain_write_share(expected_share, columns)
     for t, value in zip(columns.t, nan, strict=True):
         t.add_(value)
-    coded.add_to(y[:, :n_out], columns, masks)
-    coded.write_share(share, columns, masks)
+    shares.add_to(y[:, :n_out], columns, masks)
+    shares.write_share(share, columns, masks)
     assert_near(y, expected, "int8")
     assert torch.equal(y[:, n_out:], expected[:, n_out:])
     if expected_share.any():

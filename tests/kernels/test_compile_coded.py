@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from memphi.model.kernels import coded, dequantise, eight_bits, four_bits, narrow, rounding
+from memphi.model.kernels import dequantise, eight_bits, four_bits, narrow, rounding, shares
 from memphi.model.kernels.coded import MOST_ROWS, VECTOR_ROWS, Columns
 from memphi.model.kernels.launch import TENSOR_CAPABILITY
 from memphi.model.kernels.narrow import Narrow
@@ -95,14 +95,21 @@ def test_what_adds_adapters_fits(capability, dtype):
     uses = torch.empty(600, dtype=torch.bool)
     both = Columns(b, scale, (operand[:, : RANKS[0]], operand[:, -RANKS[1] :]))
     with compiled_for(capability) as compiled:
-        coded.add_to(y, both, [uses, uses])
-        coded.add_to(y, Columns(b[:, : RANKS[0]], scale[:1], both.t[:1]), [None])
-        coded.write_share(y[:256], both, [uses, uses])
+        shares.add_to(y, both, [uses, uses])
+        shares.add_to(y, Columns(b[:, : RANKS[0]], scale[:1], both.t[:1]), [None])
+        shares.write_share(y[:256], both, [uses, uses])
         dequantise.write_columns(both, 0, torch.empty(3072, 3072 + sum(RANKS), dtype=dtype))
     for made in compiled:
         assert_fits(made, capability)
         assert made.is_dependent == (capability >= (9, 0))
-    assert [made.name for made in compiled] == ["_add_to", "_add_to", "_add_to", "_dequantise"]
+    assert [made.name for made in compiled] == [
+        "_dequantise",
+        "_add_to",
+        "_dequantise",
+        "_add_to",
+        "_write_share",
+        "_dequantise",
+    ]
 
 
 def test_no_count_of_rows_is_compiled_anew():
@@ -119,8 +126,8 @@ def test_no_count_of_rows_is_compiled_anew():
         for rows in (624, 617, 601):
             t = operand[:rows, :16]
             narrow.narrow(operand[:rows, 16:], [Narrow(a, 2.0, None, t, scale[0, :16])])
-            coded.add_to(y[:rows], Columns(a.t().contiguous(), scale, (t,)), [None])
-    assert compiled == ["_narrow_tiles", "_add_to"]
+            shares.add_to(y[:rows], Columns(a.t().contiguous(), scale, (t,)), [None])
+    assert compiled == ["_narrow_tiles", "_dequantise", "_add_to"]
 
 
 @pytest.mark.parametrize("scheme", MODULES)

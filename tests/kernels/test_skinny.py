@@ -129,7 +129,7 @@ def test_masks_of_a_step_reach_the_kernels(device, rows, scheme):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "rows"), [("bf16", 70), ("int8", 300), *product(["int4", "fp8"], [70, narrow.MOST_ROWS + 70])]
+    ("scheme", "rows"), [("bf16", 70), ("int8", 300), *product(["int4", "fp8"], [70, narrow.MOST_ROWS + 70, 1200])]
 )
 @torch.inference_mode()
 def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
@@ -142,14 +142,16 @@ def test_spans_of_a_step_reach_the_kernels(device, rows, scheme):
         assert_close(linear(x, used), plain(x, AdapterTokens(spans)))
 
 
-@pytest.mark.parametrize(("rows", "spans", "launches"), [(70, 1, 1), (70, 2, 1), (600, 1, 0), (600, 2, 1)])
+@pytest.mark.parametrize(
+    ("rows", "ends", "of_a", "of_b"),
+    [(70, (20,), 1, 1), (70, (20, 70), 1, 1), (600, (20,), 0, 0), (600, (20, 600), 1, 1), (1200, (600, 1200), 0, 1)],
+)
 @pytest.mark.parametrize("scheme", ["int4", "fp8"])
 @torch.inference_mode()
-def test_one_adapter_of_many_rows_is_left_to_torch(device, monkeypatch, scheme, rows, spans, launches):
-    """What A makes, and what B adds to a product in e4m3; with two adapters that would be too many launches."""
+def test_many_rows_told_apart_are_left_to_torch(device, monkeypatch, scheme, rows, ends, of_a, of_b):
+    """What A makes of one adapter's, and in blocks of each one's; what B adds to a product in e4m3, of one alone."""
     linear = mlp_of(scheme, device, is_packed=True).gate_up
-    names = ("vision", "speech")[:spans]
-    used = AdapterTokens(dict(zip(names, (slice(0, 20), slice(20, rows)), strict=False)))
+    used = AdapterTokens(dict(zip(("vision", "speech"), map(slice, (0, *ends), ends), strict=False)))
     used.make_masks(rows, device)
     launched = {"narrow": 0, "add_to": 0, "write_share": 0}
 
@@ -162,9 +164,9 @@ def test_one_adapter_of_many_rows_is_left_to_torch(device, monkeypatch, scheme, 
         monkeypatch.setattr(packed, name, partial(count, name, getattr(packed, name)))
     linear(numbers(rows, linear.in_features, device=device, dtype=torch.float32), used)
     is_added, is_beside = scheme == "fp8" and rows > coded.MOST_ROWS, rows <= packed.MOST_BESIDE
-    assert launched["narrow"] == launches
-    assert launched["add_to"] == (launches if is_added and not is_beside else 0)
-    assert launched["write_share"] == (launches if is_added and is_beside else 0)
+    assert launched["narrow"] == (of_b if scheme == "fp8" else of_a)
+    assert launched["add_to"] == (of_b if is_added and not is_beside else 0)
+    assert launched["write_share"] == (of_b if is_added and is_beside else 0)
 
 
 def test_a_mask_of_every_kind_of_tokens(device):

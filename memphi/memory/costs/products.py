@@ -7,8 +7,8 @@ from memphi.memory.costs.sizes import all_ranks, decoder_linears
 
 DEQUANTISED_NUMBERS = 8 * MIB
 """Numbers of a quantised weight, or of an activation in fp8, that are there in another form at once."""
-NUMBERS_A_TOKEN = 7 * 1024
-"""More of a weight for many tokens, whose product takes longer: at full size all of it, with an adapter, for 8,192."""
+NUMBERS_A_TOKEN = 8 * 1024
+"""More of a weight for many tokens, whose product takes longer: all of the official one's, with adapters, for 8,192."""
 
 
 def dequantised_numbers(tokens: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from memphi.model.kernels.launch import (
     constexpr,
     is_available,
     jit,
-    jit_for_any,
-    launch_options,
     multiprocessors,
     power_of_two,
     tl,
@@ -29,9 +26,6 @@ MOST_ROWS = 64
 """Beyond, weights are made 16 bits again and multiplied by torch; or as they are, where a card has units for them."""
 BLOCK_ROWS = 16, 64
 """The fewest and the most rows that one program has on tensor cores."""
-ADDED_TILE, SHARE_TILE, WIDE_ADDED_TILE = (128, 64, 64, 3, 4), (64, 64, 64, 3, 4), (64, 64, 32, 2, 4)
-"""Rows, outputs, columns, stages and warps of a program that adds adapters to a product of many rows, or writes their
-share of one of up to 256; and the same of numbers of 32 bits."""
 LEAST_SHARE = 768
 """Inputs of a part, where a product is divided."""
 FETCHED_BYTES = 128
@@ -106,56 +100,6 @@ def choose_parts(blocks: int, n_in: int, device: torch.device) -> int:
     """Into how many parts of LEAST_SHARE inputs or more they are divided where so many blocks leave a card's
     multiprocessors idle, of which each has room for two programs: the best on an H200."""
     return max(min(2 * multiprocessors(device) // blocks, n_in // LEAST_SHARE), 1)
-
-
-def adds_at_once(device: torch.device) -> bool:
-    """Whether there is a kernel for `add_to`."""
-    return is_available(device) and capability(device) >= TENSOR_CAPABILITY
-
-
-def plain_add_to(y: Tensor, columns: Columns) -> None:
-    """y [rows, out] += t B^T, rounded once; the definition."""
-    y.copy_(plain_add(y.float(), columns))
-
-
-def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
-    """As `plain_add_to`, of many rows.
-
-    uses: for each adapter the rows that use it, [rows] bool, or None for all; other rows have zeros for their t.
-    """
-    _launch_share(y, columns, uses, adds=True)
-
-
-def plain_write_share(out: Tensor, columns: Columns) -> None:
-    """out [rows, out] = t B^T, rounded once; the definition."""
-    out.copy_(plain_add(torch.zeros_like(out, dtype=torch.float32), columns))
-
-
-def write_share(out: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
-    """As `plain_write_share`, with uses as in `add_to`."""
-    _launch_share(out, columns, uses, adds=False)
-
-
-def _launch_share(y: Tensor, columns: Columns, uses: Sequence[Tensor | None], adds: bool) -> None:
-    rows, n_out = y.shape
-    added, places, ranks = column_arguments(y, columns)
-    first, last = uses[0], uses[-1]
-    tile = ADDED_TILE if adds else SHARE_TILE
-    block_rows, block_out, block_ranks, stages, warps = tile if y.itemsize <= 2 else WIDE_ADDED_TILE
-    _add_to[(-(-n_out // block_out), -(-rows // block_rows))](
-        *(y, *added, y if first is None else first, y if last is None else last),
-        *(y.stride(0), *places, n_out, rows),
-        ranks=ranks,
-        first_masked=first is not None,
-        last_masked=last is not None,
-        adds=adds,
-        block_rows=block_rows,
-        block_out=block_out,
-        block_ranks=block_ranks,
-        num_warps=warps,
-        num_stages=stages,
-        **launch_options(y.device),
-    )
 
 
 def fetches_of(width: int) -> int:
@@ -286,57 +230,6 @@ def add_columns(
         columns = widen_columns(codes, first, last, start, border, block).to(values.dtype)
         sums = add_product(values, columns, sums)
     return sums
-
-
-@jit_for_any("rows")
-def _add_to(
-    y: Tile,
-    b: Tile,
-    b_first: Tile,
-    b_last: Tile,
-    t: Tile,
-    first_uses: Tile,
-    last_uses: Tile,
-    y_stride: Tile,
-    b_stride: Tile,
-    t_stride: Tile,
-    border: Tile,
-    gap: Tile,
-    n_out: Tile,
-    rows: Tile,
-    ranks: constexpr,
-    first_masked: constexpr,
-    last_masked: constexpr,
-    adds: constexpr,
-    block_rows: constexpr,
-    block_out: constexpr,
-    block_ranks: constexpr,
-    dependent: constexpr,
-) -> None:
-    """An adapter that no row of a program uses is not read; y neither, where none is used, or it is not added to."""
-    if dependent:
-        tl.extra.cuda.gdc_launch_dependents()
-    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    numbers = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
-    inside, exists = outs < n_out, numbers < rows
-    ones = exists.to(tl.int32)
-    first = tl.load(first_uses + numbers, exists, other=0).to(tl.int32) if first_masked else ones
-    last = tl.load(last_uses + numbers, exists, other=0).to(tl.int32) if last_masked else ones
-    begin, end = tl.where(tl.max(first, 0) > 0, 0, border), tl.where(tl.max(last, 0) > 0, ranks, border)
-    if dependent:
-        tl.extra.cuda.gdc_wait()
-    sums = tl.zeros([block_out, block_rows], tl.float32)
-    if begin < end:
-        first_scales, last_scales = load_scales(b_first, outs, inside), load_scales(b_last, outs, inside)
-        sums = add_columns(
-            *(sums, b, first_scales, last_scales, t, b_stride, t_stride, border, gap),
-            *(outs, inside, numbers, exists, begin, end, block_ranks, ranks, block_ranks),
-        )
-        if adds:  # Asked for before, what is there would take the registers of another program.
-            there = load_rows(y, y_stride, numbers, exists, outs, inside, "").to(tl.float32)
-            store_tile(sums + tl.trans(there), y, y_stride, outs, inside, numbers, exists)
-    if not adds:
-        store_tile(sums, y, y_stride, outs, inside, numbers, exists)
 
 
 @jit

@@ -31,8 +31,7 @@ from memphi.model.kernels.launch import (
 from memphi.model.kernels.skinny import VECTOR_ROWS, sum_vectors
 
 MOST_ROWS = 512
-"""Beyond, torch's own products are as fast. But of two adapters' codes they have four launches for one here, and for B
-as many again, and a step of prompts takes as long as the host needs for its launches."""
+"""Beyond, torch's own products take less, where it is known on the host which rows use which adapter."""
 MOST_VECTOR_ROWS, FEW_ROWS = 32, 16
 """Up to so many rows products are summed number by number; where there are tensor cores, which take less for more. An A
 in 16 bits is then read once for every VECTOR_ROWS."""
@@ -45,8 +44,9 @@ TILE, TILE_OF_CODES = (16, 16, 128, 3, 8), (16, 8, 128, 3, 8)
 of its own: the best that were measured on an H200 at 64 rows."""
 SMALL_TILE, MANY_TILE_OF_CODES = (16, 16, 128, 2, 4), (32, 16, 64, 3, 4)
 """The same from MANY_ROWS on, at 256 rows; the former also where a program has less room."""
-LARGE_TILE, WIDE_LARGE_TILE = (128, 64, 64, 4, 4), (64, 32, 64, 2, 4)
-"""The same beyond MOST_ROWS, where all warps have the same inputs; and of numbers of 32 bits."""
+ROOMY_TILE, LARGE_TILE, WIDE_LARGE_TILE = (128, 128, 64, 4, 8), (128, 64, 64, 3, 4), (64, 32, 64, 2, 4)
+"""The same beyond MOST_ROWS, where all warps have the same inputs; where a program has less room; and of numbers of 32
+bits."""
 MANY_ROWS = 129
 
 
@@ -72,13 +72,13 @@ class Narrow:
 
 
 @functools.cache
-def most_rows(device: torch.device, of_two_coded: bool = False) -> int:
+def most_rows(device: torch.device, of_two: bool = False) -> int:
     """The most rows that `narrow` is for; 0 where there are no kernels."""
     if not is_available(device):
         return 0
     if capability(device) < TENSOR_CAPABILITY:
         return MOST_VECTOR_ROWS
-    return sys.maxsize if of_two_coded else MOST_ROWS
+    return sys.maxsize if of_two else MOST_ROWS
 
 
 def plain_narrow(x: Tensor, parts: Sequence[Narrow]) -> None:
@@ -158,8 +158,10 @@ def choose_tile(rows: int, itemsize: int, is_coded: bool, on: tuple[int, int]) -
     Of wider numbers, which have no tensor cores, a thread has room for fewer.
     """
     tile = TILE_OF_CODES if is_coded else TILE
-    if rows > MOST_ROWS:
-        tile = LARGE_TILE if itemsize <= 2 else WIDE_LARGE_TILE
+    if rows > MOST_ROWS and itemsize <= 2:
+        tile = ROOMY_TILE if on in ROOMY_CAPABILITY else LARGE_TILE
+    elif rows > MOST_ROWS:
+        tile = WIDE_LARGE_TILE
     elif itemsize > 2 or on not in ROOMY_CAPABILITY:
         tile = SMALL_TILE
     elif rows >= MANY_ROWS:

@@ -10,6 +10,7 @@ multiplied as it is, another pass adds the adapters, and y is read, written and 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from memphi.model.adapters import AdapterTokens
+from memphi.model.kernels import narrow
 from memphi.model.kernels.beside import beside
-from memphi.model.kernels.coded import Columns, add_to, adds_at_once, write_share
-from memphi.model.kernels.dequantise import plain_write_columns, write_columns
+from memphi.model.kernels.coded import Columns
+from memphi.model.kernels.dequantise import dequantise, plain_write_columns, write_columns
 from memphi.model.kernels.gate import gate
 from memphi.model.kernels.launch import is_available
-from memphi.model.kernels.narrow import Narrow, most_rows
+from memphi.model.kernels.narrow import Narrow
 from memphi.model.kernels.parts import sum_up
 from memphi.model.kernels.rounding import Bytes
+from memphi.model.kernels.shares import add_to, adds_at_once, write_share
 from memphi.model.packing import PackedLinear, Product
 from memphi.model.quant.linears import (
     LinearOfCodes,
@@ -199,8 +202,28 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
                     rows[:, first:last].addmm_(t, wide.t())
                     del wide  # Or the next one would come beside it.
 
+    def _narrow(self, operand: Tensor, adapter_tokens: AdapterTokens, products: Sequence[Product]) -> None:
+        """As of any PackedLinear; of two adapters' A, for many tokens, all is made 16 bits first, in one launch."""
+        masks = self._masks_at_once(operand, adapter_tokens) if len(operand) > narrow.MOST_ROWS else {}
+        if len(masks) < 2:
+            super()._narrow(operand, adapter_tokens, products)
+            return
+        wide, x = operand.new_empty(self.narrow.shape), self.x_of(operand)
+        dequantise(self.narrow, self.narrow_scale, wide)
+        parts = {name: self._part(operand, name, mask, wide[self._a[name]]) for name, mask in masks.items()}
+        if self._is_told_apart(products, adapter_tokens) and self.base_weight.makes_blocks(x):
+            for product, part in ((product, parts[product.names[0]]) for product in products):
+                narrow.plain_narrow(x[product.span], [replace(part, uses=None, t=part.t[product.span])])
+        else:
+            narrow.narrow(x, list(parts.values()))
+
+    def _is_told_apart(self, products: Sequence[Product], adapter_tokens: AdapterTokens) -> bool:
+        """Whether each is of the tokens of one adapter, and nobody reads what others have for its t."""
+        uses = [(product.span, adapter_tokens[name]) for product in products for name in product.names]
+        return len(uses) == len(products) and all(isinstance(each, slice) and each == span for span, each in uses)
+
     def _narrows_at_once(self, operand: Tensor, masks: Sequence[Tensor | None]) -> bool:
-        return self.kernels and len(operand) <= most_rows(operand.device, of_two_coded=len(masks) > 1)
+        return self.kernels and len(operand) <= narrow.most_rows(operand.device, of_two=len(masks) > 1)
 
     def _columns_of(self, names: Collection[str], operand: Tensor) -> Columns | None:
         """Those of one adapter or of both, beside the t that stands in an operand; None for none."""
@@ -212,15 +235,18 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         t = tuple(operand[:, self._t[name]] for name in self.adapters if name in names)
         return Columns(codes, self.wide_scale[used[0] : used[-1] + 1], t)
 
-    def _part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
-        adapter = self.adapter(name)
-        return Narrow(adapter.a.codes, adapter.scale, uses, operand[:, self._t[name]], adapter.a.scale)
+    def _part(self, operand: Tensor, name: str, uses: Tensor | None, wide: Tensor | None = None) -> Narrow:
+        """With A in codes, or as it is here."""
+        adapter, t = self.adapter(name), operand[:, self._t[name]]
+        if wide is None:
+            return Narrow(adapter.a.codes, adapter.scale, uses, t, adapter.a.scale)
+        return Narrow(wide, adapter.scale, uses, t)
 
     def _wide_part(self, operand: Tensor, name: str, uses: Tensor | None) -> Narrow:
-        adapter = self.adapter(name)
-        wide = operand.new_empty(adapter.a.codes.shape)
-        adapter.a.write_block(0, wide)
-        return Narrow(wide, adapter.scale, uses, operand[:, self._t[name]])
+        codes = self.adapter(name).a
+        wide = operand.new_empty(codes.codes.shape)
+        codes.write_block(0, wide)
+        return self._part(operand, name, uses, wide)
 
     def _point(self, wide: Tensor, wide_scale: Tensor, narrow: Tensor, narrow_scale: Tensor) -> None:
         """Make the adapters views of these."""

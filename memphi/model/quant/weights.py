@@ -380,12 +380,15 @@ def multiply_by_blocks(
 
 
 def blocks(rows: int, columns: int, most_numbers: int | None = None) -> Iterator[tuple[int, int]]:
-    """Rows from one to before another: as many whole EVEN_ROWS as so many numbers hold, or less, one at least.
+    """Rows from one to before another: about as many in each block, whole EVEN_ROWS where so many numbers hold those.
 
     None: DEQUANTISED_NUMBERS.
     """
     most = max((most_numbers or DEQUANTISED_NUMBERS) // columns, 1)
-    most -= most % EVEN_ROWS if most > EVEN_ROWS else 0
+    if rows and most >= EVEN_ROWS:
+        evens = -(-rows // EVEN_ROWS)
+        count = -(-evens // (most // EVEN_ROWS))
+        most = -(-evens // count) * EVEN_ROWS
     for first in range(0, rows, most):
         yield first, min(first + most, rows)
 
