@@ -1,7 +1,7 @@
 """How long a process takes from its start to a first token: Python, torch, the weights and all that is made once.
 
 Run as a program it is that process. The weights of a folder come from the system's page cache, for the first of two
-processes has read them.
+processes has read them, and modules from their bytecode, which it has written where Python may.
 """
 
 import json
