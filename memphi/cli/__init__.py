@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,7 @@ def main() -> None:
     """
     # Waiting threads would otherwise spin and slow a busy CPU; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_what_is_closed()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # neither what is typed nor a file's name need be UTF-8
@@ -65,6 +67,13 @@ def main() -> None:
             print(f"memphi: reading or writing failed: {error}", file=sys.stderr)
         sys.stdout = io.StringIO()  # Python flushes it once more as it ends, which would fail again
         sys.exit(1)
+
+
+def _open_what_is_closed() -> None:
+    """Have an empty stdin, and somewhere for output to go, where a program was started without."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
 
 
 def _run() -> None:

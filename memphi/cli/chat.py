@@ -1,6 +1,8 @@
 """`memphi chat`: a conversation in the terminal."""
 
 import contextlib
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -99,7 +101,7 @@ class Conversation:
                 tell(str(error))
 
     def _take(self, line: str) -> None:
-        command, _, rest = line.partition(" ")
+        command, rest = (*line.split(maxsplit=1), "", "")[:2]
         if command == "/new":
             self.attachments = ()
             self._start_over()
@@ -115,7 +117,7 @@ class Conversation:
     def _attach(self, source: str) -> None:
         if source in ("", "-"):
             raise MediaError("/attach needs the name of a file or a URL, as in /attach photo.jpg")
-        self.attachments += options.with_detail(open_attachments([source]), self.detail)
+        self.attachments += options.with_detail(open_attachments([_as_meant(source)]), self.detail)
 
     def _say(self, text: str) -> None:
         from memphi.request import Message, Request
@@ -136,6 +138,15 @@ class Conversation:
         from memphi.request import Message
 
         self.messages = () if self.system is None else (Message("system", (self.system,)),)
+
+
+def _as_meant(typed: str) -> str:
+    """A path as terminals paste it, in quotes or with escaped blanks, or from the home folder: where there is one."""
+    with contextlib.suppress(ValueError):
+        parts = shlex.split(typed)
+        if len(parts) == 1 and not os.path.exists(typed) and os.path.exists(path := os.path.expanduser(parts[0])):
+            return path
+    return typed
 
 
 def _read_line() -> str | None:

@@ -37,6 +37,11 @@ FULL_SCALE = 32_768.0
 HIGHEST_HZ = 7_690.0
 FFT_SIZE = 512
 
+TAGS = b"ID3", b"TAG", b"APETAGEX"
+"""How titles begin, which also stand between MP3 files that were joined, and are no sound."""
+WIDE_SAMPLES = "s64", "s64p"
+LOST_SECONDS = 0.02
+
 FILTER_REACH = 10
 """Zero crossings on each side of the resampling filter, as scipy.signal.resample_poly has them."""
 KAISER_BETA = 5.0
@@ -185,24 +190,32 @@ def _frames(container: "InputContainer", limits: MediaLimits) -> Iterator[Any]:
     """
     import av
 
-    samples, rate, damaged = 0, None, False
+    samples, rate, damaged, end = 0, None, False, math.inf
     for packet in container.demux(container.streams.audio[0]):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
-            damaged = True
+            damaged = damaged or not bytes(packet).startswith(TAGS)
             continue
         for frame in frames:
-            if damaged:
+            begins = _begin(frame)
+            if damaged or (container.format.name == "flac" and begins > end + LOST_SECONDS):
                 raise MediaError("is damaged in the middle; convert or record it anew")
             if rate not in (None, frame.sample_rate):
                 raise MediaError("changes its sample rate on the way; convert it to one rate")
+            if frame.format.name in WIDE_SAMPLES:
+                raise MediaError("has samples of 64 bits; save it with 16, 24 or 32")
             rate = frame.sample_rate
-            samples += frame.samples
+            samples, end = samples + frame.samples, begins + frame.samples / rate
             _check_length(Length(samples, rate), limits)
             yield frame
     if rate is None:
         raise MediaError("has no sound that can be decoded")
+
+
+def _begin(frame: Any) -> float:  # noqa: ANN401
+    """When a frame begins, in seconds: what cannot be read of a FLAC is left out without a word, but counted."""
+    return -math.inf if frame.pts is None else float(frame.pts * frame.time_base)
 
 
 def _mono(frame: Any) -> Float32:  # noqa: ANN401 (an av.AudioFrame; PyAV is imported only where it is used)

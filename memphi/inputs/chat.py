@@ -73,6 +73,10 @@ def _check_message(message: Message, position: int) -> None:
     where = f"message {position + 1}"
     if message.role not in ROLE_TOKENS:
         raise RequestError(f"{where} has the role {message.role!r}; roles are {', '.join(ROLE_TOKENS)}")
+    for part in message.content:
+        if not isinstance(part, str | Media):
+            kind = type(part).__name__  # type: ignore[unreachable]  # callers may give anything
+            raise RequestError(f"{where} holds a {kind}; it may hold text, and what open_media returns")
     if message.role == "system" and position > 0:
         raise RequestError(f"{where} is a system message; only the first may be one")
     if message.role != "user" and any(isinstance(part, Media) for part in message.content):
@@ -99,10 +103,10 @@ def _check_calls(message: Message, where: str) -> None:
 def _parse_list(text: str, what: str) -> list[Any]:
     try:
         parsed = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         parsed = None
     if not isinstance(parsed, list):
-        raise RequestError(f"{what} must be a JSON list")
+        raise RequestError(f"{what} must be a JSON list, as text")
     return parsed
 
 

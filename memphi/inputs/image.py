@@ -32,6 +32,8 @@ WHITE = 255
 CUBIC = -0.75
 """The parameter of PyTorch's bicubic kernel."""
 ORIENTATION_TAG = 0x0112
+BITS_TAG, MEANING_TAG = 258, 262
+"""Of TIFF: bits of each sample, and what its values mean, of which 0 is that zero is white."""
 
 
 def measure_image(
@@ -249,7 +251,8 @@ def _open(media: Media, limits: MediaLimits) -> "Image.Image":
     try:
         picture = Image.open(io.BytesIO(media.content), formats=[format])
     except Image.DecompressionBombError:
-        raise MediaError(f"has more than {limits.pixels} pixels; send a smaller picture") from None
+        most = min(limits.pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.pixels))  # Pillow's own limit, and ours.
+        raise MediaError(f"has more than {most} pixels; send a smaller picture") from None
     if picture.width * picture.height > limits.pixels:
         size = f"{picture.width} x {picture.height}"
         raise MediaError(f"is {size}, more than {limits.pixels} pixels; send a smaller picture")
@@ -303,13 +306,26 @@ def _on_white(picture: "Image.Image") -> "Image.Image":
     from PIL import Image
 
     if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        return _narrowed(picture)
     if picture.mode in ("I", "F"):
-        raise MediaError("has 32-bit pixels, whose white is unknown; save it with 8 or 16 bits")
+        raise MediaError("has pixels of 32 bits or with a sign, whose white is unknown; save it with 8 or 16 bits")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     colours = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+def _narrowed(picture: "Image.Image") -> "Image.Image":
+    """Grey of up to 16 bits in 8, on white; in a TIFF there may be fewer bits, and zero may be white."""
+    from PIL import Image
+
+    values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
+    bits = tags.get(BITS_TAG, (16,))[0]
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(MEANING_TAG) == 0:
+        grey = WHITE - grey
+    grey[values == picture.info.get("transparency", -1)] = WHITE
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _turn(picture: "Image.Image", orientation: int) -> "Image.Image":

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from io import TextIOBase
@@ -29,6 +29,9 @@ from memphi.request import Float32, Media, MediaKind, Pixels, Samples
 KNOWN_FORMATS = "PNG, JPEG, WebP, GIF, TIFF and BMP pictures and WAV, FLAC, MP3, M4A, OGG and WebM sound"
 FETCH_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
+STANDS_IN_URLS = "%/:=&?~#+!$,;'@()*[]"
+"""What is no letter or digit, and is not encoded there; all else is."""
+TAG = b"ID3"
 LOUDEST = 1e6
 """Full scale is 1; some float files hold 16-bit integers as they are."""
 
@@ -62,6 +65,8 @@ def open_media(
 def image_media(pixels: Pixels, name: str = "image") -> Media:
     """Wrap decoded pixels, uint8 [height, width, 3]; raises MediaError for any other array."""
     with attached(name):
+        if not isinstance(pixels, np.ndarray):
+            raise MediaError("pixels must be an array; of a PIL picture take np.asarray(picture.convert('RGB'))")
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
             raise MediaError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
     return Media("image", name, pixels, _array_digest(pixels, "image"))
@@ -73,10 +78,15 @@ def audio_media(values: NDArray[np.floating | np.int16], rate: float, name: str 
     Channels are averaged. Raises MediaError for any other array, and for a rate that is no whole number.
     """
     with attached(name):
-        if rate % 1:  # also NaN and infinity
-            raise MediaError(f"the rate must be a whole number of samples a second, not {rate}")
-        mono, whole = _mono(np.asarray(values)), int(rate)
+        mono, whole = _mono(np.asarray(values)), _whole(rate)
     return Media("audio", name, Samples(mono, whole), _array_digest(mono, f"audio {whole}"))
+
+
+def _whole(rate: float) -> int:
+    with suppress(TypeError, ValueError, OverflowError):  # also of NaN and infinity
+        if (whole := int(rate)) == rate:
+            return whole
+    raise MediaError(f"the rate must be a whole number of samples a second, not {rate!r}")
 
 
 def check_samples(values: NDArray[np.floating | np.int16]) -> None:
@@ -103,11 +113,21 @@ def sniff(content: bytes) -> tuple[MediaKind, str]:
         raise MediaError("is empty")
     for kind, format, pattern in _SIGNATURES:
         if pattern.match(content):
-            return kind, format
+            return kind, _tagged(content) if content.startswith(TAG) else format
     for reason, pattern in _REFUSALS:
         if pattern.match(content):
             raise MediaError(reason)
     raise MediaError(f"is neither a picture nor a sound that memphi reads; it reads {KNOWN_FORMATS}")
+
+
+def _tagged(content: bytes) -> str:
+    """The format of a sound behind its titles, which MP3 begins with, and others sometimes do."""
+    start = 0
+    while content.startswith(TAG, start) and start + 10 <= len(content):
+        size = [byte & 0x7F for byte in content[start + 6 : start + 10]]
+        start += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
+    found = [format for kind, format, pattern in _SIGNATURES if kind == "audio" and pattern.match(content, start)]
+    return found[0] if found and found[0] in ("flac", "aac") else "mp3"
 
 
 def _signature(pattern: bytes) -> re.Pattern[bytes]:
@@ -145,10 +165,21 @@ def label_of(source: str | Path | bytes | BinaryIO) -> str:
     if isinstance(source, Path):
         return source.name or str(source)
     if isinstance(source, str) and source:
-        if source.startswith("data:"):
+        if _is_data(source):
             return "data URI"
-        return (urllib.parse.urlsplit(source).path if "://" in source else source).rpartition("/")[2] or source
+        return (_path_of(source) if "://" in source else source).rpartition("/")[2] or source
     return "attachment"
+
+
+def _is_data(source: str) -> bool:
+    return source[: len("data:")].lower() == "data:"
+
+
+def _path_of(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url).path
+    except ValueError:  # Whoever fetches it says so.
+        return url
 
 
 def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
@@ -167,7 +198,7 @@ def _read(source: str | Path | bytes | BinaryIO, limit: int) -> bytes:
 def _read_named(source: str, limit: int) -> bytes:
     if not source:
         raise MediaError("has an empty name; give a path or a URL")
-    if source.startswith("data:"):
+    if _is_data(source):
         return _decode_uri(source, limit)
     return _fetch(source, limit) if "://" in source else _read_file(Path(source), limit)
 
@@ -177,8 +208,12 @@ def _read_open(source: Any, limit: int) -> bytes:  # noqa: ANN401  # callers may
         raise MediaError(f"is a {type(source).__name__}; give a path, a URL, bytes or a file that is open")
     if isinstance(source, TextIOBase):
         raise MediaError("is open as text; open it as bytes, with mode 'rb'")
-    content: bytes = source.read(limit + 1)
-    return content
+    pieces: list[bytes] = []
+    while (missing := limit + 1 - sum(map(len, pieces))) > 0 and (piece := source.read(missing)):
+        if not isinstance(piece, bytes):
+            raise MediaError(f"gives {type(piece).__name__} where it is read; open it as bytes, with mode 'rb'")
+        pieces.append(piece)  # One without a buffer gives what there is.
+    return b"".join(pieces)
 
 
 def _check_bytes(size: int, limit: int) -> None:
@@ -205,22 +240,27 @@ def _decode_uri(uri: str, limit: int) -> bytes:
         raise MediaError("is not a data URI; one looks like data:image/png;base64,iVBORw0…")
     _check_bytes(len(payload) * 3 // 4 - 2, limit)
     raw = urllib.parse.unquote_to_bytes(payload)
-    if not header.endswith(";base64"):
+    if not header.lower().endswith(";base64"):
         return raw
+    digits = b"".join(raw.split())
     try:
-        return base64.b64decode(b"".join(raw.split()), validate=True)
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise MediaError("holds damaged base64") from None
 
 
 def _fetch(url: str, limit: int) -> bytes:
     """Read an http(s) URL; redirects are followed, to http(s) only."""
-    if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
-        raise MediaError("only http, https and data URLs can be opened")
     try:
-        return _download(url, limit, deadline=time.monotonic() + FETCH_SECONDS)
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme.lower() not in ("http", "https"):
+            raise MediaError("only http, https and data URLs can be opened")
+        path, query = (urllib.parse.quote(part, safe=STANDS_IN_URLS) for part in (parts.path, parts.query))
+        whole = urllib.parse.urlunsplit(parts._replace(path=path, query=query, fragment=""))
+        return _download(whole, limit, deadline=time.monotonic() + FETCH_SECONDS)
     except urllib.error.HTTPError as wrong:
-        raise MediaError(f"the server answered {wrong.code} {wrong.reason}") from None
+        reason = wrong.reason.partition("\n")[0]  # Of a redirect that leads in circles there are several lines.
+        raise MediaError(f"the server answered {wrong.code} {reason}") from None
     except (OSError, ValueError, HTTPException) as wrong:
         raise MediaError(f"cannot be fetched ({wrong})") from None
 
@@ -230,12 +270,14 @@ def _download(url: str, limit: int, deadline: float) -> bytes:
     size = 0
     with _http_opener().open(url, timeout=FETCH_SECONDS / 2) as response:
         _check_bytes(int(response.headers.get("Content-Length") or 0), limit)
-        while chunk := response.read(CHUNK_BYTES):
+        while chunk := response.read1(CHUNK_BYTES):
             size += len(chunk)
             _check_bytes(size, limit)
             if time.monotonic() > deadline:
                 raise MediaError(f"did not arrive within {FETCH_SECONDS:.0f} seconds")
             chunks.append(chunk)
+        if response.length:
+            raise MediaError(f"broke off after {size} of {size + response.length} bytes")
     return b"".join(chunks)
 
 

@@ -95,6 +95,24 @@ def test_every_picture_is_seen_in_the_detail_asked_for(talk, scripted, picture):
     assert [media.detail for media in scripted.requests[-1].media] == [3, 3]
 
 
+def test_a_name_may_be_as_a_terminal_pastes_it(talk, scripted, picture, monkeypatch):
+    spaced = picture.rename(picture.with_name("my picture.png"))
+    monkeypatch.setenv("HOME", str(spaced.parent))
+    names = (spaced, f'"{spaced}"', str(spaced).replace(" ", "\\ "), "~/my\\ picture.png")
+    _, _, err = talk(*(f"/attach {name}" for name in names), f"/attach\t{spaced}", "What?", "/attach 'no", "Well?")
+    assert len(scripted.requests[0].media) == 5
+    assert "there is no file 'no" in err
+
+
+def test_a_closed_stdin_is_an_empty_one(monkeypatch, capsys, scripted):
+    monkeypatch.setattr(sys, "argv", ["memphi", "chat"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    assert not scripted.requests
+
+
 def test_an_attachment_may_speak_for_itself(talk, scripted, picture):
     talk(f"/attach {picture}", "")
     assert texts(scripted.requests[0]) == [""]

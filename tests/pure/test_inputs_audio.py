@@ -1,5 +1,6 @@
 """Sound becomes the official features, and what is measured is what is prepared."""
 
+import struct
 import time
 from contextlib import suppress
 
@@ -186,6 +187,45 @@ def test_a_file_cut_short_is_heard_as_far_as_it_goes():
     measured = measure_clip(media, AUDIO)
     assert 40 <= measured.frames <= 52
     assert prepare_clip(media, AUDIO).footprint == measured
+
+
+def test_what_is_left_out_of_a_flac_is_damage():
+    """FFmpeg goes on behind it without a word."""
+    content = bytearray(sound("flac", "flac", samples=40000))
+    at = len(content) // 2
+    content[at : at + 50] = bytes(50)
+    for use in (measure_clip, prepare_clip):
+        with pytest.raises(MediaError, match="is damaged in the middle"):
+            use(open_media(bytes(content)), AUDIO)
+
+
+def titles(count):
+    """An ID3 tag of so many bytes and its head."""
+    return b"ID3\3\0\0" + bytes([0, 0, count >> 7, count & 127]) + b"\x90" * count
+
+
+def test_joined_files_are_heard_to_the_end():
+    """With titles between them."""
+    alone = sound("mp3", "libmp3lame", samples=32000)
+    one, two = (open_media(titles(300) + alone + titles(200) + alone * more) for more in (0, 1))
+    assert measure_clip(two, AUDIO).frames > 1.8 * measure_clip(one, AUDIO).frames
+    assert prepare_clip(two, AUDIO).footprint == measure_clip(two, AUDIO)
+
+
+@pytest.mark.parametrize(("container", "codec"), [("flac", "flac"), ("adts", "aac"), ("mp3", "libmp3lame")])
+def test_titles_may_stand_before_a_sound(container, codec):
+    alone = sound(container, codec, samples=32000)
+    for before in (titles(300), titles(300) + titles(7)):
+        assert measure_clip(open_media(before + alone), AUDIO) == measure_clip(open_media(alone), AUDIO)
+
+
+def test_samples_of_64_bits_are_refused():
+    rate, data = 16000, bytes(8 * 16000)
+    form = struct.pack("<HHIIHH", 1, 1, rate, 8 * rate, 8, 64)
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    for use in (measure_clip, prepare_clip):
+        with pytest.raises(MediaError, match="has samples of 64 bits"):
+            use(open_media(b"RIFF" + struct.pack("<I", len(body)) + body), AUDIO)
 
 
 def test_a_picture_only_container_is_refused():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -123,6 +124,25 @@ def test_transparent_parts_are_white(mode):
     media = open_media(file.getvalue())
     assert (prepare_image(media, SMALL).crops == 1).all()
     assert not (prepare_image(media, SMALL, reference=True).crops == 1).all()
+
+
+def test_transparent_grey_of_sixteen_bits_is_white():
+    file = io.BytesIO()
+    Image.fromarray(np.full((56, 56), 0x1234, np.uint16)).save(file, "PNG", transparency=0x1234)
+    assert (prepare_image(open_media(file.getvalue()), SMALL).crops == 1).all()
+
+
+def test_white_of_a_tiff_is_what_its_header_says():
+    """Of 12 bits, and where zero is white."""
+    white = {"bits": (np.full((56, 56), 0x0FFF, np.uint16), 12, 1), "zero": (np.zeros((56, 56), np.uint16), 16, 0)}
+    for values, bits, meaning in white.values():
+        digits = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+        packed = np.packbits(digits).tobytes() if bits < 16 else values.tobytes()
+        tags = {256: 56, 257: 56, 258: bits, 259: 1, 262: meaning, 273: 8, 277: 1, 278: 56, 279: len(packed)}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        folder = struct.pack("<H", len(tags)) + entries + bytes(4)
+        content = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + folder
+        assert (prepare_image(open_media(content), SMALL).crops == 1).all()
 
 
 def test_sixteen_bit_grey_is_scaled():

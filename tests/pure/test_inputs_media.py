@@ -4,17 +4,28 @@ import base64
 import io
 import os
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from memphi.errors import MediaError
+from memphi.inputs import media
 from memphi.inputs.media import MediaLimits, audio_media, image_media, open_media
 from tests.pure.inputs_samples import PICTURE_FORMATS, SOUND_FORMATS, picture, sound
 
 PNG = picture(20, 10)
+
+
+class Trickle(io.BytesIO):
+    """A file without a buffer: a read gives what there is."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 7))
 
 
 @pytest.mark.parametrize("format", PICTURE_FORMATS)
@@ -35,7 +46,11 @@ def test_all_sources_give_the_same_media(tmp_path):
     path.write_bytes(PNG)
     encoded = base64.b64encode(PNG).decode()
     percent = "".join(f"%{byte:02x}" for byte in PNG)
-    sources = (path, str(path), PNG, io.BytesIO(PNG), f"data:image/png;base64,{encoded}", f"data:image/png,{percent}")
+    sources = (
+        *(path, str(path), PNG, io.BytesIO(PNG), Trickle(PNG)),
+        *(f"data:image/png;base64,{encoded}", f"DATA:image/png;BASE64,{encoded.rstrip('=')}"),
+        f"data:image/png,{percent}",
+    )
     media = [open_media(source) for source in sources]
     assert {item.digest for item in media} == {media[0].digest}
     assert {item.content for item in media} == {PNG}
@@ -62,6 +77,9 @@ def test_all_sources_give_the_same_media(tmp_path):
         ("data:image/png;base64", "is not a data URI"),
         ("data:image/png;base64,???", "damaged base64"),
         ("http://", "cannot be fetched"),
+        ("http://[::1", "cannot be fetched"),
+        ("http://ex\u2100mple.org/a.png", "cannot be fetched"),
+        (type("Words", (), {"read": lambda self, size: "words"})(), "gives str where it is read"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(source, message):
@@ -105,7 +123,24 @@ class _Pages(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/a.png?size=1")
             self.end_headers()
-        elif self.path.startswith("/a.png"):
+        elif self.path == "/circle":
+            self.send_response(302)
+            self.send_header("Location", "/circle")
+            self.end_headers()
+        elif self.path == "/half":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(PNG)))
+            self.end_headers()
+            self.wfile.write(PNG[:20])
+        elif self.path == "/drops":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(PNG)))
+            self.end_headers()
+            with suppress(OSError):  # whoever asked goes away
+                for byte in PNG:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+        elif self.path.startswith(("/a.png", "/f%C3%BCr%20a.png?q=%C3%BC")):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(PNG)
@@ -129,12 +164,30 @@ def test_urls_are_fetched(site):
     for page in ("/a.png?x=1", "/moved"):
         assert open_media(site + page).content == PNG
     assert open_media(site + "/a.png?x=1").name == "a.png"
+    assert open_media(site + "/für a.png?q=ü").content == PNG
+    assert open_media(site + "/f%C3%BCr%20a.png?q=%C3%BC#part").content == PNG
 
 
-@pytest.mark.parametrize(("page", "message"), [("/none", "404"), ("/leak", "file"), ("/a.png", "more than 5 bytes")])
+def test_what_breaks_off_is_not_taken_for_whole(site):
+    with pytest.raises(MediaError, match=f"broke off after 20 of {len(PNG)} bytes"):
+        open_media(site + "/half")
+
+
+def test_what_comes_drop_by_drop_is_given_up(site, monkeypatch):
+    monkeypatch.setattr(media, "FETCH_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(MediaError, match="did not arrive within"):
+        open_media(site + "/drops")
+    assert time.monotonic() - started < 0.05 * len(PNG)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"), [("/none", "404"), ("/leak", "file"), ("/a.png", "more than 5 bytes"), ("/circle", "302")]
+)
 def test_bad_urls_are_refused(site, page, message):
-    with pytest.raises(MediaError, match=message):
+    with pytest.raises(MediaError, match=message) as caught:
         open_media(site + page, limits=MediaLimits(bytes=5))
+    assert "\n" not in str(caught.value)
 
 
 def test_arrays_of_the_same_numbers_are_the_same_media():
@@ -169,11 +222,16 @@ def test_other_samples_are_refused(values):
         audio_media(values, 16000)
 
 
+def test_pixels_are_an_array():
+    with pytest.raises(MediaError, match="pixels must be an array"):
+        image_media(Image.new("RGB", (4, 4)))
+
+
 def test_a_rate_is_a_whole_number():
     values = np.zeros(16, np.float32)
     media = audio_media(values, 16000.0)
     assert media.digest == audio_media(values, 16000).digest
     assert type(media.content.rate) is int
-    for rate in (16000.5, float("nan"), float("inf")):
+    for rate in (16000.5, float("nan"), float("inf"), "16000", None):
         with pytest.raises(MediaError, match="audio: the rate must be a whole number"):
             audio_media(values, rate)
