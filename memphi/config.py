@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -282,8 +283,13 @@ class EngineConfig:
             raise RequestError(f"scheme is {self.scheme!r}; it must be one of {', '.join(get_args(SchemeChoice))}")
         for name in ("memory_bytes", "rows", "step_tokens", "crops_per_pass", "windows_per_pass"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}; it must be at least 1")
+            if value is None:
+                continue
+            if not (isinstance(value, Real) and float(value) >= 1 and float(value).is_integer()):
+                raise RequestError(f"{name} is {value!r}; it must be a whole number, at least 1")
+            object.__setattr__(self, name, int(value))  # type: ignore[call-overload]  # of a Real
+        if not self.idle_seconds >= 0:  # also NaN
+            raise RequestError(f"idle_seconds is {self.idle_seconds}; it must be 0 or more")
 
 
 def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 Knows shapes and names, decides nothing. Every floor shares it; imports no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -84,6 +84,9 @@ class Message:
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MOST_TOP_LOGPROBS = 20
+COUNTS = "max_tokens", "top_k", "top_logprobs", "seed"
+SHARES = "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+"""What of SamplingParams is a whole number, and a number."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in self.logit_bias):
-            raise RequestError("logit_bias must be pairs of an id and what its score gets, as in ((5, 1.0),)")
-        counts = (self.max_tokens, self.top_k, self.top_logprobs, self.seed, *(number for number, _ in self.logit_bias))
+        self._check_kinds()
+        self._make_plain()
         rules = (
-            (
-                all(number is None or isinstance(number, Integral) for number in counts),
-                "max_tokens, top_k, top_logprobs, seed and the ids of logit_bias must be whole numbers",
-            ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0.0 <= self.temperature <= 100.0, "temperature must lie between 0 and 100"),
             (0.0 < self.top_p <= 1.0, "top_p must be above 0 and at most 1"),
@@ -148,13 +146,45 @@ class SamplingParams:
                 f"top_logprobs must lie between 0 and {MOST_TOP_LOGPROBS}",
             ),
             (0 <= self.seed < 2**64, "seed must lie between 0 and 2**64 - 1"),
-            (not isinstance(self.stop, str), f"stop must be a tuple of strings, as in stop=({self.stop!r},)"),
-            (all(isinstance(each, str) for each in self.stop), "stop must be a tuple of strings, not of other things"),
             (all(self.stop), "stop strings must not be empty"),
         )
-        for holds, message in rules:
-            if not holds:
-                raise RequestError(message)
+        _hold(rules)
+
+    def _check_kinds(self) -> None:
+        bias, stop = self.logit_bias, self.stop
+        pairs = isinstance(bias, tuple | list) and all(
+            isinstance(each, tuple | list) and len(each) == 2 for each in bias
+        )
+        _hold([(pairs, "logit_bias must be pairs of an id and what its score gets, as in ((5, 1.0),)")])
+        counts = (*(getattr(self, name) for name in COUNTS), *(number for number, _ in bias))
+        shares = (*(getattr(self, name) for name in SHARES), *(share for _, share in bias))
+        is_stop = isinstance(stop, tuple | list) and all(isinstance(each, str) for each in stop)
+        rules = (
+            (
+                all(number is None or isinstance(number, Integral) for number in counts) and self.seed is not None,
+                f"{', '.join(COUNTS)} and the ids of logit_bias must be whole numbers",
+            ),
+            (all(isinstance(each, Real) for each in shares), f"{', '.join(SHARES)} and logit_bias must be numbers"),
+            (not isinstance(stop, str), f"stop must be a tuple of strings, as in stop=({stop!r},)"),
+            (is_stop, "stop must be a tuple of strings, not of other things"),
+            (self.grammar is None or isinstance(self.grammar, Grammar), "grammar must be a Grammar"),
+        )
+        _hold(rules)
+
+    def _make_plain(self) -> None:
+        """Python's own numbers: those of other libraries count otherwise, NumPy's not beyond their bits."""
+        for name in COUNTS:
+            number = getattr(self, name)
+            object.__setattr__(self, name, None if number is None else int(number))
+        for name in SHARES:
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", tuple((int(number), float(share)) for number, share in self.logit_bias))
+
+
+def _hold(rules: Iterable[tuple[bool, str]]) -> None:
+    for holds, message in rules:
+        if not holds:
+            raise RequestError(message)
 
 
 @dataclass(frozen=True)
@@ -166,6 +196,9 @@ class Request:
     on_pressure: OnPressure = "wait"
     raw: bool = False
     """The messages' text is the prompt as it stands, without roles and turns: the model goes on with it."""
+
+    def __post_init__(self) -> None:
+        _hold([(isinstance(self.sampling, SamplingParams), "sampling must be SamplingParams, as memphi has it")])
 
     @classmethod
     def ask(

@@ -1,11 +1,14 @@
 """Decode attachments just in time, a bounded number at once, while the device goes on."""
 
+import math
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from memphi.config import ModelConfig, Place
 from memphi.engine.sequence import Sequence, State
+from memphi.inputs.media import MediaLimits
 from memphi.inputs.prompt import prepare
 from memphi.inputs.tokenizer import Tokenizer
 from memphi.request import Prompt
@@ -14,6 +17,8 @@ from memphi.sampling.grammar import Grammars
 THREADS = 2
 """Attachments decoded at once; decoding lets go of Python's lock."""
 THREAD_NAME = "memphi-prepare"
+MEASURED = MediaLimits(bytes=sys.maxsize, pixels=sys.maxsize, seconds=math.inf)
+"""Of a request that was accepted: within which limits, whoever accepted it knows."""
 
 
 def prepare_sequence(
@@ -22,7 +27,7 @@ def prepare_sequence(
     """Compile a sequence's grammar, unless it has been, and decode its attachments; raises what these raise."""
     if sequence.sampling.grammar is not None and sequence.matcher is None:
         sequence.matcher = grammars.matcher(sequence.sampling.grammar)
-    return prepare(sequence.request, config, tokenizer, preprocessing=preprocessing, ids=sequence.text_ids)
+    return prepare(sequence.request, config, tokenizer, MEASURED, preprocessing=preprocessing, ids=sequence.text_ids)
 
 
 class Preparation:

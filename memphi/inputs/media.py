@@ -69,6 +69,7 @@ def image_media(pixels: Pixels, name: str = "image") -> Media:
             raise MediaError("pixels must be an array; of a PIL picture take np.asarray(picture.convert('RGB'))")
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
             raise MediaError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
+        pixels = np.array(pixels, order="C")  # Whoever gave them may write others there.
     return Media("image", name, pixels, _array_digest(pixels, "image"))
 
 
@@ -307,7 +308,7 @@ def _mono(values: NDArray[np.floating | np.int16]) -> Float32:
     check_samples(values)
     if values.ndim == 2:
         values = values.mean(axis=1)
-    return np.ascontiguousarray(values, dtype=np.float32)
+    return np.array(values, dtype=np.float32, order="C")  # Whoever gave them may write others there.
 
 
 def _array_digest(values: Pixels | Float32, kind: str) -> str:

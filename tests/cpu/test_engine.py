@@ -8,7 +8,7 @@ import torch
 
 from memphi.checkpoint.loader import load_model
 from memphi.config import EngineConfig
-from memphi.engine import gauge
+from memphi.engine import gauge, preparation
 from memphi.engine.engine import Engine, load
 from memphi.errors import DoesNotFitError, RequestError, WorkerError
 from memphi.inputs.prompt import prepare
@@ -36,6 +36,19 @@ def engine(folder, **settings):
 @pytest.fixture(scope="module")
 def plain(folder):
     return engine(folder)
+
+
+def test_what_was_accepted_is_held_to_no_other_limits(plain, monkeypatch):
+    """Those within which a caller accepts a request may be wider than usual."""
+    within, prepare = [], preparation.prepare
+
+    def note(request, config, tokenizer, limits, **options):
+        within.append(limits)
+        return prepare(request, config, tokenizer, limits, **options)
+
+    monkeypatch.setattr(preparation, "prepare", note)
+    plain.generate(Request.ask("What is it?", [picture(1)], sampling=SamplingParams(max_tokens=1)))
+    assert [limits.pixels > 10**15 and limits.seconds == float("inf") for limits in within] == [True]
 
 
 def test_modes_are_chosen_by_content():

@@ -5,13 +5,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memphi import official
-from memphi.config import AdapterConfig, ModelConfig
-from memphi.errors import CheckpointError
+from memphi.config import AdapterConfig, EngineConfig, ModelConfig
+from memphi.errors import CheckpointError, RequestError
 
 OFFICIAL = json.loads((official.folder() / "config.json").read_text())
 CONVERTED = {
@@ -102,6 +103,23 @@ def refused(document, path):
     assert message.startswith("config.json: ")
     assert path[-1] in message
     assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"rows": 1.5}, {"rows": 0}, {"memory_bytes": "8"}, {"memory_bytes": math.nan}, {"step_tokens": math.inf}),
+        *({"idle_seconds": math.nan}, {"idle_seconds": -1}),
+    ],
+)
+def test_what_is_no_size_is_refused(wrong):
+    with pytest.raises(RequestError, match=f"{next(iter(wrong))} is .*; it must be "):
+        EngineConfig(**wrong)
+
+
+def test_a_size_that_was_computed_is_a_whole_number():
+    config = EngineConfig(memory_bytes=16e9, rows=np.int64(3))
+    assert (config.memory_bytes, type(config.memory_bytes), type(config.rows)) == (16 * 10**9, int, int)
 
 
 def test_the_official_sizes_are_read():

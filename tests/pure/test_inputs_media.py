@@ -227,6 +227,14 @@ def test_pixels_are_an_array():
         image_media(Image.new("RGB", (4, 4)))
 
 
+def test_who_writes_over_an_array_changes_no_attachment():
+    pixels, sound = np.zeros((4, 6, 3), np.uint8), np.zeros(16, np.float32)
+    kept = image_media(pixels), audio_media(sound, 16000)
+    pixels[:], sound[:] = 7, 1
+    assert not kept[0].content.any()
+    assert not kept[1].content.values.any()
+
+
 def test_a_rate_is_a_whole_number():
     values = np.zeros(16, np.float32)
     media = audio_media(values, 16000.0)

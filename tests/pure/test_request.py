@@ -2,6 +2,8 @@
 
 import pickle
 from dataclasses import asdict, replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +44,33 @@ def test_a_lone_stop_string_is_refused():
         {"logit_bias": (1, 5.0)},
         {"stop": (13,)},
         {"stop": ("a", b"b")},
+        {"stop": None},
+        {"seed": None},
+        {"logit_bias": None},
+        {"logit_bias": ((1, "5"),)},
+        {"temperature": None},
+        {"top_p": "0.5"},
+        {"temperature": Decimal("0.5")},
+        {"grammar": "abc"},
     ],
 )
 def test_what_is_no_whole_number_or_no_text_is_refused(wrong):
-    with pytest.raises(RequestError, match=r"must be (whole numbers|a tuple of strings|pairs of an id)"):
+    with pytest.raises(RequestError, match=r"must be (whole |)(numbers|a tuple of strings|pairs of an id|a Grammar)"):
         SamplingParams(**wrong)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():
-    sampling = SamplingParams(seed=np.int64(3), top_k=np.int32(2), logit_bias=((np.int64(5), 1),))
+    sampling = SamplingParams(
+        seed=np.int64(3), top_k=np.int32(2), logit_bias=((np.int64(5), 1),), temperature=Fraction(1, 2)
+    )
     assert (sampling.seed, sampling.top_k) == (3, 2)
+    kept = sampling.seed, sampling.top_k, sampling.temperature, *sampling.logit_bias[0]
+    assert [type(number) for number in kept] == [int, int, float, int, float]
+
+
+def test_how_to_sample_is_sampling_params():
+    with pytest.raises(RequestError, match="sampling must be SamplingParams"):
+        Request.ask("Hello", sampling={"seed": 3})
 
 
 def test_a_footprint_that_was_asked_for_its_tokens_is_the_same_as_before():
