@@ -323,7 +323,8 @@ def narrow_case(rows: int, n_in: int, is_coded: bool, sizes: Sizes, device: torc
         ways["as chosen, by masks"] = launches(partial(wide_first, run=narrow.narrow))
         ways["as chosen, by spans"] = launches(partial(wide_first, run=by_spans))
         for tile in LARGE_NARROW_TILES:
-            run = partial(wide_first, run=partial(with_constant, narrow, "ROOMY_TILE", tile, narrow.narrow))
+            on_tiles = partial(with_constant, narrow, "choose_tile", lambda *_, tile=tile: tile, narrow.narrow)
+            run = partial(wide_first, run=on_tiles)
             ways["tile {}x{}x{}, {} stages, {} warps".format(*tile)] = launches(run)
     elif rows > skinny.VECTOR_ROWS:
         all_rows = partial(with_constant, narrow, "vector_rows")

@@ -85,7 +85,7 @@ class Message:
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MOST_TOP_LOGPROBS = 20
 COUNTS = "max_tokens", "top_k", "top_logprobs", "seed"
-SHARES = "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+REALS = "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
 """What of SamplingParams is a whole number, and a number."""
 
 
@@ -157,14 +157,14 @@ class SamplingParams:
         )
         _hold([(pairs, "logit_bias must be pairs of an id and what its score gets, as in ((5, 1.0),)")])
         counts = (*(getattr(self, name) for name in COUNTS), *(number for number, _ in bias))
-        shares = (*(getattr(self, name) for name in SHARES), *(share for _, share in bias))
+        reals = (*(getattr(self, name) for name in REALS), *(added for _, added in bias))
         is_stop = isinstance(stop, tuple | list) and all(isinstance(each, str) for each in stop)
         rules = (
             (
                 all(number is None or isinstance(number, Integral) for number in counts) and self.seed is not None,
                 f"{', '.join(COUNTS)} and the ids of logit_bias must be whole numbers",
             ),
-            (all(isinstance(each, Real) for each in shares), f"{', '.join(SHARES)} and logit_bias must be numbers"),
+            (all(isinstance(each, Real) for each in reals), f"{', '.join(REALS)} and logit_bias must be numbers"),
             (not isinstance(stop, str), f"stop must be a tuple of strings, as in stop=({stop!r},)"),
             (is_stop, "stop must be a tuple of strings, not of other things"),
             (self.grammar is None or isinstance(self.grammar, Grammar), "grammar must be a Grammar"),
@@ -176,9 +176,9 @@ class SamplingParams:
         for name in COUNTS:
             number = getattr(self, name)
             object.__setattr__(self, name, None if number is None else int(number))
-        for name in SHARES:
+        for name in REALS:
             object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "logit_bias", tuple((int(number), float(share)) for number, share in self.logit_bias))
+        object.__setattr__(self, "logit_bias", tuple((int(number), float(added)) for number, added in self.logit_bias))
 
 
 def _hold(rules: Iterable[tuple[bool, str]]) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from memphi.config import AudioConfig
 from memphi.errors import MediaError
-from memphi.inputs.media import DEFAULT_LIMITS, MediaLimits, attached, check_samples, sniff
+from memphi.inputs.media import DEFAULT_LIMITS, TAG, MediaLimits, attached, check_samples, sniff
 from memphi.request import ClipFootprint, ClipInput, DecodedClip, Float32, Media, Samples
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ FULL_SCALE = 32_768.0
 HIGHEST_HZ = 7_690.0
 FFT_SIZE = 512
 
-TAGS = b"ID3", b"TAG", b"APETAGEX"
+TAGS = TAG, b"TAG", b"APETAGEX"
 """How titles begin, which also stand between MP3 files that were joined, and are no sound."""
 WIDE_SAMPLES = "s64", "s64p"
+"""FFmpeg's names of integers that NumPy is not given."""
 LOST_SECONDS = 0.02
+"""What cannot be read of a FLAC FFmpeg leaves out without a word; the next frame begins so much later, or more."""
 
 FILTER_REACH = 10
 """Zero crossings on each side of the resampling filter, as scipy.signal.resample_poly has them."""
@@ -190,15 +192,15 @@ def _frames(container: "InputContainer", limits: MediaLimits) -> Iterator[Any]:
     """
     import av
 
-    samples, rate, damaged, end = 0, None, False, math.inf
+    samples, rate, damaged, end = 0, None, False, math.nan
     for packet in container.demux(container.streams.audio[0]):
         try:
-            frames = packet.decode()
+            frames: list[Any] = packet.decode()
         except av.error.InvalidDataError:
             damaged = damaged or not bytes(packet).startswith(TAGS)
             continue
         for frame in frames:
-            begins = _begin(frame)
+            begins = end if frame.pts is None else float(frame.pts * frame.time_base)
             if damaged or (container.format.name == "flac" and begins > end + LOST_SECONDS):
                 raise MediaError("is damaged in the middle; convert or record it anew")
             if rate not in (None, frame.sample_rate):
@@ -211,11 +213,6 @@ def _frames(container: "InputContainer", limits: MediaLimits) -> Iterator[Any]:
             yield frame
     if rate is None:
         raise MediaError("has no sound that can be decoded")
-
-
-def _begin(frame: Any) -> float:  # noqa: ANN401
-    """When a frame begins, in seconds: what cannot be read of a FLAC is left out without a word, but counted."""
-    return -math.inf if frame.pts is None else float(frame.pts * frame.time_base)
 
 
 def _mono(frame: Any) -> Float32:  # noqa: ANN401 (an av.AudioFrame; PyAV is imported only where it is used)

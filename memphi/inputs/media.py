@@ -29,9 +29,10 @@ from memphi.request import Float32, Media, MediaKind, Pixels, Samples
 KNOWN_FORMATS = "PNG, JPEG, WebP, GIF, TIFF and BMP pictures and WAV, FLAC, MP3, M4A, OGG and WebM sound"
 FETCH_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
-STANDS_IN_URLS = "%/:=&?~#+!$,;'@()*[]"
+STANDS_IN_URLS = "%/:=&?~+!$,;'@()*[]"
 """What is no letter or digit, and is not encoded there; all else is."""
 TAG = b"ID3"
+"""How titles before a sound begin."""
 LOUDEST = 1e6
 """Full scale is 1; some float files hold 16-bit integers as they are."""
 
@@ -127,8 +128,10 @@ def _tagged(content: bytes) -> str:
     while content.startswith(TAG, start) and start + 10 <= len(content):
         size = [byte & 0x7F for byte in content[start + 6 : start + 10]]
         start += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-    found = [format for kind, format, pattern in _SIGNATURES if kind == "audio" and pattern.match(content, start)]
-    return found[0] if found and found[0] in ("flac", "aac") else "mp3"
+    for _, format, pattern in _SIGNATURES:
+        if format in ("flac", "aac") and pattern.match(content, start):
+            return format
+    return "mp3"
 
 
 def _signature(pattern: bytes) -> re.Pattern[bytes]:
@@ -209,12 +212,17 @@ def _read_open(source: Any, limit: int) -> bytes:  # noqa: ANN401  # callers may
         raise MediaError(f"is a {type(source).__name__}; give a path, a URL, bytes or a file that is open")
     if isinstance(source, TextIOBase):
         raise MediaError("is open as text; open it as bytes, with mode 'rb'")
-    pieces: list[bytes] = []
-    while (missing := limit + 1 - sum(map(len, pieces))) > 0 and (piece := source.read(missing)):
+    content = bytearray()
+    while len(content) <= limit:  # One without a buffer gives what there is.
+        piece = source.read(limit + 1 - len(content))
         if not isinstance(piece, bytes):
-            raise MediaError(f"gives {type(piece).__name__} where it is read; open it as bytes, with mode 'rb'")
-        pieces.append(piece)  # One without a buffer gives what there is.
-    return b"".join(pieces)
+            raise MediaError(
+                f"gives {type(piece).__name__} where it is read; open it as bytes, with mode 'rb', to wait"
+            )
+        if not piece:
+            break
+        content += piece
+    return bytes(content)
 
 
 def _check_bytes(size: int, limit: int) -> None:

@@ -4,10 +4,9 @@ import base64
 import io
 import os
 import threading
-import time
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +113,9 @@ def test_a_pipe_is_read_as_far_as_the_limit(tmp_path):
 
 
 class _Pages(BaseHTTPRequestHandler):
+    goes_on = threading.Event()
+    """Whether who asked for /drops has looked at what came first."""
+
     def do_GET(self):
         if self.path == "/leak":
             self.send_response(302)
@@ -136,10 +138,9 @@ class _Pages(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(PNG)))
             self.end_headers()
-            with suppress(OSError):  # whoever asked goes away
-                for byte in PNG:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
+            self.wfile.write(PNG[:20])
+            assert self.goes_on.wait(60)
+            self.wfile.write(PNG[20:])
         elif self.path.startswith(("/a.png", "/f%C3%BCr%20a.png?q=%C3%BC")):
             self.send_response(200)
             self.end_headers()
@@ -174,11 +175,17 @@ def test_what_breaks_off_is_not_taken_for_whole(site):
 
 
 def test_what_comes_drop_by_drop_is_given_up(site, monkeypatch):
-    monkeypatch.setattr(media, "FETCH_SECONDS", 0.5)
-    started = time.monotonic()
+    """The second time that the clock is looked at, the first part is there; the third time it is late."""
+    times = iter((0, media.FETCH_SECONDS - 1, media.FETCH_SECONDS + 1))
+
+    def clock():
+        if (now := next(times)) > 0:
+            _Pages.goes_on.set()
+        return now
+
+    monkeypatch.setattr(media, "time", SimpleNamespace(monotonic=clock))
     with pytest.raises(MediaError, match="did not arrive within"):
         open_media(site + "/drops")
-    assert time.monotonic() - started < 0.05 * len(PNG)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,16 @@ def input_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
 
 def kernel_product_bytes(config: ModelConfig, tokens: int, dtype_bytes: int) -> int:
     """What a product with a quantised weight needs beside its output through memphi's own kernels, which make a block
-    16 bits again in one pass; in e4m3 as without them, where a card has no units for it.
+    16 bits again in one pass; in e4m3 as without them, where a card has no units for it. For many tokens all of A is
+    made 16 bits before a block, and in e4m3 B behind the product.
     """
     if config.scheme == "bf16":
         return 0
-    numbers = min(DEQUANTISED_NUMBERS, largest_matrix(config))
+    numbers, ranks = min(DEQUANTISED_NUMBERS, largest_matrix(config)), all_ranks(config)
     if config.scheme == "fp8":
-        return numbers * (dtype_bytes + 4) + input_bytes(config, tokens, dtype_bytes)
-    largest = max(n_out * (n_in + all_ranks(config)) for n_in, n_out in decoder_linears(config.language))
-    return max(numbers, min(dequantised_numbers(tokens), largest)) * dtype_bytes
+        adapters = ranks * max(n_out for _, n_out in decoder_linears(config.language))
+        block_bytes = max(numbers * (dtype_bytes + 4), adapters * dtype_bytes)
+        return block_bytes + input_bytes(config, tokens, dtype_bytes)
+    adapters = ranks * max(n_in for n_in, _ in decoder_linears(config.language))
+    largest = max(n_out * (n_in + ranks) for n_in, n_out in decoder_linears(config.language))
+    return max(numbers, adapters, min(dequantised_numbers(tokens), largest)) * dtype_bytes

@@ -73,7 +73,7 @@ class Narrow:
 
 @functools.cache
 def most_rows(device: torch.device, of_two: bool = False) -> int:
-    """The most rows that `narrow` is for; 0 where there are no kernels."""
+    """The most rows that `narrow` is for, of one adapter or of two; 0 where there are no kernels."""
     if not is_available(device):
         return 0
     if capability(device) < TENSOR_CAPABILITY:

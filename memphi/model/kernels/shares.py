@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,23 +51,10 @@ def add_to(y: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
 
     uses: for each adapter the rows that use it, [rows] bool, or None for all; other rows have zeros for their t.
     """
-    (rows, n_out), (first, last) = y.shape, (uses[0], uses[-1])
-    b, t = y.new_empty(n_out, columns.ranks), columns.t[0]
+    b, t = y.new_empty(y.shape[1], columns.ranks), columns.t[0]
     widen(columns, b)
-    block_rows, block_out, block_ranks, stages, warps = ADDED_TILE if y.itemsize <= 2 else WIDE_TILE
-    _add_to[(-(-n_out // block_out), -(-rows // block_rows))](
-        *(y, b, t, y if first is None else first, y if last is None else last),
-        *(y.stride(0), b.stride(0), t.stride(0), columns.border, columns.gap, n_out, rows),
-        ranks=columns.ranks,
-        first_masked=first is not None,
-        last_masked=last is not None,
-        block_rows=block_rows,
-        block_out=block_out,
-        block_ranks=block_ranks,
-        num_warps=warps,
-        num_stages=stages,
-        **launch_options(y.device),
-    )
+    places = b.stride(0), t.stride(0), columns.border, columns.gap
+    _launch(_add_to, y, (b, t), places, columns.ranks, uses, ADDED_TILE)
 
 
 def plain_write_share(out: Tensor, columns: Columns) -> None:
@@ -76,10 +64,21 @@ def plain_write_share(out: Tensor, columns: Columns) -> None:
 
 def write_share(out: Tensor, columns: Columns, uses: Sequence[Tensor | None]) -> None:
     """As `plain_write_share`, of few rows, with uses as in `add_to`."""
+    _launch(_write_share, out, *column_arguments(out, columns), uses, SHARE_TILE)
+
+
+def _launch(
+    kernel: Any,  # noqa: ANN401  # Triton's, which has no types
+    out: Tensor,
+    added: Sequence[Tensor],
+    places: Sequence[int],
+    ranks: int,
+    uses: Sequence[Tensor | None],
+    tile: tuple[int, int, int, int, int],
+) -> None:
     (rows, n_out), (first, last) = out.shape, (uses[0], uses[-1])
-    added, places, ranks = column_arguments(out, columns)
-    block_rows, block_out, block_ranks, stages, warps = SHARE_TILE if out.itemsize <= 2 else WIDE_TILE
-    _write_share[(-(-n_out // block_out), -(-rows // block_rows))](
+    block_rows, block_out, block_ranks, stages, warps = tile if out.itemsize <= 2 else WIDE_TILE
+    kernel[(-(-n_out // block_out), -(-rows // block_rows))](
         *(out, *added, out if first is None else first, out if last is None else last),
         *(out.stride(0), *places, n_out, rows),
         ranks=ranks,

@@ -212,8 +212,9 @@ class PackedQuantisedLinear(LinearOfCodes, PackedLinear):
         dequantise(self.narrow, self.narrow_scale, wide)
         parts = {name: self._part(operand, name, mask, wide[self._a[name]]) for name, mask in masks.items()}
         if self._is_told_apart(products, adapter_tokens) and self.base_weight.makes_blocks(x):
-            for product, part in ((product, parts[product.names[0]]) for product in products):
-                narrow.plain_narrow(x[product.span], [replace(part, uses=None, t=part.t[product.span])])
+            for product in products:
+                (name,), span = product.names, product.span
+                narrow.plain_narrow(x[span], [replace(parts[name], uses=None, t=parts[name].t[span])])
         else:
             narrow.narrow(x, list(parts.values()))
 
